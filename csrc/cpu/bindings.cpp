@@ -1,0 +1,125 @@
+// Private launch ops over the LibTorch stable ABI: tensors to pointers, torch's threads, nothing else. The public op,
+// its fake kernel and all checks with messages for users are in Python (smoothie_kernels/library.py, checks.py).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "../philox.h"
+#include "tiers.h"
+
+namespace {
+
+using smoothie::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+const int64_t* pointer_or_null(const std::optional<Tensor>& t) { return t ? pointer<int64_t>(*t) : nullptr; }
+
+// torch's own threads, so that torch.set_num_threads rules and a call inside a parallel region stays serial.
+smoothie::Threads torch_threads() {
+  return {int(torch::stable::get_num_threads()), [](int64_t count, void (*body)(void*, int64_t), void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(context, i);
+            });
+          }};
+}
+
+const smoothie::Tier& tier(const std::string& name) {
+  const smoothie::Tier* found = smoothie::find_tier(name.c_str());
+  STD_TORCH_CHECK(found != nullptr, "this processor does not run the tier ", name);
+  return *found;
+}
+
+smoothie::StepParams inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
+  smoothie::StepParams p{};
+  p.x = pointer<void>(x), p.x_dtype = dtype_of(x);
+  p.table = pointer<void>(embeddings), p.table_dtype = dtype_of(embeddings);
+  p.bias = pointer<float>(bias);
+  p.n_rows = x.size(0), p.n_vocab = embeddings.size(0), p.width = x.size(1);
+  p.table_stride = embeddings.stride(0);
+  return p;
+}
+
+void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
+              std::string tier_name, Tensor smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse) {
+  smoothie::StepParams p = inputs(x, embeddings, bias);
+  p.mu = pointer<float>(mu);
+  p.std = std ? pointer<float>(*std) : nullptr;
+  p.row_ids = pointer_or_null(row_ids), p.row_offset = row_offset;
+  p.sigma_min = float(sigma_min);
+  const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
+  p.noise_key = key.key, p.noise_row_shift = key.row_shift;
+  p.smoothed = pointer<void>(smoothed);
+  p.tokens = pointer<int64_t>(tokens), p.noisy_tokens = pointer<int64_t>(noisy_tokens);
+  p.lse = pointer<float>(lse);
+  tier(tier_name).step_fwd(p, torch_threads());
+}
+
+void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, std::string tier_name, Tensor tokens, Tensor distance) {
+  smoothie::StepParams p = inputs(x, embeddings, bias);
+  p.tokens = pointer<int64_t>(tokens), p.distance = pointer<float>(distance);
+  tier(tier_name).step_fwd(p, torch_threads());
+}
+
+void column_bias(Tensor embeddings, std::string tier_name, Tensor bias) {
+  tier(tier_name).bias(pointer<void>(embeddings), dtype_of(embeddings), embeddings.stride(0), embeddings.size(0),
+                       embeddings.size(1), pointer<float>(bias), torch_threads());
+}
+
+void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, std::string tier_name,
+              Tensor out) {
+  const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
+  tier(tier_name).gaussian(pointer_or_null(row_ids), row_offset, out.size(0), out.size(1), key.key, key.row_shift,
+                           pointer<float>(out), torch_threads());
+}
+
+// The tiers that this processor runs, best first: "avx512 avx2 scalar".
+std::string supported_tiers() {
+  std::string names;
+  for (int i = smoothie::kTierCount - 1; i >= 0; --i)
+    if (smoothie::kTiers[i]->supported()) names += (names.empty() ? "" : " ") + std::string(smoothie::kTiers[i]->name);
+  return names;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
+  m.def(
+      "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
+      "int seed, int offset, float sigma_min, str tier, Tensor(a!) smoothed, Tensor(b!) tokens, "
+      "Tensor(c!) noisy_tokens, Tensor(d!) lse) -> ()");
+  m.def(
+      "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, str tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
+  m.def("column_bias(Tensor embeddings, str tier, Tensor(a!) bias) -> ()");
+  m.def("gaussian(Tensor? row_ids, int row_offset, int seed, int offset, str tier, Tensor(a!) out) -> ()");
+  m.def("supported_tiers() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cpu, CPU, m) {
+  m.impl("step_fwd", TORCH_BOX(&step_fwd));
+  m.impl("nearest_fwd", TORCH_BOX(&nearest_fwd));
+  m.impl("column_bias", TORCH_BOX(&column_bias));
+  m.impl("gaussian", TORCH_BOX(&gaussian));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("supported_tiers", TORCH_BOX(&supported_tiers));
+}

@@ -1,0 +1,355 @@
+// The streaming step of one tier.
+//
+//   for a block of rows:                        x packed to xt [panel][D][lanes]
+//     for a tile of kTile tokens:               E[tile] straight from the table, or widened to fp32 once
+//       for a panel of rows:                    (step_panel.h)
+//         score   p[v][lanes]  = E[tile] xt + bias             product over D
+//         weigh   p            = exp(mu D + std eps - ref)     noise, argmax twice, row sum: all in L1
+//         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
+//     finish: smoothed = ot / sum, lse = ref + log(sum)
+//
+// Logits are at most 6.77 std (distances are never positive), so no running maximum: `ref` is fixed beforehand and
+// partial sums of any tiles add. Rows whose largest logit is far from it are done again with that logit as ref: exact
+// for every input, a second pass only for the rows that need one.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "convert.h"
+#include "step_panel.h"
+#include "step_params.h"
+
+namespace smoothie {
+namespace {  // one copy per tier
+
+constexpr int kTile = 128;       // tokens; a panel's weights (16 KiB at 32 lanes) stay in L1
+constexpr int kBlockPanels = 8;  // panels that share a tile: xt and ot of 256 rows x 384 columns take 0.8 MB of L2
+constexpr float kMaxNormal = 6.77f;
+constexpr float kLargest = 20.0f, kSmallest = -50.0f;  // where a row's maximum may lie over ref; fp32 sums stay exact
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+class Buffer {  // aligned to a cache line, never initialised
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlign))) {}
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, kAlign); }
+  operator T*() { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  T* data_;
+};
+
+inline double sum_of_squares(const float* v, int64_t count) {
+  double lanes[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= count; d += 8)
+    for (int i = 0; i < 8; ++i) lanes[i] += double(v[d + i]) * v[d + i];
+  for (; d < count; ++d) lanes[0] += double(v[d]) * v[d];
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+inline double squared_distance(const float* a, const float* b, int64_t count) {
+  double sum = 0.0;
+  for (int64_t d = 0; d < count; ++d) sum += (double(a[d]) - b[d]) * (double(a[d]) - b[d]);
+  return sum;
+}
+
+inline uint32_t row_id(const int64_t* row_ids, int64_t row_offset, int64_t i) {
+  return uint32_t(row_ids ? row_ids[i] : row_offset + i);
+}
+
+// Runs work(worker, task) for every task; threads take the next one as they come free.
+template <class Work>
+void share(const Threads& threads, int64_t tasks, const Work& work) {
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    const Work& work;
+  } context{{}, tasks, work};
+  threads.run(
+      least(threads.count, tasks),
+      [](void* raw, int64_t worker) {
+        auto& c = *static_cast<Context*>(raw);
+        for (int64_t task; (task = c.next.fetch_add(1)) < c.tasks;) c.work(worker, task);
+      },
+      &context);
+}
+
+// The results of some rows over some of the vocabulary: what a task makes, and what is merged.
+template <class S>
+struct Partial {
+  Buffer<float> ot;           // [panel][D][lanes of the panel]
+  Buffer<RowState<S>> state;  // [vector of rows]
+
+  Partial(int64_t vectors, int64_t width) : ot(vectors * S::kLanes * width), state(vectors) {}
+};
+
+template <class S>
+struct Scratch {
+  Buffer<float> xt;    // [panel][D][lanes of the panel]
+  Buffer<float> p;     // [kTile][lanes of the panel]
+  Buffer<float> row;   // [D]
+  Buffer<float> row2;  // [D]
+  Buffer<float> tile;  // [kTile][D, padded], only where the table is not fp32
+
+  Scratch(int64_t vectors, int64_t width, int64_t tile_size)
+      : xt(vectors * S::kLanes * width), p(kTile * 2 * S::kLanes), row(width), row2(width), tile(tile_size) {}
+};
+
+template <class S, bool kLogits, bool kNoise>
+class Step {
+ public:
+  static constexpr int kLanes = S::kLanes, kPanel = 2 * S::kLanes;
+
+  // rows: which rows of the call, nullptr for all. ref: [N] what is taken off each row's logits.
+  Step(const StepParams& params, const Threads& threads, const int64_t* rows, int64_t n_rows, float* ref, uint8_t* redo)
+      : p_(params), threads_(threads), rows_(rows), n_rows_(n_rows), ref_(ref), redo_(redo), keys_(params.noise_key) {
+    const int64_t panels = ceil_div(n_rows, kPanel), tiles = ceil_div(p_.n_vocab, kTile);
+    // Rows are shared out first; where they do not fill the threads evenly, each thread takes a part of the vocabulary.
+    const int64_t rounds = ceil_div(panels, threads.count);
+    const bool uneven = rounds * threads.count * 100 > panels * 108 && panels < 16 * threads.count;
+    splits_ = uneven ? least(threads.count, tiles) : 1;
+    const int64_t per_block = uneven ? panels : rounds;
+    blocks_ = ceil_div(panels, least(per_block, kBlockPanels));
+    if (!uneven) blocks_ = least(panels, ceil_div(blocks_, threads.count) * threads.count);
+    panels_ = panels, tiles_ = tiles;
+    tile_stride_ = (p_.width + 15) / 16 * 16 + 16;  // an odd number of cache lines: rows of a tile spread over all sets
+  }
+
+  void run() {
+    const int64_t tasks = blocks_ * splits_, workers = least(threads_.count, tasks);
+    const int64_t vectors = 2 * ceil_div(panels_, blocks_);
+    const int64_t tile_size = p_.table_dtype == DType::kFloat32 ? 0 : kTile * tile_stride_;
+    std::vector<Scratch<S>> scratch;
+    std::vector<Partial<S>> partials;
+    for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(vectors, p_.width, tile_size);
+    for (int64_t i = 0; i < (splits_ == 1 ? workers : tasks); ++i) partials.emplace_back(vectors, smoothed_width());
+
+    share(threads_, tasks, [&](int64_t worker, int64_t task) {
+      const int64_t block = task / splits_, split = task % splits_;
+      Partial<S>& partial = partials[size_t(splits_ == 1 ? worker : task)];
+      pack(block, scratch[size_t(worker)], partial);
+      stream(block, split, scratch[size_t(worker)], partial);
+      if (splits_ == 1) finish(block, &partial, scratch[size_t(worker)]);
+    });
+    if (splits_ == 1) return;
+    share(threads_, blocks_, [&](int64_t worker, int64_t block) {
+      finish(block, &partials[size_t(block * splits_)], scratch[size_t(worker)]);
+    });
+  }
+
+ private:
+  int64_t first_panel(int64_t block) const { return block * panels_ / blocks_; }
+  int64_t smoothed_width() const { return kLogits ? p_.width : 0; }
+  int64_t row(int64_t i) const { return rows_ ? rows_[i] : i; }
+  static int vectors_of(int64_t n_rows) { return n_rows > kLanes ? 2 : 1; }  // of the panel that these rows begin
+
+  // Calls body(panel in block, its first row, how many rows) for the panels of a block.
+  template <class Body>
+  void for_panels(int64_t block, const Body& body) const {
+    const int64_t first = first_panel(block), last = first_panel(block + 1);
+    for (int64_t panel = first; panel < last; ++panel)
+      body(panel - first, panel * kPanel, least(kPanel, n_rows_ - panel * kPanel));
+  }
+
+  void pack(int64_t block, Scratch<S>& s, Partial<S>& partial) const {
+    for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
+      float* xt = s.xt + panel * p_.width * kPanel;
+      const int lanes = vectors_of(count) * kLanes;
+      std::memset(xt, 0, size_t(p_.width * lanes) * sizeof(float));
+      if (kLogits) std::memset(partial.ot + panel * p_.width * kPanel, 0, size_t(p_.width * lanes) * sizeof(float));
+      for (int64_t i = 0; i < lanes; ++i) {
+        RowState<S>& state = partial.state[panel * 2 + i / kLanes];
+        const int64_t lane = i % kLanes;
+        state.scale[lane] = state.shift[lane] = state.std[lane] = state.sum[lane] = 0.0f;
+        state.best_score[lane] = state.best_logit[lane] = -kInfinity;
+        state.token[lane] = state.noisy_token[lane] = state.noise_row[lane] = 0;
+        if (i >= count) continue;  // lanes behind the last row hold a row of zeros
+        const int64_t r = row(first + i);
+        widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
+        for (int64_t d = 0; d < p_.width; ++d) xt[d * lanes + i] = s.row[d];
+        if (!kLogits) continue;
+        const double scale = double(p_.mu[r]) / (double(p_.sigma_min) * p_.sigma_min);
+        state.scale[lane] = float(scale);
+        state.shift[lane] = float(-0.5 * scale * sum_of_squares(s.row, p_.width) - ref_[r]);
+        if (!kNoise) continue;
+        state.std[lane] = p_.std[r];
+        state.noise_row[lane] = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+      }
+    });
+  }
+
+  void stream(int64_t block, int64_t split, Scratch<S>& s, Partial<S>& partial) const {
+    for (int64_t t = split * tiles_ / splits_; t < (split + 1) * tiles_ / splits_; ++t) {
+      const int64_t first = t * kTile, count = least(kTile, p_.n_vocab - first);
+      const float* tile = static_cast<const float*>(p_.table) + first * p_.table_stride;
+      int64_t stride = p_.table_stride;
+      if (p_.table_dtype != DType::kFloat32) {
+        for (int64_t v = 0; v < count; ++v)
+          widen<S>(at(p_.table, p_.table_dtype, (first + v) * p_.table_stride), p_.table_dtype, p_.width,
+                   s.tile + v * tile_stride_);
+        tile = s.tile, stride = tile_stride_;
+      }
+      for_panels(block, [&](int64_t panel, int64_t, int64_t n_rows) {
+        if (vectors_of(n_rows) == 2)
+          one_panel<2>(panel, tile, stride, first, count, s, partial);
+        else
+          one_panel<1>(panel, tile, stride, first, count, s, partial);
+      });
+    }
+  }
+
+  template <int kVectors>
+  void one_panel(int64_t panel, const float* tile, int64_t stride, int64_t first, int64_t count, Scratch<S>& s,
+                 Partial<S>& partial) const {
+    const int64_t at = panel * p_.width * kPanel;
+    score<S, kVectors>(tile, stride, p_.bias + first, s.xt + at, p_.width, count, s.p);
+    for (int n = 0; n < kVectors; ++n)
+      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, first, count, keys_, partial.state[panel * 2 + n]);
+    if constexpr (kLogits) gather<S, kVectors>(tile, stride, s.p, p_.width, count, partial.ot + at);
+  }
+
+  // Merges the splits of a block in their order (the same sums in every run) and writes its rows.
+  void finish(int64_t block, Partial<S>* parts, Scratch<S>& s) const {
+    for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
+      const int lanes = vectors_of(count) * kLanes;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t vector = panel * 2 + i / kLanes, lane = i % kLanes, r = row(first + i);
+        RowState<S>& total = parts[0].state[vector];
+        for (int64_t k = 1; k < splits_; ++k) {
+          const RowState<S>& part = parts[k].state[vector];
+          total.sum[lane] += part.sum[lane];
+          if (part.best_score[lane] > total.best_score[lane])
+            total.best_score[lane] = part.best_score[lane], total.token[lane] = part.token[lane];
+          if (part.best_logit[lane] > total.best_logit[lane])
+            total.best_logit[lane] = part.best_logit[lane], total.noisy_token[lane] = part.noisy_token[lane];
+        }
+        p_.tokens[r] = total.token[lane];
+        if (kLogits)
+          finish_logits(parts, panel * p_.width * kPanel + i, lanes, r, total, lane);
+        else
+          p_.distance[r] = distance(r, total.token[lane], s);
+      }
+    });
+  }
+
+  void finish_logits(Partial<S>* parts, int64_t at, int lanes, int64_t r, const RowState<S>& total, int64_t lane) const {
+    const float best = total.best_logit[lane];
+    if (std::isfinite(best) && !(best >= kSmallest && best <= kLargest)) {
+      ref_[r] += best, redo_[r] = 1;
+      return;
+    }
+    redo_[r] = 0;
+    p_.noisy_tokens[r] = total.noisy_token[lane];
+    p_.lse[r] = float(double(ref_[r]) + std::log(double(total.sum[lane])));
+    const float scale = 1.0f / total.sum[lane];
+    for (int64_t d = 0; d < p_.width; ++d) {
+      float sum = parts[0].ot[at + d * lanes];
+      for (int64_t k = 1; k < splits_; ++k) sum += parts[k].ot[at + d * lanes];
+      narrow(sum * scale, p_.x_dtype, p_.smoothed, r * p_.width + d);
+    }
+  }
+
+  // The winner's distance directly: the scores' difference of large numbers would cancel.
+  float distance(int64_t r, int64_t token, Scratch<S>& s) const {
+    widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
+    widen<S>(at(p_.table, p_.table_dtype, token * p_.table_stride), p_.table_dtype, p_.width, s.row2);
+    return float(squared_distance(s.row, s.row2, p_.width));
+  }
+
+  const StepParams& p_;
+  const Threads& threads_;
+  const int64_t* rows_;
+  int64_t n_rows_;
+  float* ref_;
+  uint8_t* redo_;
+  RoundKeys<S> keys_;
+  int64_t panels_, tiles_, blocks_, splits_, tile_stride_;
+};
+
+template <class S, bool kNoise>
+void step_with_logits(const StepParams& p, const Threads& threads) {
+  std::vector<float> ref(size_t(p.n_rows), 0.0f);
+  std::vector<uint8_t> redo(size_t(p.n_rows), 0);
+  if (kNoise)
+    for (int64_t i = 0; i < p.n_rows; ++i) {
+      const float highest = kMaxNormal * p.std[i];
+      if (highest > kLargest) ref[size_t(i)] = highest - kLargest;
+    }
+  Step<S, true, kNoise>(p, threads, nullptr, p.n_rows, ref.data(), redo.data()).run();
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < p.n_rows; ++i)
+    if (redo[size_t(i)]) rows.push_back(i);
+  if (!rows.empty()) Step<S, true, kNoise>(p, threads, rows.data(), int64_t(rows.size()), ref.data(), redo.data()).run();
+}
+
+template <class S>
+void step_fwd(const StepParams& p, const Threads& threads) {
+  if (p.n_rows == 0) return;
+  if (!p.mu)
+    Step<S, false, false>(p, threads, nullptr, p.n_rows, nullptr, nullptr).run();
+  else if (p.std)
+    step_with_logits<S, true>(p, threads);
+  else
+    step_with_logits<S, false>(p, threads);
+}
+
+// bias[j] = -||E_j||^2 / 2, summed in float64: next to it the scores of near tokens cancel.
+template <class S>
+void bias(const void* table, DType dtype, int64_t table_stride, int64_t n_vocab, int64_t width, float* out,
+          const Threads& threads) {
+  constexpr int64_t kRows = 512;
+  const int64_t tasks = ceil_div(n_vocab, kRows);
+  std::vector<Buffer<float>> rows;
+  for (int64_t i = 0; i < threads.count; ++i) rows.emplace_back(width);
+  share(threads, tasks, [&](int64_t worker, int64_t task) {
+    float* row = rows[size_t(worker)];
+    for (int64_t j = task * kRows; j < least(n_vocab, (task + 1) * kRows); ++j) {
+      const void* source = at(table, dtype, j * table_stride);
+      if (dtype != DType::kFloat32) widen<S>(source, dtype, width, row);
+      const float* values = dtype == DType::kFloat32 ? static_cast<const float*>(source) : row;
+      out[j] = float(-0.5 * sum_of_squares(values, width));
+    }
+  });
+}
+
+// out[i][j] = eps_ij, the noise field itself.
+template <class S>
+void gaussian(const int64_t* row_ids, int64_t row_offset, int64_t n_rows, int64_t n_cols, uint32_t key,
+              uint32_t row_shift, float* out, const Threads& threads) {
+  const RoundKeys<S> keys(key);
+  share(threads, ceil_div(n_rows, S::kLanes), [&](int64_t, int64_t task) {
+    const int64_t first = task * S::kLanes, count = least(S::kLanes, n_rows - first);
+    alignas(64) int32_t rows[S::kLanes] = {};
+    alignas(64) float pair[2][S::kLanes];
+    for (int64_t i = 0; i < count; ++i) rows[i] = int32_t(row_id(row_ids, row_offset, first + i) + row_shift);
+    const auto noise_row = S::load_int(rows);
+    for (int64_t j = 0; j < n_cols; j += 2) {
+      typename S::I r0, r1;
+      typename S::F even, odd;
+      philox<S>(uint32_t(j >> 1), noise_row, keys, r0, r1);
+      box_muller<S>(r0, r1, even, odd);
+      S::store(pair[0], even);
+      S::store(pair[1], odd);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t k = 0; k < least(2, n_cols - j); ++k) out[(first + i) * n_cols + j + k] = pair[k][i];
+    }
+  });
+}
+
+}  // namespace
+}  // namespace smoothie

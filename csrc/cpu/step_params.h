@@ -1,0 +1,54 @@
+// What one call of the step needs, as plain data: pointers with their shapes, strides in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace smoothie {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct StepParams {
+  // inputs
+  const void* x;         // [N, D] contiguous, x_dtype
+  const void* table;     // [V, D] unit inner stride, table_dtype
+  const float* bias;     // [V]    -||E_j||^2 / 2
+  const float* mu;       // [N]    nullptr: nearest token only
+  const float* std;      // [N]    nullptr: no noise anywhere
+  const int64_t* row_ids;  // [N]  nullptr: row_offset + i
+  int64_t row_offset;
+  int64_t n_rows, n_vocab, width;  // N, V, D
+  int64_t table_stride;
+  DType x_dtype, table_dtype;
+  float sigma_min;
+  uint32_t noise_key, noise_row_shift;  // Philox4x32-10 of (seed, offset), see philox.h
+
+  // outputs
+  void* smoothed;         // [N, D] contiguous, x_dtype
+  int64_t* tokens;        // [N]
+  int64_t* noisy_tokens;  // [N]
+  float* lse;             // [N]
+  float* distance;        // [N]    nearest token only: ||x_i - E_tokens_i||^2
+};
+
+// Runs body(context, i) for i in [0, count), on as many threads as the host program lends.
+struct Threads {
+  int count;
+  void (*run)(int64_t count, void (*body)(void* context, int64_t i), void* context);
+};
+
+// One tier of the kernel: the same source built for one instruction set.
+struct Tier {
+  const char* name;
+  bool (*supported)();
+  void (*step_fwd)(const StepParams&, const Threads&);
+  void (*bias)(const void* table, DType dtype, int64_t table_stride, int64_t n_vocab, int64_t width, float* bias,
+               const Threads&);
+  void (*gaussian)(const int64_t* row_ids, int64_t row_offset, int64_t n_rows, int64_t n_cols, uint32_t key,
+                   uint32_t row_shift, float* out, const Threads&);
+};
+
+extern const Tier kTierScalar;
+extern const Tier kTierAvx2;
+extern const Tier kTierAvx512;
+
+}  // namespace smoothie

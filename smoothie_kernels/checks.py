@@ -1,0 +1,152 @@
+"""Every rule on input and its message. Shapes, types and devices here; values where the tensors are read (library.py)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("auto", "reference", "cpu", "triton")
+MAX_ROW_ID = 2**32
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _shape(shape: torch.Size) -> str:
+    return f"[{', '.join(str(n) for n in shape)}]"
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
+def _check_float_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def check_table(embeddings: object) -> None:
+    _check_float_tensor("embeddings", embeddings)
+    assert isinstance(embeddings, Tensor)
+    if embeddings.dim() != 2:
+        raise ValueError(f"embeddings must have shape [V, D], got {_shape(embeddings.shape)}")
+    if embeddings.shape[0] == 0 or embeddings.shape[1] == 0:
+        raise ValueError(f"embeddings must have at least one row and one column, got {_shape(embeddings.shape)}")
+    if embeddings.shape[0] >= 2**31:
+        raise ValueError(f"embeddings must have fewer than 2**31 rows, got {embeddings.shape[0]}")
+
+
+def check_x(x: object, embeddings: Tensor) -> None:
+    _check_float_tensor("x", x)
+    assert isinstance(x, Tensor)
+    if x.dim() == 0 or x.shape[-1] != embeddings.shape[1]:
+        raise ValueError(f"x must have shape [..., D] with D = {embeddings.shape[1]} as in embeddings, got {_shape(x.shape)}")
+    if x.device != embeddings.device:
+        raise ValueError(f"x must be on the device of embeddings, {embeddings.device}, got {x.device}")
+    if (x.dtype == torch.float64) != (embeddings.dtype == torch.float64):
+        raise TypeError(f"x and embeddings must both be float64 or neither, got {x.dtype} and {embeddings.dtype}")
+
+
+def check_topk(topk: object, recall_target: object) -> None:
+    if topk is not None:
+        raise ValueError(f"topk must be None: top-k is not implemented yet, got {topk!r}")
+    if recall_target != 1.0:
+        raise ValueError(f"recall_target must be 1.0 while topk is None, got {recall_target!r}")
+
+
+def check_sigma_min(sigma_min: object) -> None:
+    if not _is_number(sigma_min):
+        raise TypeError(f"sigma_min must be a number, got {_kind(sigma_min)}")
+    if not (sigma_min > 0 and sigma_min < math.inf):  # type: ignore[operator]
+        raise ValueError(f"sigma_min must be positive and finite, got {sigma_min}")
+
+
+def per_row(name: str, value: object, x: Tensor) -> Tensor:
+    """`value`, a number or a tensor that broadcasts to the rows of x, as one number per row; shape (N,)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.shape[:-1]
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number or tensor, got {_kind(value)}")
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require grad: the step has no gradient for it")
+        if value.dim() > 0 and value.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+        if value.dim() > len(rows) or any(v not in (1, n) for v, n in zip(value.shape[::-1], rows[::-1], strict=False)):
+            raise ValueError(f"{name} must broadcast to x.shape[:-1] = {_shape(rows)}, got {_shape(value.shape)}")
+        return value.to(device=x.device, dtype=dtype).expand(rows).reshape(rows.numel())
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number or a tensor, got {_kind(value)}")
+    check_values(name, value)  # type: ignore[arg-type]
+    return torch.full((rows.numel(),), value, dtype=dtype, device=x.device)  # type: ignore[arg-type]
+
+
+def check_values(name: str, value: float | Tensor) -> None:
+    """mu finite; std finite and not negative."""
+    low, high = (float(value.min()), float(value.max())) if isinstance(value, Tensor) else (value, value)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} must be finite, got {low if not math.isfinite(low) else high}")
+    if name == "std" and low < 0:
+        raise ValueError(f"std must not be negative, got {low}")
+
+
+def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> Tensor | None:
+    """`row_ids` as int64 of shape (N,), or None."""
+    if not _is_integer(row_offset):
+        raise TypeError(f"row_offset must be an int, got {_kind(row_offset)}")
+    rows = x.shape[:-1]
+    if row_ids is None:
+        if row_offset < 0 or row_offset + rows.numel() > MAX_ROW_ID:  # type: ignore[operator]
+            raise ValueError(
+                f"row_offset must keep row ids in [0, 2**32), got {row_offset} with {rows.numel()} rows"
+            )
+        return None
+    if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64:
+        raise TypeError(f"row_ids must be an int64 tensor, got {_kind(row_ids)}")
+    if row_offset != 0:
+        raise ValueError(f"row_offset must be 0 where row_ids are given, got {row_offset}")
+    if row_ids.shape != rows:
+        raise ValueError(f"row_ids must have the shape of x.shape[:-1], {_shape(rows)}, got {_shape(row_ids.shape)}")
+    if row_ids.device != x.device:
+        raise ValueError(f"row_ids must be on the device of x, {x.device}, got {row_ids.device}")
+    return row_ids.reshape(rows.numel())
+
+
+def check_row_id_values(row_ids: Tensor) -> None:
+    low, high = int(row_ids.min()), int(row_ids.max())
+    if low < 0 or high >= MAX_ROW_ID:
+        raise ValueError(f"row_ids must be in [0, 2**32), got {low if low < 0 else high}")
+
+
+def check_finite_table(bias: Tensor) -> None:
+    """The bias holds every row's squared norm: it is finite where the table is."""
+    finite = torch.isfinite(bias)
+    if not bool(finite.all()):
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"embeddings must be finite, with squared norms that float32 holds; row {row} is not")
+
+
+def word(name: str, value: object) -> Tensor:
+    """`value` as a 0-d int64 tensor: 64 bits, in two's complement from 2**63 on."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {_kind(value)} of shape {_shape(value.shape)}")
+        return value
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {_kind(value)}")
+    if not -(2**63) <= value < 2**64:  # type: ignore[operator]
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return torch.full((), value if value < 2**63 else value - 2**64, dtype=torch.int64)  # type: ignore[operator]

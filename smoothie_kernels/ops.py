@@ -1,0 +1,137 @@
+"""The public operators: contract, then check, pick, call, and nothing else."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smoothie_kernels import checks
+from smoothie_kernels.library import operators
+from smoothie_kernels.vocabulary import Vocabulary, as_vocabulary
+
+
+class SmoothieStep(NamedTuple):
+    """What one step gives for every row."""
+
+    smoothed: Tensor  # (..., D) in x.dtype: softmax(logits) @ embeddings
+    tokens: Tensor  # (...) int64: the nearest token
+    noisy_tokens: Tensor  # (...) int64: the token of the largest noisy logit
+    lse: Tensor  # (...) float32: logsumexp of the noisy logits
+    topk: None = None  # reserved for the largest noisy logits
+
+
+class NearestToken(NamedTuple):
+    """The nearest token of every row."""
+
+    tokens: Tensor  # (...) int64
+    distance: Tensor  # (...) float32: squared Euclidean distance to that token's embedding
+
+
+def fused_smoothie_step(
+    x: Tensor,
+    embeddings: Tensor | Vocabulary,
+    mu: float | Tensor,
+    std: float | Tensor,
+    *,
+    sigma_min: float = 1.5,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+    row_offset: int = 0,
+    row_ids: Tensor | None = None,
+    topk: None = None,
+    recall_target: float = 1.0,
+    backend: str = "auto",
+) -> SmoothieStep:
+    """One step of Smoothie: distances to all tokens, noise, softmax over the vocabulary, mean embedding.
+
+    Equal to, without ever holding a tensor of rows x vocabulary::
+
+        D = -torch.cdist(x.double(), E.double()).square() / (2 * sigma_min**2)
+        eps = noise.gaussian(N, V, seed=seed, offset=offset, row_offset=row_offset, row_ids=row_ids)
+        logits = mu[:, None] * D + std[:, None] * eps
+        smoothed, lse = logits.softmax(-1) @ E.double(), logits.logsumexp(-1)
+        tokens, noisy_tokens = D.argmax(-1), logits.argmax(-1)
+
+    Args:
+        x: (..., D) float32, bfloat16, float16 (float64 with the reference backend). All leading dimensions are rows.
+        embeddings: (V, D) table of any of these types on x's device, or a `Vocabulary` of it, which checks the table
+            and computes what depends on it alone once.
+        mu: weight of the distances; a number or a tensor that broadcasts to `x.shape[:-1]`.
+        std: standard deviation of the noise, not negative; likewise. The number 0 leaves the noise out.
+        sigma_min: scale of the distances, > 0.
+        seed: 64 bits that name the noise field. None draws one from torch's default generator, so that
+            `torch.manual_seed` rules. An int, or a 0-d int64 tensor.
+        offset: 64 bits, the caller's step counter: every offset has a fresh field. An int, or a 0-d int64 tensor.
+        row_offset: row i of x (in order of the flattened leading dimensions) has the row id `row_offset + i`.
+        row_ids: int64, shape `x.shape[:-1]`: the row ids themselves, in [0, 2**32), instead of `row_offset`.
+        topk: reserved; None.
+        recall_target: reserved; 1.0.
+        backend: "auto", or "reference", "cpu", "triton" by name.
+
+    Returns:
+        SmoothieStep(smoothed, tokens, noisy_tokens, lse, topk=None). Ties go to the lowest token. A row with a
+        non-finite x has NaN in smoothed and lse.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name, with what was wanted and what came.
+        RuntimeError: the named backend cannot run here, and why.
+
+    Sums are float32 (float64 for float64 input). The noise is a function of (seed, offset, row id, token) alone: it
+    does not depend on backend, device, threads, or on how rows are split into calls. The same call on the same machine
+    gives the same bits. Gradients are not implemented yet. Equations 4, 5 of arXiv 2505.18853 and its sampling step.
+    """
+    vocabulary = as_vocabulary(embeddings, backend)
+    checks.check_backend(backend)
+    checks.check_x(x, vocabulary.embeddings)
+    checks.check_topk(topk, recall_target)
+    checks.check_sigma_min(sigma_min)
+    shape, rows = x.shape[:-1], x.shape[:-1].numel()
+    smoothed, tokens, noisy_tokens, lse = operators().step_fwd(
+        x.reshape(rows, x.shape[-1]),
+        vocabulary.embeddings,
+        vocabulary.bias,
+        checks.per_row("mu", mu, x),
+        checks.per_row("std", std, x),
+        checks.check_row_ids(row_ids, row_offset, x),
+        checks.word("seed", _draw_seed() if seed is None else seed),
+        checks.word("offset", offset),
+        row_offset,
+        float(sigma_min),
+        not (isinstance(std, int | float) and std == 0),
+        backend,
+    )
+    return SmoothieStep(smoothed.view(x.shape), tokens.view(shape), noisy_tokens.view(shape), lse.view(shape))
+
+
+def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = "auto") -> NearestToken:
+    """The nearest token of every row, and how far it is.
+
+    Equal to, without ever holding a tensor of rows x vocabulary::
+
+        distance, tokens = torch.cdist(x.double(), E.double()).square().min(-1)
+
+    Args:
+        x: (..., D) float32, bfloat16, float16 (float64 with the reference backend).
+        embeddings: (V, D) table on x's device, or a `Vocabulary`.
+        backend: "auto", or "reference", "cpu", "triton" by name.
+
+    Returns:
+        NearestToken(tokens, distance). Ties go to the lowest token; distance is computed directly from the winner's
+        embedding, so it does not suffer from cancellation. Tokens nearer to each other than float32 rounding of
+        the scores (relative 1e-6 of ||x||^2) count as ties.
+
+    Raises:
+        TypeError, ValueError: a bad argument. RuntimeError: the named backend cannot run here, and why.
+    """
+    vocabulary = as_vocabulary(embeddings, backend)
+    checks.check_backend(backend)
+    checks.check_x(x, vocabulary.embeddings)
+    shape, rows = x.shape[:-1], x.shape[:-1].numel()
+    tokens, distance = operators().nearest_fwd(
+        x.reshape(rows, x.shape[-1]), vocabulary.embeddings, vocabulary.bias, backend
+    )
+    return NearestToken(tokens.view(shape), distance.view(shape))
+
+
+def _draw_seed() -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)

@@ -1,0 +1,55 @@
+"""What is computed once per embedding table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smoothie_kernels import checks
+from smoothie_kernels.library import operators
+
+
+class Vocabulary:
+    """An embedding table with what the kernels need of it: build it once, pass it for `embeddings` to every call.
+
+    Holds the table itself and the column bias -||E_j||^2 / 2 in float32 (float64 for a float64 table), 4 V bytes.
+    The kernels read the table as it stands in memory, so nothing is copied, unless its rows are not contiguous.
+
+    Args:
+        embeddings: (V, D) float32, bfloat16, float16 or float64, all finite.
+        backend: which backend computes the bias.
+
+    Raises:
+        TypeError, ValueError: not such a tensor; V = 0 or D = 0; an entry that is not finite, or a row whose squared
+            norm overflows float32.
+
+    The bias does not follow later changes of the table: build a new Vocabulary after an optimizer step.
+    """
+
+    embeddings: Tensor  # (V, D)
+    bias: Tensor  # (V,)
+
+    def __init__(self, embeddings: Tensor, *, backend: str = "auto") -> None:
+        checks.check_backend(backend)
+        checks.check_table(embeddings)
+        self.embeddings = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
+        self.bias = operators().column_bias(self.embeddings, backend)
+
+    def to(self, device: torch.device | str) -> Vocabulary:
+        """This vocabulary on another device; itself where it is there already."""
+        if torch.device(device) == self.embeddings.device:
+            return self
+        moved = object.__new__(Vocabulary)
+        moved.embeddings, moved.bias = self.embeddings.to(device), self.bias.to(device)
+        return moved
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+    def __repr__(self) -> str:
+        v, d = self.embeddings.shape
+        return f"Vocabulary(V={v}, D={d}, dtype={self.embeddings.dtype}, device='{self.embeddings.device}')"
+
+
+def as_vocabulary(embeddings: Tensor | Vocabulary, backend: str) -> Vocabulary:
+    return embeddings if isinstance(embeddings, Vocabulary) else Vocabulary(embeddings, backend=backend)
