@@ -1,6 +1,7 @@
-"""Every rule on input and its message. Shapes, types and devices here; values where the tensors are read (library.py)."""
+"""Every rule on input and its message. Shapes, types and devices here, values in library.py."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 MAX_ROW_ID = 2**32
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+def _number(name: str, value: object, wanted: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
+    return cast(float, value)  # symbolic numbers stay symbolic
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+def _integer(name: str, value: object, wanted: str = "an int") -> int:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
+    return cast(int, value)
 
 
 def _kind(value: object) -> str:
@@ -31,29 +36,30 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
-def _check_float_tensor(name: str, value: object) -> None:
+def _float_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
 
 
 def check_table(embeddings: object) -> None:
-    _check_float_tensor("embeddings", embeddings)
-    assert isinstance(embeddings, Tensor)
-    if embeddings.dim() != 2:
-        raise ValueError(f"embeddings must have shape [V, D], got {_shape(embeddings.shape)}")
-    if embeddings.shape[0] == 0 or embeddings.shape[1] == 0:
-        raise ValueError(f"embeddings must have at least one row and one column, got {_shape(embeddings.shape)}")
-    if embeddings.shape[0] >= 2**31:
-        raise ValueError(f"embeddings must have fewer than 2**31 rows, got {embeddings.shape[0]}")
+    shape = _float_tensor("embeddings", embeddings).shape
+    if len(shape) != 2:
+        raise ValueError(f"embeddings must have shape [V, D], got {_shape(shape)}")
+    if shape[0] == 0 or shape[1] == 0:
+        raise ValueError(f"embeddings must have at least one row and one column, got {_shape(shape)}")
+    if shape[0] >= 2**31:
+        raise ValueError(f"embeddings must have fewer than 2**31 rows, got {shape[0]}")
 
 
 def check_x(x: object, embeddings: Tensor) -> None:
-    _check_float_tensor("x", x)
-    assert isinstance(x, Tensor)
+    x = _float_tensor("x", x)
     if x.dim() == 0 or x.shape[-1] != embeddings.shape[1]:
-        raise ValueError(f"x must have shape [..., D] with D = {embeddings.shape[1]} as in embeddings, got {_shape(x.shape)}")
+        raise ValueError(
+            f"x must have shape [..., D] with D = {embeddings.shape[1]} as in embeddings, got {_shape(x.shape)}"
+        )
     if x.device != embeddings.device:
         raise ValueError(f"x must be on the device of embeddings, {embeddings.device}, got {x.device}")
     if (x.dtype == torch.float64) != (embeddings.dtype == torch.float64):
@@ -68,10 +74,9 @@ def check_topk(topk: object, recall_target: object) -> None:
 
 
 def check_sigma_min(sigma_min: object) -> None:
-    if not _is_number(sigma_min):
-        raise TypeError(f"sigma_min must be a number, got {_kind(sigma_min)}")
-    if not (sigma_min > 0 and sigma_min < math.inf):  # type: ignore[operator]
-        raise ValueError(f"sigma_min must be positive and finite, got {sigma_min}")
+    value = _number("sigma_min", sigma_min)
+    if not 0 < value < math.inf:
+        raise ValueError(f"sigma_min must be positive and finite, got {value}")
 
 
 def per_row(name: str, value: object, x: Tensor) -> Tensor:
@@ -88,10 +93,14 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
         if value.dim() > len(rows) or any(v not in (1, n) for v, n in zip(value.shape[::-1], rows[::-1], strict=False)):
             raise ValueError(f"{name} must broadcast to x.shape[:-1] = {_shape(rows)}, got {_shape(value.shape)}")
         return value.to(device=x.device, dtype=dtype).expand(rows).reshape(rows.numel())
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number or a tensor, got {_kind(value)}")
-    check_values(name, value)  # type: ignore[arg-type]
-    return torch.full((rows.numel(),), value, dtype=dtype, device=x.device)  # type: ignore[arg-type]
+    number = _number(name, value, "a number or a tensor")
+    check_values(name, number)
+    return torch.full((rows.numel(),), number, dtype=dtype, device=x.device)
+
+
+def check_count(name: str, value: object) -> None:
+    if _integer(name, value) < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def check_values(name: str, value: float | Tensor) -> None:
@@ -105,19 +114,15 @@ def check_values(name: str, value: float | Tensor) -> None:
 
 def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> Tensor | None:
     """`row_ids` as int64 of shape (N,), or None."""
-    if not _is_integer(row_offset):
-        raise TypeError(f"row_offset must be an int, got {_kind(row_offset)}")
-    rows = x.shape[:-1]
+    first, rows = _integer("row_offset", row_offset), x.shape[:-1]
     if row_ids is None:
-        if row_offset < 0 or row_offset + rows.numel() > MAX_ROW_ID:  # type: ignore[operator]
-            raise ValueError(
-                f"row_offset must keep row ids in [0, 2**32), got {row_offset} with {rows.numel()} rows"
-            )
+        if first < 0 or first + rows.numel() > MAX_ROW_ID:
+            raise ValueError(f"row_offset must keep row ids in [0, 2**32), got {first} with {rows.numel()} rows")
         return None
     if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64:
         raise TypeError(f"row_ids must be an int64 tensor, got {_kind(row_ids)}")
-    if row_offset != 0:
-        raise ValueError(f"row_offset must be 0 where row_ids are given, got {row_offset}")
+    if first != 0:
+        raise ValueError(f"row_offset must be 0 where row_ids are given, got {first}")
     if row_ids.shape != rows:
         raise ValueError(f"row_ids must have the shape of x.shape[:-1], {_shape(rows)}, got {_shape(row_ids.shape)}")
     if row_ids.device != x.device:
@@ -141,12 +146,12 @@ def check_finite_table(bias: Tensor) -> None:
 
 def word(name: str, value: object) -> Tensor:
     """`value` as a 0-d int64 tensor: 64 bits, in two's complement from 2**63 on."""
+    wanted = "an int or a 0-d int64 tensor"
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
-            raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {_kind(value)} of shape {_shape(value.shape)}")
+            raise TypeError(f"{name} must be {wanted}, got {_kind(value)} of shape {_shape(value.shape)}")
         return value
-    if not _is_integer(value):
-        raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {_kind(value)}")
-    if not -(2**63) <= value < 2**64:  # type: ignore[operator]
-        raise ValueError(f"{name} must fit in 64 bits, got {value}")
-    return torch.full((), value if value < 2**63 else value - 2**64, dtype=torch.int64)  # type: ignore[operator]
+    bits = _integer(name, value, wanted)
+    if not -(2**63) <= bits < 2**64:
+        raise ValueError(f"{name} must fit in 64 bits, got {bits}")
+    return torch.full((), bits if bits < 2**63 else bits - 2**64, dtype=torch.int64)

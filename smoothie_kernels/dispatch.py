@@ -30,12 +30,18 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleT
 
 @cache
 def _first_that_runs(device_type: str, dtype: torch.dtype) -> ModuleType:
-    passed_over = []
+    passed_over: list[str] = []
     for name in BACKENDS:
         backend = load(name)
         reason = backend.supports(device_type, dtype)
         if not reason:
-            logger.info("backend %r for %s tensors of %s; %s", name, device_type, dtype, "; ".join(passed_over) or "first choice")
+            logger.info(
+                "backend %r for %s tensors of %s; %s",
+                name,
+                device_type,
+                dtype,
+                "; ".join(passed_over) or "first choice",
+            )
             return backend
         passed_over.append(f"not {name!r}: {reason}")
     raise RuntimeError(f"no backend runs on {device_type} tensors of {dtype}: {'; '.join(passed_over)}")

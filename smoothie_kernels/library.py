@@ -1,10 +1,8 @@
 """The operators as PyTorch knows them: schema, fake kernels and the one implementation that calls a backend.
 
-Values of tensors are checked here and not in checks.py, because this code runs on real tensors also under torch.compile.
+Values of tensors are checked from here, because this code runs on real tensors also under torch.compile.
 On a GPU they are not: reading them would make the host wait for the device.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +12,21 @@ from smoothie_kernels import checks
 from smoothie_kernels.dispatch import pick_backend
 
 
-def operators() -> Any:
-    """torch.ops.smoothie_kernels: step_fwd, nearest_fwd, column_bias, gaussian."""
-    return torch.ops.smoothie_kernels
-
-
 @custom_op("smoothie_kernels::column_bias", mutates_args=())
-def _column_bias(embeddings: Tensor, backend: str) -> Tensor:
+def column_bias(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
     bias: Tensor = pick_backend(backend, embeddings.device, embeddings.dtype).column_bias(embeddings)
-    checks.check_finite_table(bias)
+    if check_finite:
+        checks.check_finite_table(bias)
     return bias
 
 
-@_column_bias.register_fake
-def _(embeddings: Tensor, backend: str) -> Tensor:
+@column_bias.register_fake
+def _(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
     return embeddings.new_empty(embeddings.shape[0], dtype=_sum_dtype(embeddings))
 
 
 @custom_op("smoothie_kernels::step_fwd", mutates_args=())
-def _step_fwd(
+def step_fwd(
     x: Tensor,  # [N, D]
     embeddings: Tensor,  # [V, D], rows contiguous
     bias: Tensor,  # [V]
@@ -61,7 +55,7 @@ def _step_fwd(
     return outputs
 
 
-@_step_fwd.register_fake
+@step_fwd.register_fake
 def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_step(x)
 
@@ -73,7 +67,7 @@ def _empty_step(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @custom_op("smoothie_kernels::nearest_fwd", mutates_args=())
-def _nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
         return _empty_nearest(x)
     outputs: tuple[Tensor, Tensor] = pick_backend(backend, x.device, x.dtype).nearest_fwd(
@@ -82,7 +76,7 @@ def _nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> t
     return outputs
 
 
-@_nearest_fwd.register_fake
+@nearest_fwd.register_fake
 def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _empty_nearest(x)
 
@@ -92,7 +86,7 @@ def _empty_nearest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @custom_op("smoothie_kernels::gaussian", mutates_args=())
-def _gaussian(
+def gaussian(
     like: Tensor, cols: int, row_ids: Tensor | None, seed: Tensor, offset: Tensor, row_offset: int, backend: str
 ) -> Tensor:  # like: [N, 0], for the number of rows and the device
     out = like.new_empty(like.shape[0], cols)
@@ -106,7 +100,7 @@ def _gaussian(
     return field
 
 
-@_gaussian.register_fake
+@gaussian.register_fake
 def _(like: Tensor, cols: int, *_: object) -> Tensor:
     return like.new_empty(like.shape[0], cols)
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from smoothie_kernels import checks
+from smoothie_kernels import checks, library
 
 ROUNDS = 10
 MULTIPLIER = 0xD256D193  # Philox2x32, Random123
@@ -48,17 +48,15 @@ def gaussian(
 
     Backends agree in every 32-bit word; their normals lie within 5e-5 (rms 2e-6) of the float64 values.
     """
-    from smoothie_kernels.library import operators
-
     checks.check_backend(backend)
-    for name, value in (("rows", rows), ("cols", cols)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be a non-negative int, got {value!r}")
+    checks.check_count("rows", rows)
+    checks.check_count("cols", cols)
     device = row_ids.device if isinstance(row_ids, Tensor) and device is None else torch.device(device or "cpu")
     shape_of_rows = torch.empty(rows, 0, device=device)
     ids = checks.check_row_ids(row_ids, row_offset, shape_of_rows)
     seed, offset = checks.word("seed", seed), checks.word("offset", offset)
-    return operators().gaussian(shape_of_rows, cols, ids, seed, offset, row_offset, backend)
+    field: Tensor = library.gaussian(shape_of_rows, cols, ids, seed, offset, row_offset, backend)
+    return field
 
 
 def noise_key(seed: int, offset: int) -> tuple[int, int]:

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels import checks
-from smoothie_kernels.library import operators
+from smoothie_kernels import checks, library
 from smoothie_kernels.vocabulary import Vocabulary, as_vocabulary
 
 
@@ -86,7 +85,7 @@ def fused_smoothie_step(
     checks.check_topk(topk, recall_target)
     checks.check_sigma_min(sigma_min)
     shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    smoothed, tokens, noisy_tokens, lse = operators().step_fwd(
+    smoothed, tokens, noisy_tokens, lse = library.step_fwd(
         x.reshape(rows, x.shape[-1]),
         vocabulary.embeddings,
         vocabulary.bias,
@@ -127,7 +126,7 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
     shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    tokens, distance = operators().nearest_fwd(
+    tokens, distance = library.nearest_fwd(
         x.reshape(rows, x.shape[-1]), vocabulary.embeddings, vocabulary.bias, backend
     )
     return NearestToken(tokens.view(shape), distance.view(shape))

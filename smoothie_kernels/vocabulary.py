@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smoothie_kernels import checks
-from smoothie_kernels.library import operators
+from smoothie_kernels import checks, library
 
 
 class Vocabulary:
@@ -18,6 +17,7 @@ class Vocabulary:
     Args:
         embeddings: (V, D) float32, bfloat16, float16 or float64, all finite.
         backend: which backend computes the bias.
+        check_finite: whether to look; on a GPU looking makes the host wait for the device.
 
     Raises:
         TypeError, ValueError: not such a tensor; V = 0 or D = 0; an entry that is not finite, or a row whose squared
@@ -29,11 +29,11 @@ class Vocabulary:
     embeddings: Tensor  # (V, D)
     bias: Tensor  # (V,)
 
-    def __init__(self, embeddings: Tensor, *, backend: str = "auto") -> None:
+    def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
         checks.check_backend(backend)
         checks.check_table(embeddings)
         self.embeddings = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
-        self.bias = operators().column_bias(self.embeddings, backend)
+        self.bias = library.column_bias(self.embeddings.detach(), check_finite, backend)
 
     def to(self, device: torch.device | str) -> Vocabulary:
         """This vocabulary on another device; itself where it is there already."""
@@ -52,4 +52,8 @@ class Vocabulary:
 
 
 def as_vocabulary(embeddings: Tensor | Vocabulary, backend: str) -> Vocabulary:
-    return embeddings if isinstance(embeddings, Vocabulary) else Vocabulary(embeddings, backend=backend)
+    """`embeddings`, or the Vocabulary of a bare table; on a CPU, where looking is cheap, that is checked every time."""
+    if isinstance(embeddings, Vocabulary):
+        return embeddings
+    on_cpu = isinstance(embeddings, Tensor) and embeddings.device.type == "cpu"
+    return Vocabulary(embeddings, backend=backend, check_finite=on_cpu)

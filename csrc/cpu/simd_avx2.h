@@ -29,6 +29,7 @@ struct Avx2 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max_or_nan(F bound, F v) { return _mm256_max_ps(bound, v); }  // the second operand's NaN comes through
   static F min_or_nan(F bound, F v) { return _mm256_min_ps(bound, v); }
+  static F greater_or_second(F a, F b) { return _mm256_max_ps(a, b); }  // a > b ? a : b
   static F sqrt(F v) { return _mm256_sqrt_ps(v); }
   static Mask greater(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
   static Mask negative(I v) { return v; }

@@ -56,6 +56,7 @@ struct Scalar {
   static F fma(F a, F b, F c) { return a * b + c; }
   static F max_or_nan(F bound, F v) { return select(bound > v, bound, v); }  // NaN compares false and comes through
   static F min_or_nan(F bound, F v) { return select(bound < v, bound, v); }
+  static F greater_or_second(F a, F b) { return select(a > b, a, b); }
   static F sqrt(F v) { return F{std::sqrt(v[0]), std::sqrt(v[1]), std::sqrt(v[2]), std::sqrt(v[3])}; }
   static Mask greater(F a, F b) { return a > b; }
   static Mask negative(I v) { return v >> 31; }

@@ -102,12 +102,13 @@ template <class S>
 struct Scratch {
   Buffer<float> xt;    // [panel][D][lanes of the panel]
   Buffer<float> p;     // [kTile][lanes of the panel]
+  Buffer<float> eps;   // [kTile][kLanes]
   Buffer<float> row;   // [D]
   Buffer<float> row2;  // [D]
   Buffer<float> tile;  // [kTile][D, padded], only where the table is not fp32
 
   Scratch(int64_t vectors, int64_t width, int64_t tile_size)
-      : xt(vectors * S::kLanes * width), p(kTile * 2 * S::kLanes), row(width), row2(width), tile(tile_size) {}
+      : xt(vectors * S::kLanes * width), p(kTile * 2 * S::kLanes), eps(kTile * S::kLanes), row(width), row2(width), tile(tile_size) {}
 };
 
 template <class S, bool kLogits, bool kNoise>
@@ -219,7 +220,7 @@ class Step {
     const int64_t at = panel * p_.width * kPanel;
     score<S, kVectors>(tile, stride, p_.bias + first, s.xt + at, p_.width, count, s.p);
     for (int n = 0; n < kVectors; ++n)
-      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, first, count, keys_, partial.state[panel * 2 + n]);
+      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, first, count, keys_, s.eps, partial.state[panel * 2 + n]);
     if constexpr (kLogits) gather<S, kVectors>(tile, stride, s.p, p_.width, count, partial.ot + at);
   }
 
@@ -283,18 +284,18 @@ class Step {
 
 template <class S, bool kNoise>
 void step_with_logits(const StepParams& p, const Threads& threads) {
-  std::vector<float> ref(size_t(p.n_rows), 0.0f);
-  std::vector<uint8_t> redo(size_t(p.n_rows), 0);
-  if (kNoise)
-    for (int64_t i = 0; i < p.n_rows; ++i) {
-      const float highest = kMaxNormal * p.std[i];
-      if (highest > kLargest) ref[size_t(i)] = highest - kLargest;
-    }
-  Step<S, true, kNoise>(p, threads, nullptr, p.n_rows, ref.data(), redo.data()).run();
-  std::vector<int64_t> rows;
+  Buffer<float> ref(p.n_rows);
+  Buffer<uint8_t> redo(p.n_rows);
+  for (int64_t i = 0; i < p.n_rows; ++i) {
+    const float highest = kNoise ? kMaxNormal * p.std[i] : 0.0f;
+    ref[i] = highest > kLargest ? highest - kLargest : 0.0f;
+  }
+  Step<S, true, kNoise>(p, threads, nullptr, p.n_rows, ref, redo).run();
+  Buffer<int64_t> rows(p.n_rows);
+  int64_t n_rows = 0;
   for (int64_t i = 0; i < p.n_rows; ++i)
-    if (redo[size_t(i)]) rows.push_back(i);
-  if (!rows.empty()) Step<S, true, kNoise>(p, threads, rows.data(), int64_t(rows.size()), ref.data(), redo.data()).run();
+    if (redo[i]) rows[n_rows++] = i;
+  if (n_rows) Step<S, true, kNoise>(p, threads, rows, n_rows, ref, redo).run();
 }
 
 template <class S>
@@ -335,18 +336,13 @@ void gaussian(const int64_t* row_ids, int64_t row_offset, int64_t n_rows, int64_
   share(threads, ceil_div(n_rows, S::kLanes), [&](int64_t, int64_t task) {
     const int64_t first = task * S::kLanes, count = least(S::kLanes, n_rows - first);
     alignas(64) int32_t rows[S::kLanes] = {};
-    alignas(64) float pair[2][S::kLanes];
+    alignas(64) float eps[kTile * S::kLanes];
     for (int64_t i = 0; i < count; ++i) rows[i] = int32_t(row_id(row_ids, row_offset, first + i) + row_shift);
-    const auto noise_row = S::load_int(rows);
-    for (int64_t j = 0; j < n_cols; j += 2) {
-      typename S::I r0, r1;
-      typename S::F even, odd;
-      philox<S>(uint32_t(j >> 1), noise_row, keys, r0, r1);
-      box_muller<S>(r0, r1, even, odd);
-      S::store(pair[0], even);
-      S::store(pair[1], odd);
+    for (int64_t j = 0; j < n_cols; j += kTile) {
+      const int64_t cols = least(kTile, n_cols - j);
+      normals<S>(uint32_t(j >> 1), (cols + 1) / 2, S::load_int(rows), keys, eps);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t k = 0; k < least(2, n_cols - j); ++k) out[(first + i) * n_cols + j + k] = pair[k][i];
+        for (int64_t k = 0; k < cols; ++k) out[(first + i) * n_cols + j + k] = eps[k * S::kLanes + i];
     }
   });
 }

@@ -95,45 +95,35 @@ struct Best {
   typename S::I column;
 
   void take(typename S::F v, typename S::I v_column) {
-    const auto better = S::greater(v, value);
-    value = S::select(better, v, value);
-    column = S::select(better, v_column, column);
+    column = S::select(S::greater(v, value), v_column, column);
+    value = S::greater_or_second(v, value);
   }
 };
 
-// The scores p[v][lanes] of one vector of rows become weights; statistics go to `rows`. first_column is even.
+// The scores p[v][lanes] of one vector of rows become weights; statistics go to `rows`. first_column is even, eps is
+// room for kTile columns of noise.
 template <class S, bool kLogits, bool kNoise>
-void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys, RowState<S>& rows) {
+void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys, float* eps,
+           RowState<S>& rows) {
   using F = typename S::F;
-  using I = typename S::I;
   const F scale = S::load(rows.scale), shift = S::load(rows.shift), std = S::load(rows.std);
-  const I noise_row = S::load_int(rows.noise_row);
   Best<S> nearest{S::load(rows.best_score), S::load_int(rows.token)};
   Best<S> noisy{S::load(rows.best_logit), S::load_int(rows.noisy_token)};
   F sum = S::set(0.0f);
-
-  const auto one = [&](int64_t v, F eps) {
-    const I column = S::set_int(int32_t(first_column + v));
-    const F s = S::load(p + v * stride);
-    nearest.take(s, column);
+  if constexpr (kNoise)
+    normals<S>(uint32_t(first_column) >> 1, (count + 1) / 2, S::load_int(rows.noise_row), keys, eps);
+  for (int64_t v = 0; v < count; ++v, p += stride, eps += S::kLanes) {
+    const auto column = S::set_int(int32_t(first_column + v));
+    const F score = S::load(p);
+    nearest.take(score, column);
     if constexpr (kLogits) {
-      F logit = S::fma(scale, s, shift);
-      if constexpr (kNoise) logit = S::fma(std, eps, logit);
+      F logit = S::fma(scale, score, shift);
+      if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
       noisy.take(logit, column);
       const F weight = exp<S>(logit);
       sum = S::add(sum, weight);
-      S::store(p + v * stride, weight);
+      S::store(p, weight);
     }
-  };
-  for (int64_t v = 0; v < count; v += 2) {
-    F even = S::set(0.0f), odd = even;
-    if constexpr (kNoise) {
-      I r0, r1;
-      philox<S>(uint32_t(first_column + v) >> 1, noise_row, keys, r0, r1);
-      box_muller<S>(r0, r1, even, odd);
-    }
-    one(v, even);
-    if (v + 1 < count) one(v + 1, odd);
   }
   S::store(rows.best_score, nearest.value);
   S::store_int(rows.token, nearest.column);

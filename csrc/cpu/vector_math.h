@@ -40,23 +40,29 @@ struct RoundKeys {
   }
 };
 
-// Philox2x32-10 of the counters (pair, rows): `pair` = column >> 1 is one number, `rows` differ by lane.
-template <class S>
-inline void philox(uint32_t pair, typename S::I rows, const RoundKeys<S>& keys, typename S::I& r0, typename S::I& r1) {
-  // Round one multiplies the same number in every lane: a scalar does it.
-  const uint64_t product = uint64_t(kPhilox2x32Multiplier) * pair;
-  const auto left = S::bit_xor(rows, S::set_int(int32_t(uint32_t(product >> 32) ^ keys.first)));
+// Philox2x32-10 of the counters (first_pair + k, rows) for kPairs values of k: a pair is column >> 1, the same number in
+// every lane, and `rows` differ by lane. The pairs go through the rounds side by side: one alone is a chain of 70 cycles.
+template <class S, int kPairs>
+inline void philox(uint32_t first_pair, typename S::I rows, const RoundKeys<S>& keys, typename S::I (&r0)[kPairs],
+                   typename S::I (&r1)[kPairs]) {
+  typename S::Wide even0[kPairs], odd0[kPairs], even1[kPairs], odd1[kPairs];
   const auto multiplier = S::even(S::set_int(int32_t(kPhilox2x32Multiplier)));
-  auto even0 = S::even(left), odd0 = S::odd(left);
-  auto even1 = S::even(S::set_int(int32_t(uint32_t(product)))), odd1 = even1;
-  for (int round = 1; round < kPhiloxRounds; ++round) {
-    const auto even_product = S::multiply(even0, multiplier), odd_product = S::multiply(odd0, multiplier);
-    even0 = S::xor3(S::upper(even_product), keys.key[round], even1);
-    odd0 = S::xor3(S::upper(odd_product), keys.key[round], odd1);
-    even1 = even_product, odd1 = odd_product;
+  for (int k = 0; k < kPairs; ++k) {
+    // Round one multiplies the same number in every lane: a scalar does it.
+    const uint64_t product = uint64_t(kPhilox2x32Multiplier) * (first_pair + uint32_t(k));
+    const auto left = S::bit_xor(rows, S::set_int(int32_t(uint32_t(product >> 32) ^ keys.first)));
+    even0[k] = S::even(left), odd0[k] = S::odd(left);
+    even1[k] = odd1[k] = S::even(S::set_int(int32_t(uint32_t(product))));
   }
-  r0 = S::interleave(even0, odd0);
-  r1 = S::interleave(even1, odd1);
+  for (int round = 1; round < kPhiloxRounds; ++round) {
+    for (int k = 0; k < kPairs; ++k) {
+      const auto even_product = S::multiply(even0[k], multiplier), odd_product = S::multiply(odd0[k], multiplier);
+      even0[k] = S::xor3(S::upper(even_product), keys.key[round], even1[k]);
+      odd0[k] = S::xor3(S::upper(odd_product), keys.key[round], odd1[k]);
+      even1[k] = even_product, odd1[k] = odd_product;
+    }
+  }
+  for (int k = 0; k < kPairs; ++k) r0[k] = S::interleave(even0[k], odd0[k]), r1[k] = S::interleave(even1[k], odd1[k]);
 }
 
 // Two standard normals a lane from two words a lane: sqrt(-2 ln u) * (cos, sin)(2 pi v), u = (r0 + 1/2) / 2^32,
@@ -87,6 +93,32 @@ inline void box_muller(typename S::I r0, typename S::I r1, typename S::F& first,
   const auto y2 = S::mul(y, y);
   first = S::mul(signed_radius, polynomial<S>(kCos, y2));
   second = S::mul(signed_radius, S::mul(y, polynomial<S>(kSin, y2)));
+}
+
+constexpr int kPairsAtOnce = 4;
+
+// The noise of 2 * pairs columns for one vector of rows: eps [column][lanes], written in steps of 2 * kPairsAtOnce.
+//
+// Two loops, because the chain of dependent instructions from counter to weight is long: in one loop over all of it the
+// processor's window holds two columns and waits. Noise took 23 ms of a step with AVX2 (N = 512, V = 30,522, two
+// threads), 12 with the loops apart, 9 with four pairs side by side.
+template <class S>
+inline void normals(uint32_t first_pair, int64_t pairs, typename S::I rows, const RoundKeys<S>& keys, float* eps) {
+  constexpr int kPairs = kPairsAtOnce;
+  typename S::I r0[kPairs], r1[kPairs];
+  for (int64_t i = 0; i < pairs; i += kPairs) {
+    philox<S, kPairs>(first_pair + uint32_t(i), rows, keys, r0, r1);
+    for (int k = 0; k < kPairs; ++k) {
+      S::store(eps + 2 * (i + k) * S::kLanes, S::as_float(r0[k]));
+      S::store(eps + (2 * (i + k) + 1) * S::kLanes, S::as_float(r1[k]));
+    }
+  }
+  typename S::F even, odd;
+  for (int64_t i = 0; i < pairs; ++i, eps += 2 * S::kLanes) {
+    box_muller<S>(S::as_int(S::load(eps)), S::as_int(S::load(eps + S::kLanes)), even, odd);
+    S::store(eps, even);
+    S::store(eps + S::kLanes, odd);
+  }
 }
 
 }  // namespace smoothie

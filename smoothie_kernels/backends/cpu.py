@@ -27,7 +27,7 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
 
 @cache
 def _ops() -> Any:
-    torch.ops.load_library(LIBRARY)
+    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     return torch.ops.smoothie_kernels_cpu
 
 

@@ -1,7 +1,6 @@
-"""Plain PyTorch on any device and in any float type: the truth that every other backend is held against.
+"""Plain PyTorch on any device and in any float type: what every other backend is held against.
 
-`step_fwd` streams over the vocabulary in exact softmax arithmetic; `dense_step` is the same as one reads it in the
-paper, with its tensors of rows x vocabulary.
+It streams over the vocabulary with a running maximum; the dense form, as one reads it in the paper, is in testing.py.
 """
 
 import torch
@@ -30,20 +29,6 @@ def column_bias(embeddings: Tensor) -> Tensor:
     for first in range(0, len(bias), CHUNK):
         bias[first : first + CHUNK] = -embeddings[first : first + CHUNK].double().square().sum(1) / 2
     return bias
-
-
-def dense_step(
-    x: Tensor,
-    embeddings: Tensor,
-    mu: Tensor,
-    std: Tensor,
-    eps: Tensor,
-    sigma_min: float = 1.5,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The step with its N x V tensors, in x's type; eps is [N, V]."""
-    distances = -torch.cdist(x, embeddings, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * sigma_min**2)
-    logits = mu[:, None] * distances + std[:, None] * eps
-    return logits.softmax(-1) @ embeddings, distances.argmax(-1), logits.argmax(-1), logits.logsumexp(-1)
 
 
 def step_fwd(

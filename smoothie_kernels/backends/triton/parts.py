@@ -1,0 +1,144 @@
+"""Pieces of the Triton kernels: noise words and normals, score tiles, running maxima. [n] rows, [v] tokens, [d] columns."""
+
+import triton
+import triton.language as tl
+
+from smoothie_kernels import noise
+
+_ROUNDS = tl.constexpr(noise.ROUNDS)
+_MULTIPLIER = tl.constexpr(noise.MULTIPLIER)
+_KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
+_DOMAIN = tl.constexpr(noise._DOMAIN)
+
+
+@triton.jit
+def _multiply(a, b):
+    """High and low 32 bits of the product of two uint32: one wide multiply, where tl.umulhi and * would take two."""
+    product = a.to(tl.uint64) * b
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def noise_key(seed_ptr, offset_ptr):
+    """(key, row_shift) of a call, two uint32: the twin of noise.noise_key, without waiting for seeds on the device."""
+    seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    c2, c3 = tl.full((), _DOMAIN, tl.uint32), tl.full((), 0, tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + _KEY_INCREMENT, k1 + 0xBB67AE85
+    return c0, c1
+
+
+@triton.jit
+def words(pairs, rows, key):
+    """Philox2x32-10: counters [1, v / 2] and [n, 1] to two words [n, v / 2], all uint32; rows are shifted already."""
+    c0, c1 = pairs, rows
+    for _ in tl.static_range(_ROUNDS):
+        high, low = _multiply(c0, _MULTIPLIER)
+        c0, c1 = high ^ key ^ c1, low
+        key = key + _KEY_INCREMENT
+    return tl.broadcast(c0, c1)
+
+
+@triton.jit
+def box_muller(r0, r1):
+    """Two standard normals: sqrt(-2 ln u) * (cos, sin)(2 pi v), u = (r0 + 1/2) / 2^32, v = (r1 + 1/2) / 2^32.
+
+    As csrc/cpu/vector_math.h: next to u = 1 the distance 1 - u is taken from the integer, so that the small radius is
+    exact. Polynomials, because tl.sin and tl.cos bring a range reduction that takes longer than all the rest.
+    """
+    # u < 1/2: u = 2^e f with f in [1/2, 1), r = f - 1. u >= 1/2: e = 0, r = u - 1.
+    signed = r0.to(tl.int32, bitcast=True)
+    upper_half = signed < 0
+    folded = signed ^ (signed >> 31)  # min(r0, ~r0)
+    near_end = folded.to(tl.float32) + 0.5  # 2^32 min(u, 1 - u)
+    bits = near_end.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
+    r = tl.where(upper_half, near_end * -(2.0**-32), mantissa - 1.0)
+    e = tl.where(upper_half, 0, (bits >> 23) - (126 + 32)).to(tl.float32)
+    p = -1.981164228 * r - 1.275843251  # -2 ln(1 + r) / r on [-1/2, 0]: 9.7e-7 relative
+    p = p * r - 1.045490328
+    p = p * r + 0.3750648501
+    p = p * r - 0.6778220121
+    p = p * r + 0.9996334909
+    p = p * r - 2.000001941
+    radius = tl.sqrt(r * p - 1.38629436 * e)
+
+    # angle = pi (y + half turns), y in [-1/2, 1/2]; an odd number of half turns flips both signs.
+    y = ((r1 << 1) | 1).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-32
+    flip = (r1 + 0x40000000) & 0x80000000
+    radius = (radius.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    y2 = y * y
+    cos = 0.2196968087 * y2 - 1.331880166  # cos(pi y): 4.7e-8
+    cos = cos * y2 + 4.058411915
+    cos = cos * y2 - 4.934792859
+    cos = cos * y2 + 0.9999999535
+    sin = -0.5548396415 * y2 + 2.541995237  # sin(pi y) / y: 6e-7
+    sin = sin * y2 - 5.167156414
+    sin = sin * y2 + 3.141582561
+    return radius * cos, radius * (y * sin)
+
+
+@triton.jit
+def normals(first, rows, key, BLOCK_V: tl.constexpr):
+    """Columns [first, first + BLOCK_V) of the field, [n, v]; first is even. rows: [n] uint32, shifted."""
+    BLOCK_N: tl.constexpr = rows.shape[0]
+    pairs = (first // 2 + tl.arange(0, BLOCK_V // 2)).to(tl.uint32)
+    r0, r1 = words(pairs[None, :], rows[:, None], key)
+    even, odd = box_muller(r0, r1)
+    return tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_V])
+
+
+@triton.jit
+def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
+    """[row, d] of a matrix whose rows are contiguous; zero outside."""
+    at = o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    return tl.load(ptr + at, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def score_tile(
+    x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
+):
+    """x . E^T, [n, v], by BLOCK_K of the columns at a time."""
+    scores = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
+    for first in range(0, D, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_k, D).to(DOT)  # [n, k]
+        b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_k, D).to(DOT)  # [v, k]
+        scores = tl.dot(b_x, tl.trans(b_e), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def keep_first_max(best, index, values, first):
+    """The running maximum [n] of rows and its column, after another tile [n, v]. A NaN is never larger."""
+    value, column = tl.max(values, 1, return_indices=True, return_indices_tie_break_left=True)
+    better = value > best
+    return tl.where(better, value, best), tl.where(better, column + first, index)
+
+
+@triton.jit
+def sum_of_squares(ptr, o_row, m_row, stride, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """||row||^2 in float64, [row]: next to it the scores of near tokens cancel."""
+    total = tl.zeros([o_row.shape[0]], tl.float64)
+    for first in range(0, D, BLOCK_K):
+        values = load_tile(ptr, o_row, m_row, stride, first + tl.arange(0, BLOCK_K), D).to(tl.float64)
+        total += tl.sum(values * values, 1)
+    return total
+
+
+@triton.jit
+def squared_distance(a_ptr, o_a, stride_a, b_ptr, o_b, stride_b, m_row, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """||a - b||^2 of pairs of rows in float64, [row]."""
+    total = tl.zeros([o_a.shape[0]], tl.float64)
+    for first in range(0, D, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        a = load_tile(a_ptr, o_a, m_row, stride_a, o_k, D).to(tl.float64)
+        b = load_tile(b_ptr, o_b, m_row, stride_b, o_k, D).to(tl.float64)
+        total += tl.sum((a - b) * (a - b), 1)
+    return total

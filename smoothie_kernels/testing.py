@@ -1,0 +1,77 @@
+"""The step as one reads it in the paper, dense, and how close a result has to come to it."""
+
+import torch
+from torch import Tensor
+
+from smoothie_kernels.ops import SmoothieStep
+
+# Largest relative (Frobenius) error of `smoothed` that needs no comparison with naive arithmetic: a few float32
+# roundings, or the one rounding of a 16-bit result.
+FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+NAIVE_MARGIN = 2.0
+TIE = 1e-5  # tokens whose distance (or logit) differs by less, relatively, count as tied
+
+
+def dense_logits(
+    x: Tensor, embeddings: Tensor, mu: Tensor, std: Tensor, eps: Tensor, sigma_min: float = 1.5
+) -> tuple[Tensor, Tensor]:
+    """Distances D and logits, [N, V] each, by ||x||^2 - 2 x.E + ||E||^2 in the tensors' own type; float64 directly."""
+    if x.dtype == torch.float64:
+        squared = torch.cdist(x, embeddings, compute_mode="donot_use_mm_for_euclid_dist").square()
+    else:
+        squared = x.square().sum(1)[:, None] - 2 * x @ embeddings.T + embeddings.square().sum(1)
+    distances = -squared / (2 * sigma_min**2)
+    return distances, mu[:, None] * distances + std[:, None] * eps
+
+
+def dense_step(
+    x: Tensor, embeddings: Tensor, mu: Tensor, std: Tensor, eps: Tensor, sigma_min: float = 1.5
+) -> SmoothieStep:
+    """The whole step with its [N, V] tensors. x [N, D], embeddings [V, D], mu and std [N], eps [N, V]: one type."""
+    distances, logits = dense_logits(x, embeddings, mu, std, eps, sigma_min)
+    return SmoothieStep(
+        logits.softmax(-1) @ embeddings, distances.argmax(-1), logits.argmax(-1), logits.logsumexp(-1)
+    )
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """||value - exact|| / ||exact|| in float64."""
+    return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
+
+
+def check_step(
+    step: SmoothieStep,
+    x: Tensor,
+    embeddings: Tensor,
+    mu: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    sigma_min: float = 1.5,
+) -> list[str]:
+    """What is wrong with `step`, held against the dense step in float64; an empty list where nothing is.
+
+    smoothed: relative error at most FLOOR of its type or twice that of the naive float32 step on the same inputs. lse:
+    1e-5 relative, or twice the naive error. tokens and noisy_tokens: equal but for ties.
+    """
+    exact_inputs = [t.double() for t in (x, embeddings, mu, std, eps)]
+    exact = dense_step(*exact_inputs, sigma_min)
+    distances, logits = dense_logits(*exact_inputs, sigma_min)
+    naive_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+    naive = dense_step(*(t.to(naive_type) for t in (x, embeddings, mu, std, eps)), sigma_min)
+
+    wrong = []
+    error = relative_error(step.smoothed, exact.smoothed)
+    bound = max(FLOOR[x.dtype], NAIVE_MARGIN * relative_error(naive.smoothed, exact.smoothed))
+    if not error <= bound:
+        wrong.append(f"smoothed: relative error {error:.2e} > {bound:.2e}")
+    lse_error = (step.lse.double() - exact.lse).abs()
+    lse_bound = (1e-5 * exact.lse.abs()).clamp_min(float(NAIVE_MARGIN * (naive.lse.double() - exact.lse).abs().max()))
+    lse_bound = lse_bound.clamp_min(FLOOR[torch.float32] if x.dtype != torch.float64 else FLOOR[x.dtype])
+    if not bool((lse_error <= lse_bound).all()):
+        wrong.append(f"lse: error {float(lse_error.max()):.2e} > {float(lse_bound.max()):.2e}")
+    for name, scores in (("tokens", distances), ("noisy_tokens", logits)):
+        got, best = getattr(step, name), scores.max(1).values
+        behind = best - scores.gather(1, got[:, None])[:, 0]
+        if not bool((behind <= TIE * best.abs().clamp_min(1.0)).all()):
+            wrong.append(f"{name}: behind the best by up to {float(behind.max()):.2e}")
+    return wrong

@@ -1,0 +1,45 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
+
+from smoothie_kernels import dispatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend by name; skipped, with its own reason, where it cannot run."""
+    device = device_of(request.param)
+    reason = dispatch.load(request.param).supports(device, torch.float32)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+@pytest.fixture
+def golden() -> Path:
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the folder of known answers, ../shared/golden, is not here")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN and the largest integer, so that an output nobody wrote cannot look right."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
