@@ -106,8 +106,8 @@ def check_count(name: str, value: object) -> None:
 def check_values(name: str, value: float | Tensor) -> None:
     """mu finite; std finite and not negative."""
     low, high = (float(value.min()), float(value.max())) if isinstance(value, Tensor) else (value, value)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name} must be finite, got {low if not math.isfinite(low) else high}")
+    if not -math.inf < low <= high < math.inf:  # NaN compares false
+        raise ValueError(f"{name} must be finite, got {high if -math.inf < low else low}")
     if name == "std" and low < 0:
         raise ValueError(f"std must not be negative, got {low}")
 

@@ -1,0 +1,108 @@
+"""What is particular to the compiled CPU backend: its tiers, its threads, its memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from smoothie_kernels import Vocabulary, fused_smoothie_step, nearest_token, noise
+from smoothie_kernels.backends import cpu
+from smoothie_kernels.testing import check_step
+
+pytestmark = pytest.mark.skipif(
+    cpu.supports("cpu", torch.float32) is not None, reason=f"cpu: {cpu.supports('cpu', torch.float32)}"
+)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def tier(request, monkeypatch):
+    if request.param not in cpu.tiers():
+        pytest.skip(f"this processor does not run {request.param}")
+    monkeypatch.setenv(cpu.TIER_VARIABLE, request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 300, 40), (9, 257, 33), (35, 140, 24), (70, 390, 16)])
+def test_every_tier(tier, n, v, d, dtype):
+    table = torch.randn(v, d).to(dtype)
+    x = (table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d)).to(dtype)
+    eps, rows = noise.gaussian(n, v, seed=2, backend="reference"), torch.ones(n)
+    step = fused_smoothie_step(x, table, 0.1, 0.9, seed=2, backend="cpu")
+    assert check_step(step, x, table, 0.1 * rows, 0.9 * rows, eps) == []
+    assert (noise.gaussian(n, v, seed=2, backend="cpu") - eps).abs().max() <= 5e-5
+    assert torch.equal(nearest_token(x, table, backend="cpu").tokens, step.tokens)
+
+
+def test_16_bit_rounding_is_torch_s(tier):
+    """Results of every size, subnormals, overflow and ties among them, rounded to 16 bits as torch rounds."""
+    values = torch.cat((torch.randn(500), 10.0 ** torch.linspace(-9, 6, 500), torch.tensor([0.0, 65519.0, 65520.0])))
+    values = torch.cat((values, -values))[:, None]
+    ties = torch.arange(2048, 2148, dtype=torch.float32)[:, None] / 2**5
+    for value in torch.cat((values, ties)):
+        # One token: smoothed is its embedding, here in float32, rounded to x's type.
+        for dtype in (torch.bfloat16, torch.float16):
+            step = fused_smoothie_step(torch.zeros(1, 1, dtype=dtype), value[None], 0.0, 0.0, backend="cpu")
+            assert torch.equal(step.smoothed[0], value.to(dtype)), value
+
+
+def run_and_measure(code: str) -> int:
+    """Peak memory, in MB, that `code` adds to a process in which one small step has run."""
+    program = f"""
+import torch
+from smoothie_kernels import Vocabulary, fused_smoothie_step
+def resident(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+torch.set_num_threads(2)
+torch.manual_seed(0)
+fused_smoothie_step(torch.randn(300, 8), torch.randn(300, 8), 0.05, 0.99, backend="cpu")
+{code}
+open("/proc/self/clear_refs", "w").write("5")
+before = resident("VmRSS")
+step = fused_smoothie_step(x, vocabulary, 0.05, 0.99, seed=0, backend="cpu")
+print(resident("VmHWM") - before, resident("VmHWM"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if "clear_refs" in done.stderr:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert done.returncode == 0, done.stderr
+    return [float(v) for v in done.stdout.split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_many_rows():
+    extra, _ = run_and_measure("x, vocabulary = torch.randn(4096, 384), Vocabulary(torch.randn(30522, 384))")
+    assert extra <= 64
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_large_vocabulary():
+    extra, total = run_and_measure("x, vocabulary = torch.randn(64, 768), Vocabulary(torch.randn(256_000, 768))")
+    assert extra <= 16
+    assert total <= 3500
+
+
+def test_both_threads_work_on_one_row(monkeypatch):
+    """With one row the vocabulary is shared out: each of two threads uses processor time."""
+    import os
+    import threading
+
+    if torch.get_num_threads() < 2:
+        pytest.skip("torch has one thread")
+    vocabulary, x = Vocabulary(torch.randn(60_000, 384)), torch.randn(1, 384)
+
+    def ticks():
+        times = {}
+        for thread in os.listdir("/proc/self/task"):
+            fields = open(f"/proc/self/task/{thread}/schedstat").read().split()
+            times[thread] = int(fields[0])
+        return times
+
+    if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/schedstat"):
+        pytest.skip("needs /proc/self/task/*/schedstat")
+    fused_smoothie_step(x, vocabulary, 0.05, 0.99)
+    before = ticks()
+    for _ in range(20):
+        fused_smoothie_step(x, vocabulary, 0.05, 0.99)
+    spent = sorted((v - before.get(k, 0) for k, v in ticks().items()), reverse=True)
+    assert spent[1] >= 0.5 * spent[0]

@@ -1,0 +1,140 @@
+"""One row per rule: what is wrong with the call, the exception, and its message."""
+
+import pytest
+import torch
+
+from smoothie_kernels import Vocabulary, dispatch, fused_smoothie_step, nearest_token, noise
+from smoothie_kernels.backends import cpu
+
+X, TABLE = torch.randn(2, 3, 8), torch.randn(20, 8)
+INT_ROWS = torch.zeros(2, 3, dtype=torch.int64)
+
+# What is changed in fused_smoothie_step(X, TABLE, 0.1, 0.9, seed=0), and what comes of it.
+STEP_ERRORS = [
+    ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    ({"x": X.int()}, TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int32"),
+    ({"x": X[..., :7]}, ValueError, r"x must have shape \[..., D\] with D = 8 as in embeddings, got \[2, 3, 7\]"),
+    ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \[..., D\] with D = 8 as in embeddings, got \[\]"),
+    ({"x": X.to("meta")}, ValueError, "x must be on the device of embeddings, cpu, got meta"),
+    ({"x": X.double()}, TypeError, "must both be float64 or neither, got torch.float64 and torch.float32"),
+    ({"embeddings": None}, TypeError, "embeddings must be a tensor, got NoneType"),
+    ({"embeddings": TABLE.long()}, TypeError, "embeddings must be float32.*, got torch.int64"),
+    ({"embeddings": TABLE[0]}, ValueError, r"embeddings must have shape \[V, D\], got \[8\]"),
+    ({"embeddings": TABLE[:0]}, ValueError, r"embeddings must have at least one row and one column, got \[0, 8\]"),
+    ({"embeddings": TABLE[:, :0]}, ValueError, r"embeddings must have at least one row and one column, got \[20, 0\]"),
+    ({"embeddings": TABLE[:1].expand(2**31, 8)}, ValueError, r"fewer than 2\*\*31 rows, got 2147483648"),
+    ({"mu": "0.1"}, TypeError, "mu must be a number or a tensor, got str"),
+    ({"mu": True}, TypeError, "mu must be a number or a tensor, got bool"),
+    ({"mu": INT_ROWS.bool()}, TypeError, "mu must be a real number or tensor, got torch.bool tensor"),
+    ({"mu": float("nan")}, ValueError, "mu must be finite, got nan"),
+    ({"mu": torch.tensor(float("inf"))}, ValueError, "mu must be finite, got inf"),
+    ({"mu": torch.rand(2)}, ValueError, r"mu must broadcast to x.shape\[:-1\] = \[2, 3\], got \[2\]"),
+    ({"mu": torch.rand(2, 3, 8)}, ValueError, r"mu must broadcast to x.shape\[:-1\] = \[2, 3\], got \[2, 3, 8\]"),
+    ({"mu": torch.rand(3, device="meta")}, ValueError, "mu must be on the device of x, cpu, got meta"),
+    ({"mu": torch.rand(3).requires_grad_()}, ValueError, "mu must not require grad: the step has no gradient for it"),
+    ({"std": torch.rand(()).requires_grad_()}, ValueError, "std must not require grad"),
+    ({"std": -0.5}, ValueError, "std must not be negative, got -0.5"),
+    ({"std": torch.tensor([0.5, -1.0, 0.0])}, ValueError, "std must not be negative, got -1.0"),
+    ({"std": float("inf")}, ValueError, "std must be finite, got inf"),
+    ({"sigma_min": 0.0}, ValueError, "sigma_min must be positive and finite, got 0.0"),
+    ({"sigma_min": -1}, ValueError, "sigma_min must be positive and finite, got -1"),
+    ({"sigma_min": float("nan")}, ValueError, "sigma_min must be positive and finite, got nan"),
+    ({"sigma_min": torch.tensor(1.0)}, TypeError, "sigma_min must be a number, got torch.float32 tensor"),
+    ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+    ({"seed": 2**64}, ValueError, "seed must fit in 64 bits, got 18446744073709551616"),
+    ({"seed": torch.zeros(2, dtype=torch.int64)}, TypeError, r"seed must be an int .* tensor of shape \[2\]"),
+    ({"offset": torch.tensor(1.0)}, TypeError, "offset must be an int or a 0-d int64 tensor, got torch.float32 tensor"),
+    ({"offset": None}, TypeError, "offset must be an int or a 0-d int64 tensor, got NoneType"),
+    ({"row_offset": 1.0}, TypeError, "row_offset must be an int, got float"),
+    ({"row_offset": -1}, ValueError, r"row_offset must keep row ids in \[0, 2\*\*32\), got -1 with 6 rows"),
+    ({"row_offset": 2**32 - 5}, ValueError, r"row_offset must keep row ids in \[0, 2\*\*32\)"),
+    ({"row_ids": [0, 1]}, TypeError, "row_ids must be an int64 tensor, got list"),
+    ({"row_ids": INT_ROWS.int()}, TypeError, "row_ids must be an int64 tensor, got torch.int32 tensor"),
+    ({"row_ids": INT_ROWS[0]}, ValueError, r"row_ids must have the shape of x.shape\[:-1\], \[2, 3\], got \[3\]"),
+    ({"row_ids": INT_ROWS.to("meta")}, ValueError, "row_ids must be on the device of x, cpu, got meta"),
+    ({"row_ids": INT_ROWS - 1}, ValueError, r"row_ids must be in \[0, 2\*\*32\), got -1"),
+    ({"row_ids": INT_ROWS + 2**32}, ValueError, r"row_ids must be in \[0, 2\*\*32\), got 4294967296"),
+    ({"row_ids": INT_ROWS, "row_offset": 1}, ValueError, "row_offset must be 0 where row_ids are given, got 1"),
+    ({"topk": 4}, ValueError, "topk must be None: top-k is not implemented yet, got 4"),
+    ({"recall_target": 0.9}, ValueError, "recall_target must be 1.0 while topk is None, got 0.9"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), STEP_ERRORS, ids=[m[:50] for _, _, m in STEP_ERRORS])
+def test_fused_smoothie_step(change, error, message):
+    call = {"x": X, "embeddings": TABLE, "mu": 0.1, "std": 0.9, "seed": 0} | change
+    with pytest.raises(error, match=message):
+        fused_smoothie_step(call.pop("x"), call.pop("embeddings"), call.pop("mu"), call.pop("std"), **call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), [row for row in STEP_ERRORS if row[0].keys() <= {"x", "embeddings", "backend"}]
+)
+def test_nearest_token(change, error, message):
+    call = {"x": X, "embeddings": TABLE} | change
+    with pytest.raises(error, match=message):
+        nearest_token(call.pop("x"), call.pop("embeddings"), **call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": -1}, ValueError, "rows must not be negative, got -1"),
+        ({"cols": 2.5}, TypeError, "cols must be an int, got float"),
+        ({"seed": "x"}, TypeError, "seed must be an int"),
+        ({"row_offset": 2**32}, ValueError, "row_offset must keep row ids"),
+        ({"row_ids": torch.tensor([0, 1])}, ValueError, r"row_ids must have the shape of x.shape\[:-1\], \[3\]"),
+        ({"row_ids": torch.tensor([0, 1, -7])}, ValueError, r"row_ids must be in \[0, 2\*\*32\), got -7"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_gaussian(change, error, message):
+    call = {"rows": 3, "cols": 4, "seed": 0} | change
+    with pytest.raises(error, match=message):
+        noise.gaussian(call.pop("rows"), call.pop("cols"), **call)
+
+
+def test_vocabulary():
+    with pytest.raises(TypeError, match="embeddings must be a tensor, got Vocabulary"):
+        Vocabulary(Vocabulary(TABLE))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        Vocabulary(TABLE, backend="x")
+
+
+def test_a_named_backend_that_cannot_run_says_why(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run on cpu tensors of torch.float64: it takes float32"):
+        fused_smoothie_step(X.double(), TABLE.double(), 0.1, 0.9, backend="cpu")
+    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY.with_name("absent.so"))
+    with pytest.raises(RuntimeError, match="'cpu' cannot run .*: it was not built: install a C\\+\\+ compiler and torch"):
+        fused_smoothie_step(X, TABLE, 0.1, 0.9, backend="cpu")
+
+
+def test_an_unknown_tier_says_which_there_are(monkeypatch):
+    if cpu.supports("cpu", torch.float32):
+        pytest.skip("the CPU library is not built")
+    monkeypatch.setenv(cpu.TIER_VARIABLE, "mmx")
+    with pytest.raises(RuntimeError, match=r"SMOOTHIE_KERNELS_CPU_TIER=mmx is not one of the tiers .*: .*scalar"):
+        fused_smoothie_step(X, TABLE, 0.1, 0.9, backend="cpu")
+
+
+def test_auto_falls_through_and_logs_once(monkeypatch, caplog):
+    dispatch._first_that_runs.cache_clear()
+    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY.with_name("absent.so"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with caplog.at_level("INFO", logger="smoothie_kernels"):
+        for _ in range(2):
+            fused_smoothie_step(X, TABLE, 0.1, 0.9)
+    dispatch._first_that_runs.cache_clear()
+    assert len(caplog.records) == 1
+    assert "'reference' for cpu tensors" in caplog.text
+    assert "not 'cpu': it was not built" in caplog.text
+
+
+def test_an_error_leaves_nothing_behind():
+    """After a refused call the next one gives what it always gave."""
+    expected = fused_smoothie_step(X, TABLE, 0.1, 0.9, seed=0)
+    with pytest.raises(ValueError, match="row_ids must be in"):
+        fused_smoothie_step(X, TABLE, 0.1, 0.9, seed=0, row_ids=INT_ROWS - 1)
+    again = fused_smoothie_step(X, TABLE, 0.1, 0.9, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(again[:4], expected[:4], strict=True))

@@ -1,0 +1,74 @@
+"""The names and signatures that users hold on to, and the direction of imports."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import smoothie_kernels
+from smoothie_kernels import cli, dispatch
+
+PACKAGE = Path(smoothie_kernels.__file__).parent
+# A module may import only what stands left of it here (backends are loaded by name, when they are needed).
+LAYERS = ["dispatch", "checks", "library", "noise", "vocabulary", "ops", "testing", "cli"]
+BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "nearest_fwd", "gaussian"}
+
+
+def parameters(function):
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def test_names():
+    expected = {"NearestToken", "SmoothieStep", "Vocabulary", "fused_smoothie_step", "nearest_token", "noise"}
+    assert set(smoothie_kernels.__all__) == expected
+    assert smoothie_kernels.SmoothieStep._fields == ("smoothed", "tokens", "noisy_tokens", "lse", "topk")
+    assert smoothie_kernels.NearestToken._fields == ("tokens", "distance")
+
+
+def test_signatures():
+    none = inspect.Parameter.empty
+    assert parameters(smoothie_kernels.fused_smoothie_step) == [
+        ("x", none), ("embeddings", none), ("mu", none), ("std", none), ("sigma_min", 1.5), ("seed", None),
+        ("offset", 0), ("row_offset", 0), ("row_ids", None), ("topk", None), ("recall_target", 1.0),
+        ("backend", "auto"),
+    ]  # fmt: skip
+    assert parameters(smoothie_kernels.nearest_token) == [("x", none), ("embeddings", none), ("backend", "auto")]
+    assert parameters(smoothie_kernels.noise.gaussian)[:6] == [
+        ("rows", none), ("cols", none), ("seed", none), ("offset", 0), ("row_offset", 0), ("row_ids", None),
+    ]  # fmt: skip
+
+
+def test_backends_have_the_same_functions():
+    signatures = {}
+    for name in dispatch.BACKENDS:
+        module = dispatch.load(name)
+        signatures[name] = {f: list(inspect.signature(getattr(module, f)).parameters) for f in BACKEND_FUNCTIONS}
+    assert all(s == signatures["reference"] for s in signatures.values()), signatures
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("smoothie_kernels"):
+            inside = node.module.removeprefix("smoothie_kernels").lstrip(".")
+            names |= {inside.split(".")[0]} if inside else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("smoothie_kernels.")}
+    return names
+
+
+def test_imports_go_downward():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(LAYERS)
+    for position, name in enumerate(LAYERS):
+        allowed = set(LAYERS[:position]) | ({"backends"} if name == "cli" else set())
+        assert imported(PACKAGE / f"{name}.py") <= allowed, name
+    for path in (PACKAGE / "backends").rglob("*.py"):
+        assert imported(path) <= {"noise", "backends"}, path
+
+
+def test_doctor_names_every_backend(capsys):
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out
+    for name in dispatch.BACKENDS:
+        assert f"\n  {name} " in lines
+    assert "reference  yes" in lines
