@@ -44,11 +44,17 @@ struct Avx2 {
   static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
   static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
   template <int n>
-  static I shift_left(I v) { return _mm256_slli_epi32(v, n); }
+  static I shift_left(I v) {
+    return _mm256_slli_epi32(v, n);
+  }
+  template <int n>  // zeros come in
+  static I shift_right(I v) {
+    return _mm256_srli_epi32(v, n);
+  }
   template <int n>
-  static I shift_right(I v) { return _mm256_srli_epi32(v, n); }  // zeros come in
-  template <int n>
-  static I shift_right_sign(I v) { return _mm256_srai_epi32(v, n); }
+  static I shift_right_sign(I v) {
+    return _mm256_srai_epi32(v, n);
+  }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static F as_float(I v) { return _mm256_castsi256_ps(v); }
   static I as_int(F v) { return _mm256_castps_si256(v); }

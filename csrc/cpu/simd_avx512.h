@@ -46,11 +46,17 @@ struct Avx512 {
   static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
   static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
   template <int n>
-  static I shift_left(I v) { return _mm512_slli_epi32(v, n); }
+  static I shift_left(I v) {
+    return _mm512_slli_epi32(v, n);
+  }
+  template <int n>  // zeros come in
+  static I shift_right(I v) {
+    return _mm512_srli_epi32(v, n);
+  }
   template <int n>
-  static I shift_right(I v) { return _mm512_srli_epi32(v, n); }  // zeros come in
-  template <int n>
-  static I shift_right_sign(I v) { return _mm512_srai_epi32(v, n); }
+  static I shift_right_sign(I v) {
+    return _mm512_srai_epi32(v, n);
+  }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static F as_float(I v) { return _mm512_castsi512_ps(v); }
   static I as_int(F v) { return _mm512_castps_si512(v); }
@@ -58,9 +64,7 @@ struct Avx512 {
   // 32-bit values in 64-bit lanes; what stands in the upper halves is never read.
   static Wide even(I v) { return v; }
   static Wide odd(I v) { return _mm512_srli_epi64(v, 32); }
-  static I interleave(Wide even, Wide odd) {
-    return _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
-  }
+  static I interleave(Wide even, Wide odd) { return _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32)); }
   static Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }  // 32 x 32 -> 64
   static Wide upper(Wide v) { return _mm512_srli_epi64(v, 32); }
   static Wide xor3(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }

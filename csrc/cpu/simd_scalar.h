@@ -47,9 +47,7 @@ struct Scalar {
   static F load_bf16(const uint16_t* p) {
     return F{widen_bf16(p[0]), widen_bf16(p[1]), widen_bf16(p[2]), widen_bf16(p[3])};
   }
-  static F load_f16(const uint16_t* p) {
-    return F{widen_f16(p[0]), widen_f16(p[1]), widen_f16(p[2]), widen_f16(p[3])};
-  }
+  static F load_f16(const uint16_t* p) { return F{widen_f16(p[0]), widen_f16(p[1]), widen_f16(p[2]), widen_f16(p[3])}; }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
@@ -71,11 +69,17 @@ struct Scalar {
   static I bit_or(I a, I b) { return a | b; }
   static I bit_xor(I a, I b) { return a ^ b; }
   template <int n>
-  static I shift_left(I v) { return I(U(v) << n); }
+  static I shift_left(I v) {
+    return I(U(v) << n);
+  }
+  template <int n>  // zeros come in
+  static I shift_right(I v) {
+    return I(U(v) >> n);
+  }
   template <int n>
-  static I shift_right(I v) { return I(U(v) >> n); }  // zeros come in
-  template <int n>
-  static I shift_right_sign(I v) { return v >> n; }
+  static I shift_right_sign(I v) {
+    return v >> n;
+  }
   static F to_float(I v) { return F{float(v[0]), float(v[1]), float(v[2]), float(v[3])}; }
   static F as_float(I v) { return load_as<F>(&v); }
   static I as_int(F v) { return load_as<I>(&v); }

@@ -108,7 +108,12 @@ struct Scratch {
   Buffer<float> tile;  // [kTile][D, padded], only where the table is not fp32
 
   Scratch(int64_t vectors, int64_t width, int64_t tile_size)
-      : xt(vectors * S::kLanes * width), p(kTile * 2 * S::kLanes), eps(kTile * S::kLanes), row(width), row2(width), tile(tile_size) {}
+      : xt(vectors * S::kLanes * width),
+        p(kTile * 2 * S::kLanes),
+        eps(kTile * S::kLanes),
+        row(width),
+        row2(width),
+        tile(tile_size) {}
 };
 
 template <class S, bool kLogits, bool kNoise>
@@ -220,7 +225,8 @@ class Step {
     const int64_t at = panel * p_.width * kPanel;
     score<S, kVectors>(tile, stride, p_.bias + first, s.xt + at, p_.width, count, s.p);
     for (int n = 0; n < kVectors; ++n)
-      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, first, count, keys_, s.eps, partial.state[panel * 2 + n]);
+      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, first, count, keys_, s.eps,
+                                partial.state[panel * 2 + n]);
     if constexpr (kLogits) gather<S, kVectors>(tile, stride, s.p, p_.width, count, partial.ot + at);
   }
 
@@ -248,7 +254,8 @@ class Step {
     });
   }
 
-  void finish_logits(Partial<S>* parts, int64_t at, int lanes, int64_t r, const RowState<S>& total, int64_t lane) const {
+  void finish_logits(Partial<S>* parts, int64_t at, int lanes, int64_t r, const RowState<S>& total,
+                     int64_t lane) const {
     const float best = total.best_logit[lane];
     if (std::isfinite(best) && !(best >= kSmallest && best <= kLargest)) {
       ref_[r] += best, redo_[r] = 1;

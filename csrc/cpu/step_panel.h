@@ -38,8 +38,7 @@ inline void score_rows(const float* tile, int64_t tile_stride, const float* bias
   typename S::F acc[M][kVectors];
   multiply<S, M, kVectors>(tile, tile_stride, 1, xt, width, acc);
   for (int i = 0; i < M; ++i)
-    for (int n = 0; n < kVectors; ++n)
-      S::store(p + (i * kVectors + n) * S::kLanes, S::add(acc[i][n], S::set(bias[i])));
+    for (int n = 0; n < kVectors; ++n) S::store(p + (i * kVectors + n) * S::kLanes, S::add(acc[i][n], S::set(bias[i])));
 }
 
 // ot[d][lanes] += sum_v E[v][d] p[v][lanes] for M columns d. From zero in every tile: two short sums round less than

@@ -9,11 +9,11 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct StepParams {
   // inputs
-  const void* x;         // [N, D] contiguous, x_dtype
-  const void* table;     // [V, D] unit inner stride, table_dtype
-  const float* bias;     // [V]    -||E_j||^2 / 2
-  const float* mu;       // [N]    nullptr: nearest token only
-  const float* std;      // [N]    nullptr: no noise anywhere
+  const void* x;           // [N, D] contiguous, x_dtype
+  const void* table;       // [V, D] unit inner stride, table_dtype
+  const float* bias;       // [V]    -||E_j||^2 / 2
+  const float* mu;         // [N]    nullptr: nearest token only
+  const float* std;        // [N]    nullptr: no noise anywhere
   const int64_t* row_ids;  // [N]  nullptr: row_offset + i
   int64_t row_offset;
   int64_t n_rows, n_vocab, width;  // N, V, D

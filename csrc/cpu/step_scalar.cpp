@@ -4,9 +4,7 @@
 
 namespace smoothie {
 
-static bool supported() {
-  return true;
-}
+static bool supported() { return true; }
 
 const Tier kTierScalar{"scalar", supported, step_fwd<Scalar>, bias<Scalar>, gaussian<Scalar>};
 

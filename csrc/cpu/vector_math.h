@@ -17,9 +17,9 @@ inline typename S::F polynomial(const float (&c)[kTerms], typename S::F x) {
 // exp(x), relative error 2e-7; below -87 it stays at exp(-87), above 88 at exp(88), NaN is kept.
 template <class S>
 inline typename S::F exp(typename S::F x) {
-  constexpr float kExp2[] = {1.000000072f, 0.6931469671f, 0.2402211972f, 0.05550713276f, 0.009675541394f,
-                             0.001327647152f};  // 2^f, |f| <= 1/2: 7.5e-8
-  constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kExp2[] = {1.000000072f,   0.6931469671f,   0.2402211972f,
+                             0.05550713276f, 0.009675541394f, 0.001327647152f};  // 2^f, |f| <= 1/2: 7.5e-8
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = S::min_or_nan(S::set(88.0f), S::max_or_nan(S::set(-87.0f), x));
   const auto shifted = S::fma(x, S::set(1.442695041f), S::set(kRound));
   const auto n = S::sub(shifted, S::set(kRound));
@@ -36,12 +36,14 @@ struct RoundKeys {
   uint32_t first;
 
   explicit RoundKeys(uint32_t k) : first(k) {
-    for (int i = 0; i < kPhiloxRounds; ++i) key[i] = S::even(S::set_int(int32_t(k + uint32_t(i) * kPhiloxKeyIncrement)));
+    for (int i = 0; i < kPhiloxRounds; ++i)
+      key[i] = S::even(S::set_int(int32_t(k + uint32_t(i) * kPhiloxKeyIncrement)));
   }
 };
 
-// Philox2x32-10 of the counters (first_pair + k, rows) for kPairs values of k: a pair is column >> 1, the same number in
-// every lane, and `rows` differ by lane. The pairs go through the rounds side by side: one alone is a chain of 70 cycles.
+// Philox2x32-10 of the counters (first_pair + k, rows) for kPairs values of k: a pair is column >> 1, the same number
+// in every lane, and `rows` differ by lane. The pairs go through the rounds side by side: one alone is a chain of 70
+// cycles.
 template <class S, int kPairs>
 inline void philox(uint32_t first_pair, typename S::I rows, const RoundKeys<S>& keys, typename S::I (&r0)[kPairs],
                    typename S::I (&r1)[kPairs]) {
@@ -69,8 +71,9 @@ inline void philox(uint32_t first_pair, typename S::I rows, const RoundKeys<S>& 
 // v = (r1 + 1/2) / 2^32. Next to u = 1 the distance 1 - u is taken from the integer, so that the small radius is exact.
 template <class S>
 inline void box_muller(typename S::I r0, typename S::I r1, typename S::F& first, typename S::F& second) {
-  constexpr float kLog[] = {-2.000001941f, 0.9996334909f, -0.6778220121f, 0.3750648501f, -1.045490328f, -1.275843251f,
-                            -1.981164228f};  // -2 ln(1 + r) / r on [-1/2, 0]: 9.7e-7 relative
+  constexpr float kLog[] = {
+      -2.000001941f, 0.9996334909f, -0.6778220121f, 0.3750648501f,
+      -1.045490328f, -1.275843251f, -1.981164228f};  // -2 ln(1 + r) / r on [-1/2, 0]: 9.7e-7 relative
   constexpr float kSin[] = {3.141582561f, -5.167156414f, 2.541995237f, -0.5548396415f};  // sin(pi y) / y: 6e-7
   constexpr float kCos[] = {0.9999999535f, -4.934792859f, 4.058411915f, -1.331880166f, 0.2196968087f};  // 4.7e-8
   const auto half = S::set(0.5f);
@@ -81,7 +84,8 @@ inline void box_muller(typename S::I r0, typename S::I r1, typename S::F& first,
   const auto near_end = S::add(S::to_float(folded), half);                   // 2^32 * min(u, 1 - u)
   const auto bits = S::as_int(near_end);
   const auto mantissa = S::bit_or(S::bit_and(bits, S::set_int(0x007FFFFF)), S::set_int(0x3F000000));
-  const auto r = S::select(upper_half, S::mul(near_end, S::set(-0x1p-32f)), S::sub(S::as_float(mantissa), S::set(1.0f)));
+  const auto r =
+      S::select(upper_half, S::mul(near_end, S::set(-0x1p-32f)), S::sub(S::as_float(mantissa), S::set(1.0f)));
   const auto exponent = S::add_int(S::template shift_right<23>(bits), S::set_int(-(126 + 32)));
   const auto e = S::to_float(S::select(upper_half, S::set_int(0), exponent));
   const auto radius = S::sqrt(S::fma(e, S::set(-1.38629436f), S::mul(r, polynomial<S>(kLog, r))));  // -2 ln 2 e + ...
