@@ -89,6 +89,23 @@ void share(const Threads& threads, int64_t tasks, const Work& work) {
       &context);
 }
 
+// How the work is cut: tasks = blocks of rows x splits of the vocabulary.
+struct Plan {
+  int64_t panels, tiles, blocks, splits;
+};
+
+// Rows are shared out. Where that leaves threads idle for more than 8 % of the time, the vocabulary is split as well,
+// in as few parts as will do: each part has sums of its own, so splits take memory (and only few rows need them).
+inline Plan make_plan(int64_t panels, int64_t tiles, int64_t threads) {
+  int64_t splits = 1;
+  while (splits < least(threads, tiles) && ceil_div(panels * splits, threads) * threads * 100 > panels * splits * 108)
+    ++splits;
+  int64_t blocks = panels;  // of one panel each: the finest sharing
+  if (splits == threads) blocks = ceil_div(panels, kBlockPanels);
+  if (splits == 1) blocks = least(panels, ceil_div(ceil_div(panels, kBlockPanels), threads) * threads);
+  return {panels, tiles, blocks, splits};
+}
+
 // The results of some rows over some of the vocabulary: what a task makes, and what is merged.
 template <class S>
 struct Partial {
@@ -123,43 +140,42 @@ class Step {
 
   // rows: which rows of the call, nullptr for all. ref: [N] what is taken off each row's logits.
   Step(const StepParams& params, const Threads& threads, const int64_t* rows, int64_t n_rows, float* ref, uint8_t* redo)
-      : p_(params), threads_(threads), rows_(rows), n_rows_(n_rows), ref_(ref), redo_(redo), keys_(params.noise_key) {
-    const int64_t panels = ceil_div(n_rows, kPanel), tiles = ceil_div(p_.n_vocab, kTile);
-    // Rows are shared out first; where they do not fill the threads evenly, each thread takes a part of the vocabulary.
-    const int64_t rounds = ceil_div(panels, threads.count);
-    const bool uneven = rounds * threads.count * 100 > panels * 108 && panels < 16 * threads.count;
-    splits_ = uneven ? least(threads.count, tiles) : 1;
-    const int64_t per_block = uneven ? panels : rounds;
-    blocks_ = ceil_div(panels, least(per_block, kBlockPanels));
-    if (!uneven) blocks_ = least(panels, ceil_div(blocks_, threads.count) * threads.count);
-    panels_ = panels, tiles_ = tiles;
+      : p_(params),
+        threads_(threads),
+        rows_(rows),
+        n_rows_(n_rows),
+        ref_(ref),
+        redo_(redo),
+        keys_(params.noise_key),
+        plan_(make_plan(ceil_div(n_rows, kPanel), ceil_div(params.n_vocab, kTile), threads.count)) {
     tile_stride_ = (p_.width + 15) / 16 * 16 + 16;  // an odd number of cache lines: rows of a tile spread over all sets
   }
 
   void run() {
-    const int64_t tasks = blocks_ * splits_, workers = least(threads_.count, tasks);
-    const int64_t vectors = 2 * ceil_div(panels_, blocks_);
+    const int64_t tasks = plan_.blocks * plan_.splits, workers = least(threads_.count, tasks);
+    const int64_t vectors = 2 * ceil_div(plan_.panels, plan_.blocks);
     const int64_t tile_size = p_.table_dtype == DType::kFloat32 ? 0 : kTile * tile_stride_;
     std::vector<Scratch<S>> scratch;
     std::vector<Partial<S>> partials;
     for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(vectors, p_.width, tile_size);
-    for (int64_t i = 0; i < (splits_ == 1 ? workers : tasks); ++i) partials.emplace_back(vectors, smoothed_width());
+    for (int64_t i = 0; i < (plan_.splits == 1 ? workers : tasks); ++i)
+      partials.emplace_back(vectors, smoothed_width());
 
     share(threads_, tasks, [&](int64_t worker, int64_t task) {
-      const int64_t block = task / splits_, split = task % splits_;
-      Partial<S>& partial = partials[size_t(splits_ == 1 ? worker : task)];
+      const int64_t block = task / plan_.splits, split = task % plan_.splits;
+      Partial<S>& partial = partials[size_t(plan_.splits == 1 ? worker : task)];
       pack(block, scratch[size_t(worker)], partial);
       stream(block, split, scratch[size_t(worker)], partial);
-      if (splits_ == 1) finish(block, &partial, scratch[size_t(worker)]);
+      if (plan_.splits == 1) finish(block, &partial, scratch[size_t(worker)]);
     });
-    if (splits_ == 1) return;
-    share(threads_, blocks_, [&](int64_t worker, int64_t block) {
-      finish(block, &partials[size_t(block * splits_)], scratch[size_t(worker)]);
+    if (plan_.splits == 1) return;
+    share(threads_, plan_.blocks, [&](int64_t worker, int64_t block) {
+      finish(block, &partials[size_t(block * plan_.splits)], scratch[size_t(worker)]);
     });
   }
 
  private:
-  int64_t first_panel(int64_t block) const { return block * panels_ / blocks_; }
+  int64_t first_panel(int64_t block) const { return block * plan_.panels / plan_.blocks; }
   int64_t smoothed_width() const { return kLogits ? p_.width : 0; }
   int64_t row(int64_t i) const { return rows_ ? rows_[i] : i; }
   static int vectors_of(int64_t n_rows) { return n_rows > kLanes ? 2 : 1; }  // of the panel that these rows begin
@@ -200,7 +216,7 @@ class Step {
   }
 
   void stream(int64_t block, int64_t split, Scratch<S>& s, Partial<S>& partial) const {
-    for (int64_t t = split * tiles_ / splits_; t < (split + 1) * tiles_ / splits_; ++t) {
+    for (int64_t t = split * plan_.tiles / plan_.splits; t < (split + 1) * plan_.tiles / plan_.splits; ++t) {
       const int64_t first = t * kTile, count = least(kTile, p_.n_vocab - first);
       const float* tile = static_cast<const float*>(p_.table) + first * p_.table_stride;
       int64_t stride = p_.table_stride;
@@ -237,7 +253,7 @@ class Step {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t vector = panel * 2 + i / kLanes, lane = i % kLanes, r = row(first + i);
         RowState<S>& total = parts[0].state[vector];
-        for (int64_t k = 1; k < splits_; ++k) {
+        for (int64_t k = 1; k < plan_.splits; ++k) {
           const RowState<S>& part = parts[k].state[vector];
           total.sum[lane] += part.sum[lane];
           if (part.best_score[lane] > total.best_score[lane])
@@ -267,7 +283,7 @@ class Step {
     const float scale = 1.0f / total.sum[lane];
     for (int64_t d = 0; d < p_.width; ++d) {
       float sum = parts[0].ot[at + d * lanes];
-      for (int64_t k = 1; k < splits_; ++k) sum += parts[k].ot[at + d * lanes];
+      for (int64_t k = 1; k < plan_.splits; ++k) sum += parts[k].ot[at + d * lanes];
       narrow(sum * scale, p_.x_dtype, p_.smoothed, r * p_.width + d);
     }
   }
@@ -286,7 +302,8 @@ class Step {
   float* ref_;
   uint8_t* redo_;
   RoundKeys<S> keys_;
-  int64_t panels_, tiles_, blocks_, splits_, tile_stride_;
+  Plan plan_;
+  int64_t tile_stride_;
 };
 
 template <class S, bool kNoise>
