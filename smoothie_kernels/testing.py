@@ -29,9 +29,7 @@ def dense_step(
 ) -> SmoothieStep:
     """The whole step with its [N, V] tensors. x [N, D], embeddings [V, D], mu and std [N], eps [N, V]: one type."""
     distances, logits = dense_logits(x, embeddings, mu, std, eps, sigma_min)
-    return SmoothieStep(
-        logits.softmax(-1) @ embeddings, distances.argmax(-1), logits.argmax(-1), logits.logsumexp(-1)
-    )
+    return SmoothieStep(logits.softmax(-1) @ embeddings, distances.argmax(-1), logits.argmax(-1), logits.logsumexp(-1))
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -54,15 +52,19 @@ def check_step(
     2e-6) or twice that of the naive float32 step on the same inputs. lse: 1e-5 relative, or twice the naive error.
     tokens and noisy_tokens: equal but for ties.
     """
-    exact_inputs = [t.double() for t in (x, embeddings, mu, std, eps)]
-    exact = dense_step(*exact_inputs, sigma_min)
-    distances, logits = dense_logits(*exact_inputs, sigma_min)
-    naive_type = torch.float64 if x.dtype == torch.float64 else torch.float32
-    naive = dense_step(*(t.to(naive_type) for t in (x, embeddings, mu, std, eps)), sigma_min)
+
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return x.to(dtype), embeddings.to(dtype), mu.to(dtype), std.to(dtype), eps.to(dtype)
+
+    exact = dense_step(*inputs(torch.float64), sigma_min)
+    distances, logits = dense_logits(*inputs(torch.float64), sigma_min)
+    naive = dense_step(*inputs(torch.float64 if x.dtype == torch.float64 else torch.float32), sigma_min)
 
     wrong = []
     error = relative_error(step.smoothed, exact.smoothed)
-    bound = max(FLOOR[x.dtype] * max(1.0, float(std.max())), NAIVE_MARGIN * relative_error(naive.smoothed, exact.smoothed))
+    bound = max(
+        FLOOR[x.dtype] * max(1.0, float(std.max())), NAIVE_MARGIN * relative_error(naive.smoothed, exact.smoothed)
+    )
     if not error <= bound:
         wrong.append(f"smoothed: relative error {error:.2e} > {bound:.2e}")
     lse_error = (step.lse.double() - exact.lse).abs()

@@ -43,7 +43,9 @@ def test_compile_fullgraph(bare):
 
 def test_compile_dynamic_rows():
     table = torch.randn(50, 16, device=DEVICE)
-    compiled = torch.compile(lambda x: fused_smoothie_step(x, table, 0.1, 0.9, seed=7).lse, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x: fused_smoothie_step(x, table, 0.1, 0.9, seed=7).lse, fullgraph=True, dynamic=True
+    )
     for n in (3, 5, 17):
         x = torch.randn(n, 16, device=DEVICE)
         torch.testing.assert_close(compiled(x), fused_smoothie_step(x, table, 0.1, 0.9, seed=7).lse)

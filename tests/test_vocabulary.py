@@ -45,7 +45,7 @@ def test_surface():
 def test_table_that_is_not_finite(bad):
     table = torch.randn(700, 4)
     table[613, 2] = bad
-    with pytest.raises(ValueError, match="embeddings must be finite.* row 613 is not"):
+    with pytest.raises(ValueError, match=r"embeddings must be finite.* row 613 is not"):
         Vocabulary(table)
     with pytest.raises(ValueError, match="embeddings must be finite"):
         fused_smoothie_step(torch.randn(2, 4), table, 0.1, 0.9)

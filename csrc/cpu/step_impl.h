@@ -4,13 +4,13 @@
 //     for a tile of kTile tokens:               E[tile] straight from the table, or widened to fp32 once
 //       for a panel of rows:                    (step_panel.h)
 //         score   p[v][lanes]  = E[tile] xt + bias             product over D
-//         weigh   p            = exp(mu D + std eps - ref)     noise, argmax twice, row sum: all in L1
+//         weigh   p            = exp(mu D + std eps - ref)     noise, argmax twice, row sum: all in cache
 //         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
 //     finish: smoothed = ot / sum, lse = ref + log(sum)
 //
 // Logits are at most 6.77 std (distances are never positive), so no running maximum: `ref` is fixed beforehand and
-// partial sums of any tiles add. Rows whose largest logit is far from it are done again with that logit as ref: exact
-// for every input, a second pass only for the rows that need one.
+// partial sums of any tiles add. Rows whose largest logit turns out far from it are done again: exact for every input,
+// another pass only for the rows that need one.
 #pragma once
 
 #include <atomic>
@@ -32,7 +32,9 @@ namespace {  // one copy per tier
 constexpr int kTile = 128;       // tokens; a panel's weights (16 KiB at 32 lanes) stay in L1
 constexpr int kBlockPanels = 8;  // panels that share a tile: xt and ot of 256 rows x 384 columns take 0.8 MB of L2
 constexpr float kMaxNormal = 6.77f;
-constexpr float kLargest = 20.0f, kSmallest = -50.0f;  // where a row's maximum may lie over ref; fp32 sums stay exact
+constexpr float kLargest = 20.0f,
+                kSmallest = -50.0f;  // where a row's maximum may lie over ref: fp32 holds all that counts
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -89,6 +91,18 @@ void share(const Threads& threads, int64_t tasks, const Work& work) {
       &context);
 }
 
+// What is taken off a row's scores and logits so that fp32 holds its weights:
+// exp(scale (score_j - score) + std eps_j - logit).
+struct Reference {
+  // By pass: the score at distance zero; the nearest token's, for rows far from all tokens; the largest logit as well,
+  // for noise so loud that its largest value is far below what it could be. Nothing finite needs a fourth.
+  static constexpr int kPasses = 3;
+
+  float score, logit;
+  double half_square;  // ||x||^2 / 2
+  bool done;
+};
+
 // How the work is cut: tasks = blocks of rows x splits of the vocabulary.
 struct Plan {
   int64_t panels, tiles, blocks, splits;
@@ -138,14 +152,15 @@ class Step {
  public:
   static constexpr int kLanes = S::kLanes, kPanel = 2 * S::kLanes;
 
-  // rows: which rows of the call, nullptr for all. ref: [N] what is taken off each row's logits.
-  Step(const StepParams& params, const Threads& threads, const int64_t* rows, int64_t n_rows, float* ref, uint8_t* redo)
+  // rows: which rows of the call, nullptr for all. references: [N], nullptr where there are no logits.
+  Step(const StepParams& params, const Threads& threads, const int64_t* rows, int64_t n_rows, Reference* references,
+       int pass)
       : p_(params),
         threads_(threads),
         rows_(rows),
         n_rows_(n_rows),
-        ref_(ref),
-        redo_(redo),
+        references_(references),
+        pass_(pass),
         keys_(params.noise_key),
         plan_(make_plan(ceil_div(n_rows, kPanel), ceil_div(params.n_vocab, kTile), threads.count)) {
     tile_stride_ = (p_.width + 15) / 16 * 16 + 16;  // an odd number of cache lines: rows of a tile spread over all sets
@@ -178,6 +193,7 @@ class Step {
   int64_t first_panel(int64_t block) const { return block * plan_.panels / plan_.blocks; }
   int64_t smoothed_width() const { return kLogits ? p_.width : 0; }
   int64_t row(int64_t i) const { return rows_ ? rows_[i] : i; }
+  float scale(int64_t r) const { return float(double(p_.mu[r]) / (double(p_.sigma_min) * p_.sigma_min)); }
   static int vectors_of(int64_t n_rows) { return n_rows > kLanes ? 2 : 1; }  // of the panel that these rows begin
 
   // Calls body(panel in block, its first row, how many rows) for the panels of a block.
@@ -197,7 +213,8 @@ class Step {
       for (int64_t i = 0; i < lanes; ++i) {
         RowState<S>& state = partial.state[panel * 2 + i / kLanes];
         const int64_t lane = i % kLanes;
-        state.scale[lane] = state.shift[lane] = state.std[lane] = state.sum[lane] = 0.0f;
+        state.scale[lane] = state.std[lane] = state.sum[lane] = 0.0f;
+        state.ref_score[lane] = state.ref_logit[lane] = 0.0f;
         state.best_score[lane] = state.best_logit[lane] = -kInfinity;
         state.token[lane] = state.noisy_token[lane] = state.noise_row[lane] = 0;
         if (i >= count) continue;  // lanes behind the last row hold a row of zeros
@@ -205,9 +222,11 @@ class Step {
         widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
         for (int64_t d = 0; d < p_.width; ++d) xt[d * lanes + i] = s.row[d];
         if (!kLogits) continue;
-        const double scale = double(p_.mu[r]) / (double(p_.sigma_min) * p_.sigma_min);
-        state.scale[lane] = float(scale);
-        state.shift[lane] = float(-0.5 * scale * sum_of_squares(s.row, p_.width) - ref_[r]);
+        Reference& ref = references_[r];
+        ref.half_square = sum_of_squares(s.row, p_.width) / 2;
+        if (pass_ == 0) ref.score = float(ref.half_square);
+        state.scale[lane] = scale(r);
+        state.ref_score[lane] = ref.score, state.ref_logit[lane] = ref.logit;
         if (!kNoise) continue;
         state.std[lane] = p_.std[r];
         state.noise_row[lane] = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
@@ -272,19 +291,25 @@ class Step {
 
   void finish_logits(Partial<S>* parts, int64_t at, int lanes, int64_t r, const RowState<S>& total,
                      int64_t lane) const {
+    Reference& ref = references_[r];
     const float best = total.best_logit[lane];
-    if (std::isfinite(best) && !(best >= kSmallest && best <= kLargest)) {
-      ref_[r] += best, redo_[r] = 1;
+    const bool fits = best >= kSmallest && best <= kLargest;
+    ref.done = fits || !std::isfinite(best) || pass_ + 1 == Reference::kPasses;
+    if (!ref.done) {
+      if (pass_ == 0)
+        ref.score = total.best_score[lane];
+      else
+        ref.logit += best;
       return;
     }
-    redo_[r] = 0;
     p_.noisy_tokens[r] = total.noisy_token[lane];
-    p_.lse[r] = float(double(ref_[r]) + std::log(double(total.sum[lane])));
-    const float scale = 1.0f / total.sum[lane];
+    const double offset = ref.logit + double(scale(r)) * (ref.score - ref.half_square);
+    p_.lse[r] = fits ? float(offset + std::log(double(total.sum[lane]))) : kNaN;
+    const float inverse = fits ? 1.0f / total.sum[lane] : kNaN;
     for (int64_t d = 0; d < p_.width; ++d) {
       float sum = parts[0].ot[at + d * lanes];
       for (int64_t k = 1; k < plan_.splits; ++k) sum += parts[k].ot[at + d * lanes];
-      narrow(sum * scale, p_.x_dtype, p_.smoothed, r * p_.width + d);
+      narrow(sum * inverse, p_.x_dtype, p_.smoothed, r * p_.width + d);
     }
   }
 
@@ -299,8 +324,8 @@ class Step {
   const Threads& threads_;
   const int64_t* rows_;
   int64_t n_rows_;
-  float* ref_;
-  uint8_t* redo_;
+  Reference* references_;
+  int pass_;
   RoundKeys<S> keys_;
   Plan plan_;
   int64_t tile_stride_;
@@ -308,25 +333,27 @@ class Step {
 
 template <class S, bool kNoise>
 void step_with_logits(const StepParams& p, const Threads& threads) {
-  Buffer<float> ref(p.n_rows);
-  Buffer<uint8_t> redo(p.n_rows);
+  Buffer<Reference> references(p.n_rows);
   for (int64_t i = 0; i < p.n_rows; ++i) {
     const float highest = kNoise ? kMaxNormal * p.std[i] : 0.0f;
-    ref[i] = highest > kLargest ? highest - kLargest : 0.0f;
+    references[i].logit = highest > kLargest ? highest - kLargest : 0.0f;
   }
-  Step<S, true, kNoise>(p, threads, nullptr, p.n_rows, ref, redo).run();
   Buffer<int64_t> rows(p.n_rows);
-  int64_t n_rows = 0;
-  for (int64_t i = 0; i < p.n_rows; ++i)
-    if (redo[i]) rows[n_rows++] = i;
-  if (n_rows) Step<S, true, kNoise>(p, threads, rows, n_rows, ref, redo).run();
+  int64_t n_rows = p.n_rows;
+  for (int pass = 0; n_rows > 0; ++pass) {
+    Step<S, true, kNoise>(p, threads, pass == 0 ? nullptr : static_cast<int64_t*>(rows), n_rows, references, pass)
+        .run();
+    n_rows = 0;
+    for (int64_t i = 0; i < p.n_rows; ++i)
+      if (!references[i].done) rows[n_rows++] = i;
+  }
 }
 
 template <class S>
 void step_fwd(const StepParams& p, const Threads& threads) {
   if (p.n_rows == 0) return;
   if (!p.mu)
-    Step<S, false, false>(p, threads, nullptr, p.n_rows, nullptr, nullptr).run();
+    Step<S, false, false>(p, threads, nullptr, p.n_rows, nullptr, 0).run();
   else if (p.std)
     step_with_logits<S, true>(p, threads);
   else

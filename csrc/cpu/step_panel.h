@@ -81,8 +81,9 @@ void gather(const float* tile, int64_t tile_stride, const float* p, int64_t widt
 template <class S>
 struct RowState {
   static constexpr int kLanes = S::kLanes;
-  float scale[kLanes], shift[kLanes], std[kLanes];  // logit - ref = scale * score + shift + std * eps
-  int32_t noise_row[kLanes];                        // row id + row_shift
+  float scale[kLanes], std[kLanes];
+  float ref_score[kLanes], ref_logit[kLanes];  // weight = exp(scale (score - ref_score) + std eps - ref_logit)
+  int32_t noise_row[kLanes];                   // row id + row_shift
   float best_score[kLanes], best_logit[kLanes], sum[kLanes];
   int32_t token[kLanes], noisy_token[kLanes];
 };
@@ -105,7 +106,8 @@ template <class S, bool kLogits, bool kNoise>
 void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys, float* eps,
            RowState<S>& rows) {
   using F = typename S::F;
-  const F scale = S::load(rows.scale), shift = S::load(rows.shift), std = S::load(rows.std);
+  const F scale = S::load(rows.scale), std = S::load(rows.std);
+  const F ref_score = S::load(rows.ref_score), shift = S::sub(S::set(0.0f), S::load(rows.ref_logit));
   Best<S> nearest{S::load(rows.best_score), S::load_int(rows.token)};
   Best<S> noisy{S::load(rows.best_logit), S::load_int(rows.noisy_token)};
   F sum = S::set(0.0f);
@@ -116,7 +118,7 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
     const F score = S::load(p);
     nearest.take(score, column);
     if constexpr (kLogits) {
-      F logit = S::fma(scale, score, shift);
+      F logit = S::fma(scale, S::sub(score, ref_score), shift);
       if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
       noisy.take(logit, column);
       const F weight = exp<S>(logit);

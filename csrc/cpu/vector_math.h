@@ -6,6 +6,7 @@
 #include "../philox.h"
 
 namespace smoothie {
+namespace {  // one copy per tier
 
 template <class S, int kTerms>
 inline typename S::F polynomial(const float (&c)[kTerms], typename S::F x) {
@@ -125,4 +126,5 @@ inline void normals(uint32_t first_pair, int64_t pairs, typename S::I rows, cons
   }
 }
 
+}  // namespace
 }  // namespace smoothie

@@ -1,4 +1,7 @@
-"""Pieces of the Triton kernels: noise words and normals, score tiles, running maxima. [n] rows, [v] tokens, [d] columns."""
+"""Pieces of the Triton kernels: noise, score tiles, running maxima. Shapes: [n] rows, [v] tokens, [d], [k] columns."""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -8,7 +11,7 @@ from smoothie_kernels import noise
 _ROUNDS = tl.constexpr(noise.ROUNDS)
 _MULTIPLIER = tl.constexpr(noise.MULTIPLIER)
 _KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
-_DOMAIN = tl.constexpr(noise._DOMAIN)
+_CHUNK = tl.constexpr(32)  # columns of a row sum: float64 takes two registers each
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def noise_key(seed_ptr, offset_ptr):
     seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
-    c2, c3 = tl.full((), _DOMAIN, tl.uint32), tl.full((), 0, tl.uint32)
+    c2, c3 = tl.full((), 0x534D4F4F, tl.uint32), tl.full((), 0, tl.uint32)  # "SMOO"
     for _ in tl.static_range(_ROUNDS):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high1, low1 = _multiply(c2, 0xCD9E8D57)
@@ -60,26 +63,26 @@ def box_muller(r0, r1):
     mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     r = tl.where(upper_half, near_end * -(2.0**-32), mantissa - 1.0)
     e = tl.where(upper_half, 0, (bits >> 23) - (126 + 32)).to(tl.float32)
-    p = -1.981164228 * r - 1.275843251  # -2 ln(1 + r) / r on [-1/2, 0]: 9.7e-7 relative
-    p = p * r - 1.045490328
-    p = p * r + 0.3750648501
-    p = p * r - 0.6778220121
-    p = p * r + 0.9996334909
-    p = p * r - 2.000001941
-    radius = tl.sqrt(r * p - 1.38629436 * e)
+    p = tl.fma(r, -1.981164228, -1.275843251)  # -2 ln(1 + r) / r on [-1/2, 0]: 9.7e-7 relative
+    p = tl.fma(p, r, -1.045490328)
+    p = tl.fma(p, r, 0.3750648501)
+    p = tl.fma(p, r, -0.6778220121)
+    p = tl.fma(p, r, 0.9996334909)
+    p = tl.fma(p, r, -2.000001941)
+    radius = tl.sqrt(tl.fma(e, -1.38629436, r * p))
 
     # angle = pi (y + half turns), y in [-1/2, 1/2]; an odd number of half turns flips both signs.
     y = ((r1 << 1) | 1).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-32
     flip = (r1 + 0x40000000) & 0x80000000
     radius = (radius.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
     y2 = y * y
-    cos = 0.2196968087 * y2 - 1.331880166  # cos(pi y): 4.7e-8
-    cos = cos * y2 + 4.058411915
-    cos = cos * y2 - 4.934792859
-    cos = cos * y2 + 0.9999999535
-    sin = -0.5548396415 * y2 + 2.541995237  # sin(pi y) / y: 6e-7
-    sin = sin * y2 - 5.167156414
-    sin = sin * y2 + 3.141582561
+    cos = tl.fma(y2, 0.2196968087, -1.331880166)  # cos(pi y): 4.7e-8
+    cos = tl.fma(cos, y2, 4.058411915)
+    cos = tl.fma(cos, y2, -4.934792859)
+    cos = tl.fma(cos, y2, 0.9999999535)
+    sin = tl.fma(y2, -0.5548396415, 2.541995237)  # sin(pi y) / y: 6e-7
+    sin = tl.fma(sin, y2, -5.167156414)
+    sin = tl.fma(sin, y2, 3.141582561)
     return radius * cos, radius * (y * sin)
 
 
@@ -115,29 +118,30 @@ def score_tile(
 
 
 @triton.jit
-def keep_first_max(best, index, values, first):
-    """The running maximum [n] of rows and its column, after another tile [n, v]. A NaN is never larger."""
-    value, column = tl.max(values, 1, return_indices=True, return_indices_tie_break_left=True)
+def keep_first_max(best, index, values, o_v):
+    """The running maximum [n] of rows and its first column, after another tile [n, v]. A NaN is never larger."""
+    value = tl.max(values, 1)
+    column = tl.min(tl.where(values == value[:, None], o_v[None, :], 2147483647), 1)
     better = value > best
-    return tl.where(better, value, best), tl.where(better, column + first, index)
+    return tl.where(better, value, best), tl.where(better, column, index)
 
 
 @triton.jit
-def sum_of_squares(ptr, o_row, m_row, stride, D: tl.constexpr, BLOCK_K: tl.constexpr):
+def sum_of_squares(ptr, o_row, m_row, stride, D: tl.constexpr):
     """||row||^2 in float64, [row]: next to it the scores of near tokens cancel."""
     total = tl.zeros([o_row.shape[0]], tl.float64)
-    for first in range(0, D, BLOCK_K):
-        values = load_tile(ptr, o_row, m_row, stride, first + tl.arange(0, BLOCK_K), D).to(tl.float64)
+    for first in range(0, D, _CHUNK):
+        values = load_tile(ptr, o_row, m_row, stride, first + tl.arange(0, _CHUNK), D).to(tl.float64)
         total += tl.sum(values * values, 1)
     return total
 
 
 @triton.jit
-def squared_distance(a_ptr, o_a, stride_a, b_ptr, o_b, stride_b, m_row, D: tl.constexpr, BLOCK_K: tl.constexpr):
+def squared_distance(a_ptr, o_a, stride_a, b_ptr, o_b, stride_b, m_row, D: tl.constexpr):
     """||a - b||^2 of pairs of rows in float64, [row]."""
     total = tl.zeros([o_a.shape[0]], tl.float64)
-    for first in range(0, D, BLOCK_K):
-        o_k = first + tl.arange(0, BLOCK_K)
+    for first in range(0, D, _CHUNK):
+        o_k = first + tl.arange(0, _CHUNK)
         a = load_tile(a_ptr, o_a, m_row, stride_a, o_k, D).to(tl.float64)
         b = load_tile(b_ptr, o_b, m_row, stride_b, o_k, D).to(tl.float64)
         total += tl.sum((a - b) * (a - b), 1)

