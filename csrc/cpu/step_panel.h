@@ -20,6 +20,7 @@ inline void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, i
                      typename S::F (&acc)[M][kVectors]) {
   for (int i = 0; i < M; ++i)
     for (int n = 0; n < kVectors; ++n) acc[i][n] = S::set(0.0f);
+#pragma GCC unroll 8  // 6 % of a step with AVX-512, 1 % with AVX2
   for (int64_t k = 0; k < count; ++k, a += a_k, b += kVectors * S::kLanes) {
     typename S::F lanes[kVectors];
     for (int n = 0; n < kVectors; ++n) lanes[n] = S::load(b + n * S::kLanes);

@@ -1,0 +1,140 @@
+"""Command line: python -m benchmarks list | run | compare."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import compare, machine, pictures, registry
+from benchmarks.check import CheckFailed
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.embeddings import NoEmbeddings, load_material, synthetic
+from benchmarks.report import Report
+from benchmarks.suite import STAGES, Suite
+
+SYNTHETIC = (30_522, 768)  # V, D of BERT
+
+
+def main() -> int:
+    arguments = parse()
+    console, errors = console_for(sys.stdout), console_for(sys.stderr)
+    try:
+        if arguments.command == "list":
+            list_cases(console)
+            return 0
+        if arguments.command == "compare":
+            before, after = compare.find((arguments.before, arguments.after))
+            compare.show(Report.load(before), Report.load(after), console)
+            return 0
+        return run(arguments, console, errors)
+    except (NoEmbeddings, compare.NoResult, ValueError) as error:
+        errors.print(f"benchmarks: {error}", style="bold red")
+        return 2
+
+
+def console_for(stream: TextIO) -> Console:
+    """As wide as the terminal; a file or pipe has no width of its own."""
+    return Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="cases and contestants")
+    run = commands.add_parser("run", help="check, measure, report")
+    run.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
+    run.add_argument("--full", action="store_true", help="more shapes, types and times of the schedule")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
+    run.add_argument("--repeats", type=int, help="timed runs of every contestant; by default about 1.5 seconds of them")
+    run.add_argument("--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'")
+    run.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
+    run.add_argument("--keep-going", action="store_true", help="a failed check refuses its case alone; write as we go")
+    run.add_argument("--deadline", type=float, help="seconds after which no further case begins")
+    of_two = commands.add_parser("compare", help="two results: .json files, or git refs that have a result file")
+    of_two.add_argument("before")
+    of_two.add_argument("after")
+    return parser.parse_args()
+
+
+def list_cases(console: Console) -> None:
+    table = Table("case", "group", "N", "V", "D", "type", "noise", "what for", box=SIMPLE_HEAD)
+    for case in registry.CASES.values():
+        sizes = (f"{case.n:,}", *("table" if size is None else f"{size:,}" for size in (case.v, case.d)))
+        noise = "" if case.op == "nearest" else f"t = {case.t}" if case.t else str(case.std)
+        table.add_row(case.name, case.group, *sizes, str(case.dtype).removeprefix("torch."), noise, case.why)
+    console.print(table)
+    console.print("Without --cases, `run` takes the groups default and sweep; --full adds full.\n")
+    table = Table("contestant", "what", box=SIMPLE_HEAD)
+    for contestant in CONTESTANTS.values():
+        table.add_row(contestant.name, contestant.what)
+    console.print(table)
+
+
+def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    start = time.monotonic()
+    cases = registry.select(filter(None, arguments.cases.split(",")), full=arguments.full)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    console.print("reading the embedding table and the text ...")
+    material = synthetic(*SYNTHETIC) if arguments.embeddings == "synthetic" else load_material(arguments.embeddings)
+    report = Report(machine.describe(arguments.device), {}, [])
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
+        material.save(Path(folder) / "material.pt")
+        suite = Suite(material, Path(folder) / "material.pt", report.machine, arguments.device, arguments.repeats)
+        task = bar.add_task("", total=STAGES * sum(len(case.contestants) for case in cases))
+        for case in cases:
+            if arguments.deadline and time.monotonic() - start > arguments.deadline:
+                errors.print(f"{case.name}: left out, the deadline has passed")
+                continue
+            try:
+                note, rows = suite.run(case, lambda what, stages: bar.update(task, advance=stages, description=what))
+            except CheckFailed as error:
+                errors.print(f"check failed, no speed is reported: {error}", style="bold red")
+                if not arguments.keep_going:
+                    return 1
+                failed += 1
+                continue
+            report.tables[case.name] = note
+            report.rows.extend(rows)
+            if arguments.keep_going:
+                report.save(arguments.out)
+    publish(report, arguments.out, console)
+    console.print(f"took {time.monotonic() - start:.0f} s")
+    return 1 if failed else 0
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def publish(report: Report, folder: Path, console: Console) -> None:
+    """Pictures, files, and the table on the screen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw(report.rows, folder / report.machine.stem)
+    written = report.save(folder)
+    report.show(console)
+    if isinstance(drawn, str):
+        console.print(f"no pictures: {drawn}")
+    else:
+        written += drawn
+    for path in written:
+        console.print(f"written: {path}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What a contestant is given, and what it gives: rows that are tokens of real text, noised at the paper's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.embeddings import Material
+from benchmarks.registry import OPS, Case
+
+SIGMA_MIN, SIGMA_MAX, SHARPNESS = 1.5, 200.0, 9.0
+SPREAD = 0.25  # standard deviation of a row around its token's embedding, whose entries have standard deviation 1
+
+
+def schedule(t: float, delta: float = 1.0) -> tuple[float, float]:
+    """(mu, std) at time t of the paper's schedule: D_t = mu D_0 + std eps."""
+    t = min(max(t, 5e-4), 0.9995)
+    blur = (SIGMA_MAX / SIGMA_MIN - 1) * (2 / math.pi) * math.atan(math.sqrt(t / (1 - t)) / SHARPNESS) + 1
+    return blur**-2, delta * math.sqrt(1 - blur**-4)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every contestant of a case is given."""
+
+    case: Case
+    x: Tensor  # [N, D]
+    table: Tensor  # [V, D]
+    mu: Tensor  # [N] float32: one value per row, as in training
+    std: Tensor  # [N] float32
+    note: str  # what the table is
+
+    @property
+    def noisy(self) -> bool:
+        return self.case.op == "step" and self.case.std > 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, V, D."""
+        return self.x.shape[0], *self.table.shape
+
+    @property
+    def flop(self) -> int:
+        return OPS[self.case.op].flop(*self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        return OPS[self.case.op].bytes(*self.sizes, self.x.element_size())
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """No noise for a while: a contestant with random numbers of its own can then be compared with the truth."""
+        kept = self.std.clone()
+        self.std.zero_()
+        try:
+            yield
+        finally:
+            self.std.copy_(kept)
+
+    def cut(self, n: int, v: int) -> Inputs:
+        """The first n rows and v tokens: a small call that loads what a first call loads."""
+        return replace(self, x=self.x[:n], table=self.table[:v].clone(), mu=self.mu[:n], std=self.std[:n])
+
+
+class Outputs(NamedTuple):
+    """What a contestant gives; None where it does not compute it."""
+
+    smoothed: Tensor | None = None  # [N, D]
+    tokens: Tensor | None = None  # [N]
+    noisy_tokens: Tensor | None = None  # [N]
+    lse: Tensor | None = None  # [N]
+    distance: Tensor | None = None  # [N]
+
+
+Call = Callable[[], Outputs]
+
+
+class Prepare(Protocol):
+    def __call__(self, inputs: Inputs) -> Call: ...
+
+
+def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
+    """The same tensors for the same case and material, wherever it is called.
+
+    A row is its token's embedding and a little of everything else, as a model's prediction is; exactly the embedding it
+    would be in training. The noise of the schedule is in mu and std.
+    """
+    material = material.sized(case.v or len(material.table), case.d or material.table.shape[1])
+    mu, std = (case.mu, case.std) if case.t is None else schedule(case.t)
+    tokens = material.tokens.repeat(-(-case.n // len(material.tokens)))[: case.n]
+    x = material.table[tokens]
+    x += SPREAD * torch.randn(x.shape, generator=torch.Generator().manual_seed(case.n))
+    return Inputs(
+        case,
+        x.to(device, case.dtype),
+        material.table.to(device, case.dtype),
+        torch.full((case.n,), mu, device=device),
+        torch.full((case.n,), std, device=device),
+        material.note,
+    )

@@ -1,0 +1,124 @@
+"""What is measured: the operators with their cost models, and one entry per case. A new case is one more entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+
+import torch
+
+
+@dataclass(frozen=True)
+class Op:
+    """What an operator must do at least, however it is written."""
+
+    products: int  # of N x V x D, each 2 N V D flop: what the floor is made of
+    outputs_of_width_d: int  # outputs of shape (N, D); those of shape (N,) do not count
+
+    def flop(self, n: int, v: int, d: int) -> int:
+        return 2 * self.products * n * v * d
+
+    def bytes(self, n: int, v: int, d: int, itemsize: int) -> int:
+        """The table and the rows read once, the outputs written once."""
+        return itemsize * d * (v + n * (1 + self.outputs_of_width_d))
+
+
+OPS = {"step": Op(products=2, outputs_of_width_d=1), "nearest": Op(products=1, outputs_of_width_d=0)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs, and who runs on it. N rows, V vocabulary, D width."""
+
+    name: str
+    why: str
+    contestants: tuple[str, ...]  # names in contestants.CONTESTANTS; the floor runs in every case
+    n: int
+    v: int | None = None  # None: as many as the embedding table has
+    d: int | None = None  # None: the table's; any other width means a synthetic table
+    dtype: torch.dtype = torch.float32
+    op: str = "step"
+    mu: float = 0.05
+    std: float = 0.99  # 0: no noise
+    t: float | None = None  # time in the paper's schedule, instead of mu and std
+    group: str = "default"  # "default", "sweep" (in the default run too), "full", "gpu"
+
+
+OURS = ("fused", "fused, raw table")
+DENSE = ("eager", "compiled", "chunked")
+NO_NOISE = ("sdpa", "flex", "keops")
+BACKENDS = ("fused", "fused[triton]", "fused[reference]")
+V_SWEEP = (1024, 4096, 16384, 30522, 65536, 262144)
+
+_STEP = Case("step", "the training step: real table, float32, noise", (*OURS, *DENSE), n=512)
+_QUIET = Case("step-quiet", "the same without noise", ("fused", *DENSE, *NO_NOISE), n=512, std=0)
+_NEAREST = Case("nearest", "the nearest token alone: one product", ("fused", *DENSE), n=512, op="nearest")
+
+_DEFAULT = (
+    _STEP,
+    _QUIET,
+    _NEAREST,
+    replace(_STEP, name="step-n1", why="one row: the table must be read, and nothing else matters", n=1),
+    replace(_STEP, name="step-n8", why="a few rows", n=8),
+    Case("step-bf16", "bfloat16 rows and table", ("fused", "eager", "chunked"), n=512, dtype=torch.bfloat16),
+    Case("step-n4096", "many rows: memory must not grow with N x V", ("fused", "eager"), n=4096),
+    Case("step-v256000", "a large model's vocabulary", ("fused", "eager", "chunked"), n=64, v=256_000, d=768),
+)
+_SWEEP = tuple(
+    Case(f"sweep-v{v}", "for the pictures", ("fused", "eager", "chunked"), n=64, v=v, group="sweep") for v in V_SWEEP
+)
+_FULL = (
+    *(replace(_STEP, name=f"step-n{n}", why="rows", n=n, group="full") for n in (32, 128, 2048)),
+    *(
+        replace(_STEP, name=f"step-d{d}-{name}", why="width and type", d=d, dtype=dtype, group="full")
+        for d in (768, 1024)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ),
+    replace(_STEP, name="step-bf16-compiled", why="everybody on bfloat16", dtype=torch.bfloat16, group="full"),
+    replace(_STEP, name="step-fp16", why="float16 rows and table", dtype=torch.float16, group="full"),
+    replace(_QUIET, name="step-quiet-bf16", why="bfloat16 without noise", dtype=torch.bfloat16, group="full"),
+    *(
+        replace(_STEP, name=f"step-t{t}", why="another time of the paper's schedule", t=t, group="full")
+        for t in (5e-4, 0.05, 0.5, 0.9995)
+    ),
+    replace(_NEAREST, name="nearest-n1", why="one row", n=1, group="full"),
+    replace(_NEAREST, name="nearest-bf16", why="bfloat16", dtype=torch.bfloat16, group="full"),
+)
+_GPU = tuple(
+    Case(
+        f"gpu-{case.name}-n{n}-v{v}-d{d}-{name}",
+        "a GPU",
+        who,
+        n=n,
+        v=v,
+        d=d,
+        dtype=dtype,
+        op=case.op,
+        std=case.std,
+        group="gpu",
+    )
+    for case, who in (
+        (_STEP, (*BACKENDS, *DENSE)),
+        (_QUIET, ("fused", *DENSE, "sdpa", "flex")),
+        (_NEAREST, (*BACKENDS, *DENSE)),
+    )
+    for n in (16384, 4096)
+    for v, d in ((28_996, 768), (30_522, 384))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    if case is _STEP or (n == 16384 and name == "bf16")
+)
+
+CASES = {case.name: case for case in (*_DEFAULT, *_SWEEP, *_FULL, *_GPU)}
+
+
+def select(patterns: Iterable[str] = (), *, full: bool = False) -> list[Case]:
+    """The cases whose names match any of the shell patterns; without patterns the default run, or the full one."""
+    patterns = list(patterns)
+    if not patterns:
+        groups = {"default", "sweep", "full"} if full else {"default", "sweep"}
+        return [case for case in CASES.values() if case.group in groups]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in CASES):
+            raise ValueError(f"no case is named {pattern!r}; `python -m benchmarks list` shows their names")
+    return [case for case in CASES.values() if any(fnmatch(case.name, pattern) for pattern in patterns)]

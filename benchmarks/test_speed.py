@@ -1,0 +1,37 @@
+"""Some cases of the registry under pytest-benchmark: pytest benchmarks/test_speed.py (not part of the test suite)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import inputs
+from benchmarks.check import Referee
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.registry import CASES
+
+NAMES = ("step", "step-quiet", "nearest", "step-n1", "step-n8")
+PAIRS = [(case, name) for case in NAMES for name in CASES[case].contestants if not CONTESTANTS[name].compiles]
+
+
+@pytest.fixture(scope="session")
+def material() -> Material:
+    try:
+        return load_material(None)
+    except NoEmbeddings:
+        return synthetic(30_522, 384)
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_speed(benchmark: Any, material: Material, case: str, name: str) -> None:
+    given, contestant = inputs.build(CASES[case], material), CONTESTANTS[name]
+    if reason := contestant.absent(given):
+        pytest.skip(reason)
+    benchmark.group = case
+    with torch.inference_mode():
+        call = contestant.prepare[given.case.op](given)
+        benchmark.extra_info["error"] = Referee(given).check(contestant, call)  # raises where a result is wrong
+        benchmark.pedantic(call, rounds=5, warmup_rounds=1)

@@ -1,0 +1,95 @@
+"""Time: all contestants of a case in turn, again and again, so that a machine's moods fall on all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Clock = Callable[[Callable[[], object]], float]
+
+MOST = 25  # timed runs of a call, where --repeats does not say
+FEWEST = ((1.0, 5), (3.0, 2))  # at least so many where one takes less than so many seconds; else one
+SLOW = 1.0  # seconds: a longer first run needs no warm-up beyond the check's, and counts
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's last-level cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds."""
+
+    median: float
+    quartiles: tuple[float, float]
+    runs: int
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def cuda_clock() -> Clock:
+    """Events around the call, with the GPU's cache emptied before."""
+    event: Any = torch.cuda.Event
+    rubbish = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def clock(call: Callable[[], object]) -> float:
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        rubbish.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return clock
+
+
+def clock_of(device: str) -> Clock:
+    return cuda_clock() if device == "cuda" else wall_clock
+
+
+def race(
+    calls: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    *,
+    patience: float,
+    repeats: int | None = None,
+    progress: Callable[[float], None] = lambda part: None,
+) -> dict[str, Timing]:
+    """Runs every call for about `patience` seconds in all (see `_how_often`), or `repeats` times.
+
+    Rounds go through all calls in order; one with fewer runs than there are rounds sits out evenly. Every call must
+    have run before.
+    """
+    gc.collect()
+    first = {name: clock(call) for name, call in calls.items()}
+    samples = {name: [seconds] if seconds > SLOW else [] for name, seconds in first.items()}
+    runs = {name: (repeats or _how_often(first[name], patience)) - len(samples[name]) for name in calls}
+    rounds = max(runs.values())
+    gc.disable()
+    try:
+        for k in range(rounds):
+            for name, call in calls.items():
+                if (k + 1) * runs[name] // rounds > k * runs[name] // rounds:
+                    samples[name].append(clock(call))
+            progress(1 / rounds)
+    finally:
+        gc.enable()
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def _how_often(seconds: float, patience: float) -> int:
+    fewest = next((runs for below, runs in FEWEST if seconds < below), 1)
+    return min(max(int(patience / seconds), fewest), MOST)
+
+
+def summary(times: list[float]) -> Timing:
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+    return Timing(median, (first, third), len(times))
