@@ -25,7 +25,7 @@ help:  ## list the targets
 	else $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet "$(TORCH)"; fi
 	touch $@
 
-.venv/package: .venv/torch pyproject.toml
+.venv/package: .venv/torch pyproject.toml Makefile
 	SMOOTHIE_KERNELS_BUILD=0 $(BIN)/pip install --quiet --editable ".[test,lint,bench]"
 	touch $@
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,12 +43,12 @@ class Parts:
         log = self.log_stem.with_name(f"{self.log_stem.name}-{name}.txt")
         print(f"== {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
         with log.open("w", encoding="utf-8") as output:
+            part = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
-                run = subprocess.run(
-                    command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds, check=False
-                )
-                ended = f"exit code {run.returncode}"
+                ended = f"exit code {part.wait(seconds)}"
             except subprocess.TimeoutExpired:
+                os.killpg(part.pid, signal.SIGKILL)  # with the processes that it started
+                part.wait()
                 ended = f"stopped after {seconds:.0f} s"
             output.write(f"{ended}\n")
         print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]), flush=True)

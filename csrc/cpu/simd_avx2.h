@@ -14,10 +14,25 @@ struct Avx2 {
   using I = __m256i;                     // 32-bit lanes
   using Wide = __m256i;                  // 64-bit lanes
   using Mask = __m256i;                  // sign bit of each 32-bit lane
+  typedef double Pair __attribute__((may_alias, aligned(4)));  // two floats, loaded as one
 
   static F set(float v) { return _mm256_set1_ps(v); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  template <int n>  // n neighbouring floats, again and again
+  static F broadcast(const float* p) {
+    if constexpr (n == 1) return _mm256_set1_ps(*p);
+    if constexpr (n == 2) return _mm256_castpd_ps(_mm256_set1_pd(*reinterpret_cast<const Pair*>(p)));
+    if constexpr (n == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    if constexpr (n == 8) return load(p);
+  }
+  template <int n>  // every n neighbouring lanes take their sum
+  static F sum_groups(F v) {
+    if constexpr (n >= 2) v = add(v, _mm256_permute_ps(v, 0xB1));
+    if constexpr (n >= 4) v = add(v, _mm256_permute_ps(v, 0x4E));
+    if constexpr (n >= 8) v = add(v, _mm256_permute2f128_ps(v, v, 0x01));
+    return v;
+  }
   static F load_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));

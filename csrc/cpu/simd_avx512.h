@@ -14,10 +14,27 @@ struct Avx512 {
   using I = __m512i;                      // 32-bit lanes
   using Wide = __m512i;                   // 64-bit lanes
   using Mask = __mmask16;
+  typedef double Pair __attribute__((may_alias, aligned(4)));  // two floats, loaded as one
 
   static F set(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  template <int n>  // n neighbouring floats, again and again
+  static F broadcast(const float* p) {
+    if constexpr (n == 1) return _mm512_set1_ps(*p);
+    if constexpr (n == 2) return _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const Pair*>(p)));
+    if constexpr (n == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if constexpr (n == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    if constexpr (n == 16) return load(p);
+  }
+  template <int n>  // every n neighbouring lanes take their sum
+  static F sum_groups(F v) {
+    if constexpr (n >= 2) v = add(v, _mm512_permute_ps(v, 0xB1));
+    if constexpr (n >= 4) v = add(v, _mm512_permute_ps(v, 0x4E));
+    if constexpr (n >= 8) v = add(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+    if constexpr (n >= 16) v = add(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+    return v;
+  }
   static F load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));

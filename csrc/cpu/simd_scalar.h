@@ -27,6 +27,16 @@ struct Scalar {
   }
   static F load(const float* p) { return load_as<F>(p); }
   static void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
+  template <int n>  // n neighbouring floats, again and again
+  static F broadcast(const float* p) {
+    return F{p[0], p[1 % n], p[2 % n], p[3 % n]};
+  }
+  template <int n>  // every n neighbouring lanes take their sum
+  static F sum_groups(F v) {
+    if constexpr (n >= 2) v = add(v, F{v[1], v[0], v[3], v[2]});
+    if constexpr (n >= 4) v = add(v, F{v[2], v[3], v[0], v[1]});
+    return v;
+  }
   static float widen_bf16(uint16_t h) {
     const uint32_t bits = uint32_t(h) << 16;
     float v;

@@ -163,6 +163,7 @@ class Step {
         pass_(pass),
         keys_(params.noise_key),
         plan_(make_plan(ceil_div(n_rows, kPanel), ceil_div(params.n_vocab, kTile), threads.count)) {
+    while (n_rows << (group_log_ + 1) <= kLanes && p_.width % (2 << group_log_) == 0) ++group_log_;
     tile_stride_ = (p_.width + 15) / 16 * 16 + 16;  // an odd number of cache lines: rows of a tile spread over all sets
   }
 
@@ -194,6 +195,10 @@ class Step {
   int64_t smoothed_width() const { return kLogits ? p_.width : 0; }
   int64_t row(int64_t i) const { return rows_ ? rows_[i] : i; }
   float scale(int64_t r) const { return float(double(p_.mu[r]) / (double(p_.sigma_min) * p_.sigma_min)); }
+  // Where column d of a panel's row i stands in its xt and ot.
+  int64_t element(int64_t i, int64_t d, int64_t lanes) const {
+    return (d >> group_log_) * lanes + (i << group_log_) + (d & ((1 << group_log_) - 1));
+  }
   static int vectors_of(int64_t n_rows) { return n_rows > kLanes ? 2 : 1; }  // of the panel that these rows begin
 
   // Calls body(panel in block, its first row, how many rows) for the panels of a block.
@@ -206,32 +211,29 @@ class Step {
 
   void pack(int64_t block, Scratch<S>& s, Partial<S>& partial) const {
     for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
-      float* xt = s.xt + panel * p_.width * kPanel;
-      const int lanes = vectors_of(count) * kLanes;
-      std::memset(xt, 0, size_t(p_.width * lanes) * sizeof(float));
-      if (kLogits) std::memset(partial.ot + panel * p_.width * kPanel, 0, size_t(p_.width * lanes) * sizeof(float));
-      for (int64_t i = 0; i < lanes; ++i) {
-        RowState<S>& state = partial.state[panel * 2 + i / kLanes];
-        const int64_t lane = i % kLanes;
-        state.scale[lane] = state.std[lane] = state.sum[lane] = 0.0f;
-        state.ref_score[lane] = state.ref_logit[lane] = 0.0f;
-        state.best_score[lane] = state.best_logit[lane] = -kInfinity;
-        state.token[lane] = state.noisy_token[lane] = state.noise_row[lane] = 0;
-        if (i >= count) continue;  // lanes behind the last row hold a row of zeros
-        const int64_t r = row(first + i);
-        widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
-        for (int64_t d = 0; d < p_.width; ++d) xt[d * lanes + i] = s.row[d];
-        if (!kLogits) continue;
-        Reference& ref = references_[r];
-        ref.half_square = sum_of_squares(s.row, p_.width) / 2;
-        if (pass_ == 0) ref.score = float(ref.half_square);
-        state.scale[lane] = scale(r);
-        state.ref_score[lane] = ref.score, state.ref_logit[lane] = ref.logit;
-        if (!kNoise) continue;
-        state.std[lane] = p_.std[r];
-        state.noise_row[lane] = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+      const int64_t lanes = vectors_of(count) * kLanes, start = panel * p_.width * kPanel;
+      std::memset(s.xt + start, 0, size_t(p_.width * lanes) * sizeof(float));
+      if (kLogits) std::memset(partial.ot + start, 0, size_t(p_.width * lanes) * sizeof(float));
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t i = lane >> group_log_;  // lanes behind the last row hold a row of zeros
+        const RowConstants constants = kLogits && i < count ? constants_of(row(first + i)) : RowConstants{};
+        partial.state[panel * 2 + lane / kLanes].begin(lane % kLanes, constants);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        widen<S>(at(p_.x, p_.x_dtype, row(first + i) * p_.width), p_.x_dtype, p_.width, s.row);
+        for (int64_t d = 0; d < p_.width; ++d) s.xt[start + element(i, d, lanes)] = s.row[d];
       }
     });
+  }
+
+  RowConstants constants_of(int64_t r) const {
+    const Reference& ref = references_[r];
+    RowConstants row{scale(r), 0.0f, ref.score, ref.logit, 0};
+    if (kNoise) {
+      row.std = p_.std[r];
+      row.noise_row = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+    }
+    return row;
   }
 
   void stream(int64_t block, int64_t split, Scratch<S>& s, Partial<S>& partial) const {
@@ -247,22 +249,30 @@ class Step {
       }
       for_panels(block, [&](int64_t panel, int64_t, int64_t n_rows) {
         if (vectors_of(n_rows) == 2)
-          one_panel<2>(panel, tile, stride, first, count, s, partial);
+          one_panel<2, 1>(panel, tile, stride, first, count, s, partial);
         else
-          one_panel<1>(panel, tile, stride, first, count, s, partial);
+          one_panel_of_group<1>(panel, tile, stride, first, count, s, partial);
       });
     }
   }
 
-  template <int kVectors>
+  template <int kGroup, class... Arguments>
+  void one_panel_of_group(Arguments&&... arguments) const {
+    if (1 << group_log_ == kGroup)
+      one_panel<1, kGroup>(arguments...);
+    else if constexpr (kGroup < kLanes)
+      one_panel_of_group<2 * kGroup>(arguments...);
+  }
+
+  template <int kVectors, int kGroup>
   void one_panel(int64_t panel, const float* tile, int64_t stride, int64_t first, int64_t count, Scratch<S>& s,
                  Partial<S>& partial) const {
-    const int64_t at = panel * p_.width * kPanel;
-    score<S, kVectors>(tile, stride, p_.bias + first, s.xt + at, p_.width, count, s.p);
+    const int64_t start = panel * p_.width * kPanel;
+    score<S, kVectors, kGroup>(tile, stride, p_.bias + first, s.xt + start, p_.width, count, s.p);
     for (int n = 0; n < kVectors; ++n)
       weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, first, count, keys_, s.eps,
                                 partial.state[panel * 2 + n]);
-    if constexpr (kLogits) gather<S, kVectors>(tile, stride, s.p, p_.width, count, partial.ot + at);
+    if constexpr (kLogits) gather<S, kVectors, kGroup>(tile, stride, s.p, p_.width, count, partial.ot + start);
   }
 
   // Merges the splits of a block in their order (the same sums in every run) and writes its rows.
@@ -270,11 +280,13 @@ class Step {
     for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
       const int lanes = vectors_of(count) * kLanes;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t vector = panel * 2 + i / kLanes, lane = i % kLanes, r = row(first + i);
+        const int64_t vector = panel * 2 + (i << group_log_) / kLanes, lane = (i << group_log_) % kLanes;
+        const int64_t r = row(first + i);
         RowState<S>& total = parts[0].state[vector];
+        double sum = double(total.sum[lane]) + total.sum_low[lane];
         for (int64_t k = 1; k < plan_.splits; ++k) {
           const RowState<S>& part = parts[k].state[vector];
-          total.sum[lane] += part.sum[lane];
+          sum += double(part.sum[lane]) + part.sum_low[lane];
           if (part.best_score[lane] > total.best_score[lane])
             total.best_score[lane] = part.best_score[lane], total.token[lane] = part.token[lane];
           if (part.best_logit[lane] > total.best_logit[lane])
@@ -282,15 +294,15 @@ class Step {
         }
         p_.tokens[r] = total.token[lane];
         if (kLogits)
-          finish_logits(parts, panel * p_.width * kPanel + i, lanes, r, total, lane);
+          finish_logits(parts, panel * p_.width * kPanel, i, lanes, r, total, lane, sum);
         else
           p_.distance[r] = distance(r, total.token[lane], s);
       }
     });
   }
 
-  void finish_logits(Partial<S>* parts, int64_t at, int lanes, int64_t r, const RowState<S>& total,
-                     int64_t lane) const {
+  void finish_logits(Partial<S>* parts, int64_t start, int64_t i, int lanes, int64_t r, const RowState<S>& total,
+                     int64_t lane, double sum) const {
     Reference& ref = references_[r];
     const float best = total.best_logit[lane];
     const bool fits = best >= kSmallest && best <= kLargest;
@@ -304,12 +316,13 @@ class Step {
     }
     p_.noisy_tokens[r] = total.noisy_token[lane];
     const double offset = ref.logit + double(scale(r)) * (ref.score - ref.half_square);
-    p_.lse[r] = fits ? float(offset + std::log(double(total.sum[lane]))) : kNaN;
-    const float inverse = fits ? 1.0f / total.sum[lane] : kNaN;
+    p_.lse[r] = fits ? float(offset + std::log(sum)) : kNaN;
+    const float inverse = fits ? float(1.0 / sum) : kNaN;
     for (int64_t d = 0; d < p_.width; ++d) {
-      float sum = parts[0].ot[at + d * lanes];
-      for (int64_t k = 1; k < plan_.splits; ++k) sum += parts[k].ot[at + d * lanes];
-      narrow(sum * inverse, p_.x_dtype, p_.smoothed, r * p_.width + d);
+      const int64_t at = start + element(i, d, lanes);
+      float value = parts[0].ot[at];
+      for (int64_t k = 1; k < plan_.splits; ++k) value += parts[k].ot[at];
+      narrow(value * inverse, p_.x_dtype, p_.smoothed, r * p_.width + d);
     }
   }
 
@@ -329,15 +342,34 @@ class Step {
   RoundKeys<S> keys_;
   Plan plan_;
   int64_t tile_stride_;
+  int group_log_ = 0;  // log2 of the lanes of a row
 };
+
+// use(i, ||row_i||^2 / 2), summed in float64: next to it the scores of near tokens cancel.
+template <class S, class Use>
+void half_squares(const void* matrix, DType dtype, int64_t stride, int64_t n_rows, int64_t width,
+                  const Threads& threads, const Use& use) {
+  constexpr int64_t kRows = 256;  // a task
+  std::vector<Buffer<float>> widened;
+  for (int64_t i = 0; i < threads.count; ++i) widened.emplace_back(width);
+  share(threads, ceil_div(n_rows, kRows), [&](int64_t worker, int64_t task) {
+    for (int64_t i = task * kRows; i < least(n_rows, (task + 1) * kRows); ++i) {
+      const void* row = at(matrix, dtype, i * stride);
+      if (dtype != DType::kFloat32) widen<S>(row, dtype, width, widened[size_t(worker)]);
+      use(i,
+          sum_of_squares(dtype == DType::kFloat32 ? static_cast<const float*>(row) : widened[size_t(worker)], width) /
+              2);
+    }
+  });
+}
 
 template <class S, bool kNoise>
 void step_with_logits(const StepParams& p, const Threads& threads) {
   Buffer<Reference> references(p.n_rows);
-  for (int64_t i = 0; i < p.n_rows; ++i) {
+  half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, [&](int64_t i, double half_square) {
     const float highest = kNoise ? kMaxNormal * p.std[i] : 0.0f;
-    references[i].logit = highest > kLargest ? highest - kLargest : 0.0f;
-  }
+    references[i] = {float(half_square), highest > kLargest ? highest - kLargest : 0.0f, half_square, false};
+  });
   Buffer<int64_t> rows(p.n_rows);
   int64_t n_rows = p.n_rows;
   for (int pass = 0; n_rows > 0; ++pass) {
@@ -360,23 +392,12 @@ void step_fwd(const StepParams& p, const Threads& threads) {
     step_with_logits<S, false>(p, threads);
 }
 
-// bias[j] = -||E_j||^2 / 2, summed in float64: next to it the scores of near tokens cancel.
+// bias[j] = -||E_j||^2 / 2
 template <class S>
 void bias(const void* table, DType dtype, int64_t table_stride, int64_t n_vocab, int64_t width, float* out,
           const Threads& threads) {
-  constexpr int64_t kRows = 512;
-  const int64_t tasks = ceil_div(n_vocab, kRows);
-  std::vector<Buffer<float>> rows;
-  for (int64_t i = 0; i < threads.count; ++i) rows.emplace_back(width);
-  share(threads, tasks, [&](int64_t worker, int64_t task) {
-    float* row = rows[size_t(worker)];
-    for (int64_t j = task * kRows; j < least(n_vocab, (task + 1) * kRows); ++j) {
-      const void* source = at(table, dtype, j * table_stride);
-      if (dtype != DType::kFloat32) widen<S>(source, dtype, width, row);
-      const float* values = dtype == DType::kFloat32 ? static_cast<const float*>(source) : row;
-      out[j] = float(-0.5 * sum_of_squares(values, width));
-    }
-  });
+  half_squares<S>(table, dtype, table_stride, n_vocab, width, threads,
+                  [&](int64_t j, double half_square) { out[j] = float(-half_square); });
 }
 
 // out[i][j] = eps_ij, the noise field itself.

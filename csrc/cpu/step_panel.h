@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "step_params.h"
@@ -14,8 +15,14 @@
 namespace smoothie {
 namespace {  // one copy per tier: a template shared between translation units could be linked from the wrong one
 
+constexpr int64_t kDepth = 128;  // columns in one fp32 sum: in one chain of 384 the scores round 3 times as much
+
 // acc[i][n] = sum_k a[i a_i + k a_k] b[k][n]: M broadcasts times kVectors vectors of lanes, k in order.
-template <class S, int M, int kVectors>
+//
+// A row has kGroup neighbouring lanes, which share out its columns. With one row all lanes of a vector are its own and
+// the broadcasts are plain loads; with enough rows to fill the lanes a group is one lane. Layouts: x and the result are
+// [D / kGroup][row][kGroup], weights [token][row][kGroup], the same in all lanes of a group.
+template <class S, int M, int kVectors, int kGroup>
 inline void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, int64_t count,
                      typename S::F (&acc)[M][kVectors]) {
   for (int i = 0; i < M; ++i)
@@ -26,32 +33,36 @@ inline void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, i
     for (int n = 0; n < kVectors; ++n) lanes[n] = S::load(b + n * S::kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const auto scalar = S::set(a[i * a_i]);
-      for (int n = 0; n < kVectors; ++n) acc[i][n] = S::fma(scalar, lanes[n], acc[i][n]);
+      const auto values = S::template broadcast<kGroup>(a + i * a_i);
+      for (int n = 0; n < kVectors; ++n) acc[i][n] = S::fma(values, lanes[n], acc[i][n]);
     }
   }
 }
 
-// p[v][lanes] = E[v] . x + bias[v] for `count` tokens of a tile.
-template <class S, int M, int kVectors>
-inline void score_rows(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t width,
-                       float* p) {
+// M tokens of `score`, `depth` columns of them; on top of what p has where `more`.
+template <class S, int M, int kVectors, int kGroup>
+inline void score_rows(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t depth,
+                       bool more, float* p) {
   typename S::F acc[M][kVectors];
-  multiply<S, M, kVectors>(tile, tile_stride, 1, xt, width, acc);
-  for (int i = 0; i < M; ++i)
-    for (int n = 0; n < kVectors; ++n) S::store(p + (i * kVectors + n) * S::kLanes, S::add(acc[i][n], S::set(bias[i])));
-}
-
-// ot[d][lanes] += sum_v E[v][d] p[v][lanes] for M columns d. From zero in every tile: two short sums round less than
-// one of length V.
-template <class S, int M, int kVectors>
-inline void gather_columns(const float* tile, int64_t tile_stride, const float* p, int64_t count, float* ot) {
-  typename S::F acc[M][kVectors];
-  multiply<S, M, kVectors>(tile, 1, tile_stride, p, count, acc);
+  multiply<S, M, kVectors, kGroup>(tile, tile_stride, kGroup, xt, depth / kGroup, acc);
   for (int i = 0; i < M; ++i)
     for (int n = 0; n < kVectors; ++n) {
-      float* o = ot + (i * kVectors + n) * S::kLanes;
-      S::store(o, S::add(S::load(o), acc[i][n]));
+      float* out = p + (i * kVectors + n) * S::kLanes;
+      auto sum = S::template sum_groups<kGroup>(acc[i][n]);
+      if (more) sum = S::add(S::load(out), sum);
+      S::store(out, bias ? S::add(sum, S::set(bias[i])) : sum);
+    }
+}
+
+// M columns (groups of columns) of `gather`.
+template <class S, int M, int kVectors, int kGroup>
+inline void gather_columns(const float* tile, int64_t tile_stride, const float* p, int64_t count, float* ot) {
+  typename S::F acc[M][kVectors];
+  multiply<S, M, kVectors, kGroup>(tile, kGroup, tile_stride, p, count, acc);
+  for (int i = 0; i < M; ++i)
+    for (int n = 0; n < kVectors; ++n) {
+      float* out = ot + (i * kVectors + n) * S::kLanes;
+      S::store(out, S::add(S::load(out), acc[i][n]));
     }
 }
 
@@ -62,31 +73,52 @@ inline void in_steps(int64_t first, int64_t count, const Body& body) {
   if constexpr (M > 1) in_steps<(M > 4 ? 4 : M / 2)>(first, count, body);
 }
 
-template <class S, int kVectors>
+// p[v][lanes] = E[v] . x + bias[v] for `count` tokens of a tile.
+template <class S, int kVectors, int kGroup>
 void score(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t width, int64_t count,
            float* p) {
-  in_steps<S::kBroadcasts>(0, count, [&](auto m, int64_t v) {
-    score_rows<S, m(), kVectors>(tile + v * tile_stride, tile_stride, bias + v, xt, width,
-                                 p + v * kVectors * S::kLanes);
-  });
+  for (int64_t first = 0; first < width; first += kDepth * kGroup) {
+    const int64_t depth = width - first < kDepth * kGroup ? width - first : kDepth * kGroup;
+    const bool last = first + depth == width;  // the bias joins last: it is large
+    in_steps<S::kBroadcasts>(0, count, [&](auto m, int64_t v) {
+      score_rows<S, m(), kVectors, kGroup>(tile + v * tile_stride + first, tile_stride, last ? bias + v : nullptr,
+                                           xt + first / kGroup * kVectors * S::kLanes, depth, first > 0,
+                                           p + v * kVectors * S::kLanes);
+    });
+  }
 }
 
-template <class S, int kVectors>
+// ot[d][lanes] += sum_v E[v][d] p[v][lanes]. From zero in every tile: two short sums round less than one of length V.
+template <class S, int kVectors, int kGroup>
 void gather(const float* tile, int64_t tile_stride, const float* p, int64_t width, int64_t count, float* ot) {
-  in_steps<S::kBroadcasts>(0, width, [&](auto m, int64_t d) {
-    gather_columns<S, m(), kVectors>(tile + d, tile_stride, p, count, ot + d * kVectors * S::kLanes);
+  in_steps<S::kBroadcasts>(0, width / kGroup, [&](auto m, int64_t d) {
+    gather_columns<S, m(), kVectors, kGroup>(tile + d * kGroup, tile_stride, p, count, ot + d * kVectors * S::kLanes);
   });
 }
 
-// What is known of a vector of rows: constants, then running results. Stored as [vector][lanes].
+// What a row brings: weight = exp(scale (score - ref_score) + std eps - ref_logit).
+struct RowConstants {
+  float scale = 0.0f, std = 0.0f, ref_score = 0.0f, ref_logit = 0.0f;
+  int32_t noise_row = 0;  // row id + row_shift
+};
+
+// The constants of a vector of rows and its running results, by lane.
 template <class S>
 struct RowState {
   static constexpr int kLanes = S::kLanes;
-  float scale[kLanes], std[kLanes];
-  float ref_score[kLanes], ref_logit[kLanes];  // weight = exp(scale (score - ref_score) + std eps - ref_logit)
-  int32_t noise_row[kLanes];                   // row id + row_shift
-  float best_score[kLanes], best_logit[kLanes], sum[kLanes];
+  float scale[kLanes], std[kLanes], ref_score[kLanes], ref_logit[kLanes];
+  int32_t noise_row[kLanes];
+  float best_score[kLanes], best_logit[kLanes];
+  float sum[kLanes], sum_low[kLanes];  // of the weights, in two parts
   int32_t token[kLanes], noisy_token[kLanes];
+
+  void begin(int64_t lane, const RowConstants& row) {
+    scale[lane] = row.scale, std[lane] = row.std, noise_row[lane] = row.noise_row;
+    ref_score[lane] = row.ref_score, ref_logit[lane] = row.ref_logit;
+    best_score[lane] = best_logit[lane] = -std::numeric_limits<float>::infinity();
+    sum[lane] = sum_low[lane] = 0.0f;
+    token[lane] = noisy_token[lane] = 0;
+  }
 };
 
 // The running maximum of some lanes and the first column that has it.
@@ -132,7 +164,12 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
   if constexpr (kLogits) {
     S::store(rows.best_logit, noisy.value);
     S::store_int(rows.noisy_token, noisy.column);
-    S::store(rows.sum, S::add(S::load(rows.sum), sum));
+    // Beside one near token the sums of thousands of tiles with far ones would each round to nothing: keep what is
+    // lost.
+    const F before = S::load(rows.sum), after = S::add(before, sum), added = S::sub(after, before);
+    const F lost = S::add(S::sub(before, S::sub(after, added)), S::sub(sum, added));
+    S::store(rows.sum, after);
+    S::store(rows.sum_low, S::add(S::load(rows.sum_low), lost));
   }
 }
 }  // namespace
