@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-benchmarks_report = pytest.importorskip("rich", reason="the suite prints with rich")
+pytest.importorskip("rich", reason="the suite prints with rich")
 
 from benchmarks import compare, inputs, registry, timing  # noqa: E402
 from benchmarks.check import CheckFailed, Referee  # noqa: E402
@@ -70,7 +70,8 @@ def test_a_cut_table_keeps_the_texts_words_and_a_grown_one_its_rows():
     material = Material(torch.arange(60.0).view(20, 3), torch.tensor([5, 17, 5, 2]), "")
     cut, grown = material.sized(3, 3), material.sized(50, 3)
     assert cut.table[cut.tokens].equal(material.table[material.tokens])
-    assert grown.table.shape == (50, 3) and grown.table[:20].equal(material.table)
+    assert grown.table.shape == (50, 3)
+    assert grown.table[:20].equal(material.table)
     assert not grown.table[20:40].equal(material.table)
 
 
