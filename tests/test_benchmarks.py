@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("rich", reason="the suite prints with rich")
 
-from benchmarks import compare, inputs, registry, timing  # noqa: E402
-from benchmarks.check import CheckFailed, Referee  # noqa: E402
-from benchmarks.contestants import CONTESTANTS  # noqa: E402
-from benchmarks.embeddings import Material, NoEmbeddings, load_material, normalise, synthetic  # noqa: E402
-from benchmarks.machine import Machine  # noqa: E402
-from benchmarks.report import Report, Row  # noqa: E402
+from benchmarks import compare, inputs, registry, timing
+from benchmarks.check import CheckFailed, Referee
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.embeddings import Material, NoEmbeddings, load_material, normalise, synthetic
+from benchmarks.machine import Machine
+from benchmarks.report import Report, Row
 
 SMALL = {"n": 9, "v": 301, "d": 20}
 PLANTED = {
