@@ -70,7 +70,7 @@ def main() -> int:
     python = sys.executable
     parts.run("build", [python, "setup.py", "build_ext", "--inplace"], min(BUILD_SECONDS, parts.left()))
     # A new process describes and uses what was just built.
-    parts.run("tests", [python, "-m", "pytest", "tests", "-q"], TESTS_SHARE * parts.left())
+    parts.run("tests", [python, "-m", "pytest", "tests"], TESTS_SHARE * parts.left())
     measure = [python, "-m", "benchmarks", "run", "--device", "cuda", "--cases", "gpu-*", "--keep-going"]
     measure += ["--out", str(out), "--deadline", str(int(parts.left() - LAST_CASE_SECONDS)), *embeddings()]
     parts.run("benchmark", measure, parts.left())
