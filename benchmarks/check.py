@@ -41,6 +41,10 @@ NOISE_TIE = 1e-4  # backends may differ by 5e-5 in a normal
 class CheckFailed(Exception):
     """Which contestant gave what wrong result."""
 
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what or message  # without the names of case and contestant
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -120,10 +124,8 @@ class Referee:
 
         def expect(what: str, error: float, bound: float) -> float:
             if not error <= bound:
-                raise CheckFailed(
-                    f"case {self.inputs.case.name!r}, contestant {contestant.name!r}: {what} is off by {error:.3g}, "
-                    f"{bound:.3g} is allowed"
-                )
+                wrong = f"{what} is off by {error:.3g}, {bound:.3g} is allowed"
+                raise CheckFailed(f"case {self.inputs.case.name!r}, contestant {contestant.name!r}: {wrong}", wrong)
             return error
 
         if outputs.tokens is not None:

@@ -62,14 +62,16 @@ class Suite:
                     call = contestant.prepare[case.op](given)
                     rows[name] = replace(rows[name], error=referee.check(contestant, call))
                     calls[name] = call
-                except CheckFailed:
-                    raise
+                except CheckFailed as error:
+                    if contestant.ours:
+                        raise
+                    reason = f"wrong: {error.what}"  # a competitor's mistake is not ours to time, nor to die of
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
                     if contestant.ours:
                         raise CheckFailed(f"case {case.name!r}, contestant {name!r} raised {reason}") from error
             if reason:
-                rows[name] = replace(rows[name], note=f"absent: {reason}")
+                rows[name] = replace(rows[name], note=reason if reason.startswith("wrong") else f"absent: {reason}")
         return rows, calls
 
     def _race(self, given: Inputs, rows: dict[str, Row], calls: dict[str, Call], progress: Progress) -> dict[str, Row]:
