@@ -18,7 +18,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -32,10 +31,9 @@ namespace {  // one copy per tier
 constexpr int kTile = 128;       // tokens; a panel's weights (16 KiB at 32 lanes) stay in L1
 constexpr int kBlockPanels = 8;  // panels that share a tile: xt and ot of 256 rows x 384 columns take 0.8 MB of L2
 constexpr float kMaxNormal = 6.77f;
-constexpr float kLargest = 20.0f,
-                kSmallest = -50.0f;  // where a row's maximum may lie over ref: fp32 holds all that counts
+// Where a row's maximum may lie over its reference: fp32 holds all that counts.
+constexpr float kLargest = 20.0f, kSmallest = -50.0f;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
