@@ -8,14 +8,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
 
 from smoothie_kernels import dispatch
+from smoothie_kernels.backends import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend by name; skipped, with its own reason, where it cannot run."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend by name; skipped, with its own reason, where it cannot run. The reference in many small chunks."""
+    monkeypatch.setattr(reference, "CHUNK", 65)
     device = device_of(request.param)
     reason = dispatch.load(request.param).supports(device, torch.float32)
     if reason:
