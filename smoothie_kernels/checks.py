@@ -144,6 +144,14 @@ def check_finite_table(bias: Tensor) -> None:
         raise ValueError(f"embeddings must be finite, with squared norms that float32 holds; row {row} is not")
 
 
+def check_unchanged(version: int, at_first: int) -> None:
+    if version and version != at_first:
+        raise ValueError(
+            "embeddings must be as they were when their Vocabulary was made, got a table that was written to since: "
+            "make a new Vocabulary, or pass the table itself"
+        )
+
+
 def word(name: str, value: object) -> Tensor:
     """`value` as a 0-d int64 tensor: 64 bits, in two's complement from 2**63 on."""
     wanted = "an int or a 0-d int64 tensor"

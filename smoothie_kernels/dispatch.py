@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-# Fastest first. A backend is a module with supports(), column_bias(), step_fwd(), nearest_fwd(), gaussian().
+# Fastest first. What a backend is, is in backends/__init__.py.
 BACKENDS = ("cpu", "triton", "reference")
 
 logger = logging.getLogger("smoothie_kernels")

@@ -39,6 +39,7 @@ def fused_smoothie_step(
     row_ids: Tensor | None = None,
     topk: None = None,
     recall_target: float = 1.0,
+    workspace: int = 2**28,
     backend: str = "auto",
 ) -> SmoothieStep:
     """One step of Smoothie: distances to all tokens, noise, softmax over the vocabulary, mean embedding.
@@ -65,6 +66,8 @@ def fused_smoothie_step(
         row_ids: int64, shape `x.shape[:-1]`: the row ids themselves, in [0, 2**32), instead of `row_offset`.
         topk: reserved; None.
         recall_target: reserved; 1.0.
+        workspace: bytes that a GPU may take for the weights of some rows and tokens at a time, beside inputs and
+            outputs; 256 MiB. With 0 the forward keeps them in registers; the backward takes what one tile needs.
         backend: "auto", or "reference", "cpu", "triton" by name.
 
     Returns:
@@ -77,15 +80,27 @@ def fused_smoothie_step(
 
     Sums are float32 (float64 for float64 input). The noise is a function of (seed, offset, row id, token) alone: it
     does not depend on backend, device, threads, or on how rows are split into calls. The same call on the same machine
-    gives the same bits. Gradients are not implemented yet. Equations 4, 5 of arXiv 2505.18853 and its sampling step.
+    gives the same bits, forward and backward.
+
+    Gradients flow to x and embeddings from smoothed and lse; the weights are made again, never stored. mu and std take
+    none, and there is no second derivative. A Vocabulary passes its gradient on to the table that it was made of.
+
+    Under torch.autocast the inputs keep their types: bfloat16 rows with a float32 table are fine. torch.compile makes
+    no graph break. torch.func.vmap over x, mu, std or row_ids gives every sample the noise of the same row ids; the
+    table, seed and offset cannot be batched, and torch.func.grad does not take PyTorch's custom operators: use
+    torch.autograd.grad. A CUDA graph replays what it captured: pass seed or offset as a tensor on
+    the GPU, and change it between replays for new noise.
+
+    Equations 4, 5 of arXiv 2505.18853 and its sampling step.
     """
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
     checks.check_topk(topk, recall_target)
     checks.check_sigma_min(sigma_min)
+    checks.check_count("workspace", workspace)
     shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    smoothed, tokens, noisy_tokens, lse = library.step_fwd(
+    smoothed, tokens, noisy_tokens, lse, *_ = library.step_fwd(
         x.reshape(rows, x.shape[-1]),
         vocabulary.embeddings,
         vocabulary.bias,
@@ -97,6 +112,7 @@ def fused_smoothie_step(
         row_offset,
         float(sigma_min),
         not (isinstance(std, int | float) and std == 0),
+        workspace,
         backend,
     )
     return SmoothieStep(smoothed.view(x.shape), tokens.view(shape), noisy_tokens.view(shape), lse.view(shape))

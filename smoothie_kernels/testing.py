@@ -1,4 +1,6 @@
-"""The step as one reads it in the paper, dense, and how close a result has to come to it."""
+"""The step as one reads it in the paper, dense, and how close results and gradients have to come to it."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from smoothie_kernels.ops import SmoothieStep
 # roundings, or the one rounding of a 16-bit result.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 NAIVE_MARGIN = 2.0
+CANCELLED = 0.25  # of FLOOR: float32 keeps 5e-7 of a weight, the rounding of log_sum and the errors of noise and exp
 TIE = 1e-5  # tokens whose distance (or logit) differs by less, relatively, count as tied
 
 
@@ -78,3 +81,90 @@ def check_step(
         if not bool((behind <= TIE * best.abs().clamp_min(1.0)).all()):
             wrong.append(f"{name}: behind the best by up to {float(behind.max()):.2e}")
     return wrong
+
+
+def dense_gradients(
+    x: Tensor,
+    embeddings: Tensor,
+    mu: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    grad_smoothed: Tensor,
+    grad_lse: Tensor,
+    sigma_min: float = 1.5,
+) -> tuple[Tensor, Tensor]:
+    """Gradients for x and embeddings of sum(smoothed grad_smoothed) + sum(lse grad_lse), by autograd. One type."""
+    x, embeddings = x.detach().requires_grad_(), embeddings.detach().requires_grad_()
+    distances = _distances_to_differentiate(x, embeddings) / (-2 * sigma_min**2)
+    logits = mu[:, None] * distances + std[:, None] * eps
+    outputs = logits.softmax(-1) @ embeddings, logits.logsumexp(-1)
+    grad_x, grad_embeddings = torch.autograd.grad(outputs, (x, embeddings), (grad_smoothed, grad_lse))
+    return grad_x, grad_embeddings
+
+
+def _distances_to_differentiate(x: Tensor, embeddings: Tensor) -> Tensor:
+    """Squared; the root that torch.cdist takes has no derivative at zero."""
+    return x.square().sum(1)[:, None] - 2 * x @ embeddings.T + embeddings.square().sum(1)
+
+
+def check_gradients(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    embeddings: Tensor,
+    mu: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    grad_smoothed: Tensor,
+    grad_lse: Tensor,
+    sigma_min: float = 1.5,
+) -> list[str]:
+    """What is wrong with the gradients of x and embeddings (None: not asked for), held against float64.
+
+    Relative error at most twice that of naive float32 autograd on the same inputs, or FLOOR of the coarser of the two
+    types (times std where that is above 1). Where terms cancel, CANCELLED of their sizes.
+    """
+
+    def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return dense_gradients(
+            x.to(dtype), embeddings.to(dtype), mu.to(dtype), std.to(dtype), eps.to(dtype),
+            grad_smoothed.to(dtype), grad_lse.to(dtype), sigma_min,
+        )  # fmt: skip
+
+    exact = dense(torch.float64)
+    naive = dense(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    floor = max(FLOOR[x.dtype], FLOOR[embeddings.dtype]) * max(1.0, float(std.max()))
+    sizes = _sizes_of_terms(
+        x.double(), embeddings.double(), mu.double(), std.double(), eps.double(),
+        grad_smoothed.double(), grad_lse.double(), sigma_min,
+    )  # fmt: skip
+    wrong = []
+    for name, grad, truth, by_naive, size in zip(("x", "embeddings"), grads, exact, naive, sizes, strict=True):
+        if grad is None:
+            continue
+        error, norm = float((grad.double() - truth).norm()), float(truth.norm())
+        bound = max(
+            floor * norm, NAIVE_MARGIN * float((by_naive - truth).norm()), floor * CANCELLED * float(size.norm())
+        )
+        if not error <= bound:
+            wrong.append(f"gradient of {name}: error {error:.2e} > {bound:.2e}, of {norm:.2e}")
+    return wrong
+
+
+def _sizes_of_terms(
+    x: Tensor,
+    embeddings: Tensor,
+    mu: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    grad_smoothed: Tensor,
+    grad_lse: Tensor,
+    sigma_min: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients' sums with every term's absolute value. All float64."""
+    weights = dense_logits(x, embeddings, mu, std, eps, sigma_min)[1].softmax(-1)
+    x, embeddings, grad_smoothed = x.abs(), embeddings.abs(), grad_smoothed.abs()
+    incoming = grad_smoothed @ embeddings.T + (grad_smoothed * (weights @ embeddings)).sum(1, keepdim=True)
+    scores = (mu.abs() / sigma_min**2)[:, None] * weights * (incoming + grad_lse.abs()[:, None])
+    of_x = scores @ embeddings + scores.sum(1, keepdim=True) * x
+    of_embeddings = weights.T @ grad_smoothed + scores.T @ x + scores.sum(0)[:, None] * embeddings
+    return of_x, of_embeddings

@@ -23,17 +23,20 @@ class Vocabulary:
         TypeError, ValueError: not such a tensor; V = 0 or D = 0; an entry that is not finite, or a row whose squared
             norm overflows float32.
 
-    The bias does not follow later changes of the table: build a new Vocabulary after an optimizer step.
+    The bias does not follow later changes of the table: build a new Vocabulary after an optimizer step. A call that is
+    given one whose table was written to since says so.
     """
 
     embeddings: Tensor  # (V, D)
     bias: Tensor  # (V,)
+    version: int  # of the table's contents, as PyTorch counts them
 
     def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
         checks.check_backend(backend)
         checks.check_table(embeddings)
         self.embeddings = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
         self.bias = library.column_bias(self.embeddings.detach(), check_finite, backend)
+        self.version = _version(self.embeddings)
 
     def to(self, device: torch.device | str) -> Vocabulary:
         """This vocabulary on another device; itself where it is there already."""
@@ -41,6 +44,7 @@ class Vocabulary:
             return self
         moved = object.__new__(Vocabulary)
         moved.embeddings, moved.bias = self.embeddings.to(device), self.bias.to(device)
+        moved.version = _version(moved.embeddings)
         return moved
 
     def __len__(self) -> int:
@@ -54,6 +58,12 @@ class Vocabulary:
 def as_vocabulary(embeddings: Tensor | Vocabulary, backend: str) -> Vocabulary:
     """`embeddings`, or the Vocabulary of a bare table; on a CPU, where looking is cheap, that is checked every time."""
     if isinstance(embeddings, Vocabulary):
+        checks.check_unchanged(_version(embeddings.embeddings), embeddings.version)
         return embeddings
     on_cpu = isinstance(embeddings, Tensor) and embeddings.device.type == "cpu"
     return Vocabulary(embeddings, backend=backend, check_finite=on_cpu)
+
+
+def _version(table: Tensor) -> int:
+    """0 where nobody counts: in inference mode, and while a graph is traced."""
+    return 0 if torch.compiler.is_compiling() or table.is_inference() else table._version

@@ -10,7 +10,7 @@ import torch
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import cpu
-from smoothie_kernels.testing import check_step
+from smoothie_kernels.testing import check_gradients, check_step, relative_error
 
 pytestmark = pytest.mark.skipif(
     cpu.supports("cpu", torch.float32) is not None, reason=f"cpu: {cpu.supports('cpu', torch.float32)}"
@@ -34,6 +34,11 @@ def test_every_tier(tier, n, v, d, dtype):
     assert check_step(step, x, table, 0.1 * rows, 0.9 * rows, eps) == []
     assert (noise.gaussian(n, v, seed=2, backend="cpu") - eps).abs().max() <= 5e-5
     assert torch.equal(nearest_token(x, table, backend="cpu").tokens, step.tokens)
+    inputs = x.detach().requires_grad_(), table.detach().requires_grad_()
+    step = fused_smoothie_step(*inputs, 0.1, 0.9, seed=2, backend="cpu")
+    incoming = torch.randn(n, d).to(dtype), torch.randn(n)
+    grads = torch.autograd.grad((step.smoothed, step.lse), inputs, incoming)
+    assert check_gradients(grads, x, table, 0.1 * rows, 0.9 * rows, eps, *incoming) == []
 
 
 def test_16_bit_rounding_is_torch_s(tier):
@@ -48,8 +53,12 @@ def test_16_bit_rounding_is_torch_s(tier):
             assert torch.equal(step.smoothed[0], value.to(dtype)), value
 
 
-def run_and_measure(code: str) -> list[float]:
-    """Peak memory in MB of a step on the x and vocabulary that `code` makes: beyond them, and of the whole process."""
+STEP = 'fused_smoothie_step(x, vocabulary, 0.05, 0.99, seed=0, backend="cpu")'
+TRAIN = f"torch.autograd.grad({STEP}.smoothed, (x, vocabulary.embeddings), torch.ones_like(x))"
+
+
+def run_and_measure(code: str, call: str = STEP) -> list[float]:
+    """Peak memory in MB of a call on the x and vocabulary that `code` makes: beyond them, and of the whole process."""
     program = f"""
 import torch
 from smoothie_kernels import Vocabulary, fused_smoothie_step
@@ -61,7 +70,7 @@ fused_smoothie_step(torch.randn(300, 8), torch.randn(300, 8), 0.05, 0.99, backen
 {code}
 open("/proc/self/clear_refs", "w").write("5")
 before = resident("VmRSS")
-step = fused_smoothie_step(x, vocabulary, 0.05, 0.99, seed=0, backend="cpu")
+results = {call}
 print(resident("VmHWM") - before, resident("VmHWM"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -82,6 +91,40 @@ def test_memory_of_a_large_vocabulary():
     extra, total = run_and_measure("x, vocabulary = torch.randn(64, 768), Vocabulary(torch.randn(256_000, 768))")
     assert extra <= 16
     assert total <= 3500
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("n", [512, 4096])
+def test_memory_of_gradients(n):
+    """Beyond the gradients of the table, 47 MB, and of x."""
+    code = f"x, table = torch.randn({n}, 384, requires_grad=True), torch.randn(30522, 384, requires_grad=True)"
+    extra, _ = run_and_measure(f"{code}; vocabulary = Vocabulary(table)", TRAIN)
+    assert extra <= 30522 * 384 * 4 / 2**20 + 64
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 300, 40), (9, 257, 33), (35, 140, 24), (300, 390, 16), (700, 130, 2000)])
+def test_gradients_of_any_number_of_threads(n, v, d, needs):
+    """Parts of the vocabulary for every thread, and rows in several goes where they are many and wide."""
+    table = torch.randn(v, d)
+    x = table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d)
+    grad_smoothed, grad_lse = torch.randn(n, d), torch.randn(n)
+
+    def gradients(backend):
+        inputs = x.requires_grad_(needs[0]), table.requires_grad_(needs[1])
+        step = fused_smoothie_step(*inputs, 0.1, 0.9, seed=2, backend=backend)
+        wanted = [i for i in inputs if i.requires_grad]
+        return torch.autograd.grad((step.smoothed, step.lse), wanted, (grad_smoothed, grad_lse))
+
+    expected, before = gradients("reference"), torch.get_num_threads()
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        try:
+            found = gradients("cpu")
+        finally:
+            torch.set_num_threads(before)
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a, b) <= 2e-6
 
 
 def test_both_threads_work_on_one_row(monkeypatch):

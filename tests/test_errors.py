@@ -57,6 +57,8 @@ STEP_ERRORS = [
     ({"row_ids": INT_ROWS, "row_offset": 1}, ValueError, "row_offset must be 0 where row_ids are given, got 1"),
     ({"topk": 4}, ValueError, "topk must be None: top-k is not implemented yet, got 4"),
     ({"recall_target": 0.9}, ValueError, "recall_target must be 1.0 while topk is None, got 0.9"),
+    ({"workspace": -1}, ValueError, "workspace must not be negative, got -1"),
+    ({"workspace": 1e8}, TypeError, "workspace must be an int, got float"),
     ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'gpu'"),
 ]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, device_of
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, library, nearest_token, noise
 
@@ -12,13 +12,20 @@ def step_args(backend="auto"):
     rows = torch.ones(6, device=DEVICE)
     seed = torch.tensor(3)
     x, bias = table[:6] + 0.1, Vocabulary(table).bias
-    return x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, torch.tensor(0), 0, 1.5, True, backend
+    return x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, torch.tensor(0), 0, 1.5, True, 2**28, backend
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck(backend):
     x, table, bias, *_ = args = step_args(backend)
     torch.library.opcheck(library.step_fwd, args)
+    wanted = [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]]
+    torch.library.opcheck(library.step_fwd, wanted)
+    smoothed, _, _, _, best_score, log_sum = library.step_fwd(*args)
+    grads = torch.randn_like(x), torch.randn(6, device=DEVICE)
+    for incoming in (grads, (grads[0], None), (None, grads[1])):
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(library.step_bwd, (*args, smoothed, best_score, log_sum, *incoming, *needs))
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, backend))
     torch.library.opcheck(library.column_bias, (table, True, backend))
     like = x.new_empty(6, 0)
@@ -75,8 +82,112 @@ def test_fake_tensors():
         assert noise.gaussian(3, 5, seed=0).shape == (3, 5)
 
 
-def test_backward_is_refused_clearly():
-    x = torch.randn(3, 16, device=DEVICE, requires_grad=True)
-    step = fused_smoothie_step(x, torch.randn(50, 16, device=DEVICE), 0.1, 0.9, seed=0)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        step.smoothed.sum().backward()
+@pytest.mark.parametrize("bare", [True, False], ids=["table", "vocabulary"])
+def test_compile_backward(bare):
+    x = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
+    table = torch.randn(150, 16, device=DEVICE, requires_grad=True)
+
+    def loss(x, table, offset):
+        step = fused_smoothie_step(2 * x, table if bare else Vocabulary(table), 0.1, 0.9, seed=7, offset=offset)
+        return step.smoothed.square().sum() + step.lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for offset in (0, 1):
+        found, expected = (torch.autograd.grad(f(x, table, offset), (x, table)) for f in (compiled, loss))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(backend, x_type):
+    """The step takes its inputs as they come, also where a backend multiplies with torch's own products."""
+    device = device_of(backend)
+    x, table = torch.randn(9, 16, device=device, dtype=x_type), torch.randn(150, 16, device=device)
+
+    def results():
+        inputs = x.detach().requires_grad_(), table.detach().requires_grad_()
+        step = fused_smoothie_step(*inputs, 0.1, 0.9, seed=7, backend=backend)
+        grads = torch.autograd.grad((step.smoothed, step.lse), inputs, (torch.ones_like(x), torch.ones_like(step.lse)))
+        return *step[:4], *grads, *nearest_token(x, table, backend=backend)
+
+    expected = results()
+    with torch.autocast(device, torch.bfloat16):
+        found = results()
+    assert found[0].dtype == x_type
+    assert found[3].dtype == torch.float32
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_of_an_autocast_model():
+    """What a network gives under autocast is bfloat16; its table stays float32."""
+    table = torch.randn(150, 16, device=DEVICE, requires_grad=True)
+    layer = torch.nn.Linear(16, 16, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        step = fused_smoothie_step(layer(torch.randn(9, 16, device=DEVICE)), table, 0.1, 0.9, seed=7)
+    assert step.smoothed.dtype == torch.bfloat16
+    step.smoothed.float().square().sum().backward()
+    assert layer.weight.grad.dtype == table.grad.dtype == torch.float32
+
+
+def test_vmap(backend):
+    device = device_of(backend)
+    x, table = torch.randn(4, 3, 16, device=device), torch.randn(50, 16, device=device)
+    mu = torch.rand(4, device=device)
+    ids = torch.tensor([5, 2**32 - 1, 7], device=device)
+
+    def step(x, mu, row_ids=None):
+        return fused_smoothie_step(x, table, mu, 0.9, seed=3, row_ids=row_ids, backend=backend)[:4]
+
+    for arguments, dims in (((x, mu), (0, 0)), ((x, 0.1), (0, None)), ((x.movedim(0, 1), mu, ids), (1, 0, None))):
+        found = torch.func.vmap(step, in_dims=dims)(*arguments)
+        samples = [[a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)] for i in range(4)]
+        for a, b in zip(found, zip(*(step(*s) for s in samples), strict=True), strict=True):
+            torch.testing.assert_close(a, torch.stack(b))
+    one_row = torch.func.vmap(lambda x: nearest_token(x, table, backend=backend).tokens)(x)
+    assert torch.equal(one_row, nearest_token(x, table, backend=backend).tokens)
+
+
+def test_vmap_says_what_it_cannot():
+    x, tables = torch.randn(3, 16), torch.randn(4, 50, 16)
+    with pytest.raises(NotImplementedError, match="one embeddings for all samples"):
+        torch.func.vmap(lambda table: fused_smoothie_step(x, table, 0.1, 0.9, seed=3).lse)(tables)
+    with pytest.raises(NotImplementedError, match="one seed for all samples"):
+        torch.func.vmap(lambda seed: fused_smoothie_step(x, tables[0], 0.1, 0.9, seed=seed).lse)(torch.arange(4))
+    with pytest.raises(NotImplementedError, match="one embeddings for all samples"):
+        torch.func.vmap(lambda table: nearest_token(x, table).tokens)(tables)
+
+
+def test_batched_gradients(backend):
+    """A Jacobian, row by row."""
+    x, table = torch.randn(2, 5, device=device_of(backend)), torch.randn(20, 5, device=device_of(backend))
+    x.requires_grad_()
+    smoothed = fused_smoothie_step(x, table, 0.3, 0.9, seed=3, backend=backend).smoothed.flatten()
+    basis = torch.eye(10, device=x.device)
+    found = torch.autograd.grad(smoothed, x, basis, is_grads_batched=True, retain_graph=True)[0]
+    each = [torch.autograd.grad(smoothed, x, b, retain_graph=True)[0] for b in basis]
+    torch.testing.assert_close(found, torch.stack(each))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_cuda_graph_draws_new_noise():
+    x, table = torch.randn(40, 64, device=DEVICE, requires_grad=True), torch.randn(500, 64, device=DEVICE)
+    vocabulary, seed = Vocabulary(table), torch.tensor(3, device=DEVICE)
+    offset = torch.tensor(0, device=DEVICE)
+
+    def step():
+        smoothed = fused_smoothie_step(x, vocabulary, 0.1, 0.9, seed=seed, offset=offset).smoothed
+        return smoothed, *torch.autograd.grad(smoothed.square().sum(), x)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for k in (0, 1, 5):
+        offset.fill_(k)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            torch.testing.assert_close(a, b)

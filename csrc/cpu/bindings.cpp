@@ -30,7 +30,10 @@ T* pointer(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-const int64_t* pointer_or_null(const std::optional<Tensor>& t) { return t ? pointer<int64_t>(*t) : nullptr; }
+template <class T>
+T* pointer_or_null(const std::optional<Tensor>& t) {
+  return t ? pointer<T>(*t) : nullptr;
+}
 
 // torch's own threads, so that torch.set_num_threads rules and a call inside a parallel region stays serial.
 smoothie::Threads torch_threads() {
@@ -47,8 +50,9 @@ const smoothie::Tier& tier(const std::string& name) {
   return *found;
 }
 
-smoothie::StepParams inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
-  smoothie::StepParams p{};
+template <class Params>
+Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
+  Params p{};
   p.x = pointer<void>(x), p.x_dtype = dtype_of(x);
   p.table = pointer<void>(embeddings), p.table_dtype = dtype_of(embeddings);
   p.bias = pointer<float>(bias);
@@ -57,24 +61,46 @@ smoothie::StepParams inputs(const Tensor& x, const Tensor& embeddings, const Ten
   return p;
 }
 
-void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
-              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
-              std::string tier_name, Tensor smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse) {
-  smoothie::StepParams p = inputs(x, embeddings, bias);
+template <class Params>
+Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const Tensor& mu,
+              const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset, int64_t seed,
+              int64_t offset, double sigma_min) {
+  Params p = inputs<Params>(x, embeddings, bias);
   p.mu = pointer<float>(mu);
-  p.std = std ? pointer<float>(*std) : nullptr;
-  p.row_ids = pointer_or_null(row_ids), p.row_offset = row_offset;
+  p.std = pointer_or_null<float>(std);
+  p.row_ids = pointer_or_null<int64_t>(row_ids), p.row_offset = row_offset;
   p.sigma_min = float(sigma_min);
   const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
   p.noise_key = key.key, p.noise_row_shift = key.row_shift;
+  return p;
+}
+
+void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
+              std::string tier_name, Tensor smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse, Tensor best_score,
+              Tensor log_sum) {
+  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min);
   p.smoothed = pointer<void>(smoothed);
   p.tokens = pointer<int64_t>(tokens), p.noisy_tokens = pointer<int64_t>(noisy_tokens);
-  p.lse = pointer<float>(lse);
+  p.lse = pointer<float>(lse), p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
   tier(tier_name).step_fwd(p, torch_threads());
 }
 
+void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
+              std::string tier_name, Tensor smoothed, Tensor best_score, Tensor log_sum,
+              std::optional<Tensor> grad_smoothed, std::optional<Tensor> grad_lse, std::optional<Tensor> grad_x,
+              std::optional<Tensor> grad_embeddings) {
+  auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min);
+  p.smoothed = pointer<void>(smoothed);
+  p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
+  p.grad_smoothed = pointer_or_null<void>(grad_smoothed), p.grad_lse = pointer_or_null<float>(grad_lse);
+  p.grad_x = pointer_or_null<void>(grad_x), p.grad_table = pointer_or_null<float>(grad_embeddings);
+  tier(tier_name).step_bwd(p, torch_threads());
+}
+
 void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, std::string tier_name, Tensor tokens, Tensor distance) {
-  smoothie::StepParams p = inputs(x, embeddings, bias);
+  auto p = inputs<smoothie::StepParams>(x, embeddings, bias);
   p.tokens = pointer<int64_t>(tokens), p.distance = pointer<float>(distance);
   tier(tier_name).step_fwd(p, torch_threads());
 }
@@ -87,8 +113,8 @@ void column_bias(Tensor embeddings, std::string tier_name, Tensor bias) {
 void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, std::string tier_name,
               Tensor out) {
   const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
-  tier(tier_name).gaussian(pointer_or_null(row_ids), row_offset, out.size(0), out.size(1), key.key, key.row_shift,
-                           pointer<float>(out), torch_threads());
+  tier(tier_name).gaussian(pointer_or_null<int64_t>(row_ids), row_offset, out.size(0), out.size(1), key.key,
+                           key.row_shift, pointer<float>(out), torch_threads());
 }
 
 // The tiers that this processor runs, best first: "avx512 avx2 scalar".
@@ -105,7 +131,11 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
   m.def(
       "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
       "int seed, int offset, float sigma_min, str tier, Tensor(a!) smoothed, Tensor(b!) tokens, "
-      "Tensor(c!) noisy_tokens, Tensor(d!) lse) -> ()");
+      "Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum) -> ()");
+  m.def(
+      "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
+      "int seed, int offset, float sigma_min, str tier, Tensor smoothed, Tensor best_score, Tensor log_sum, "
+      "Tensor? grad_smoothed, Tensor? grad_lse, Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
   m.def(
       "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, str tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
   m.def("column_bias(Tensor embeddings, str tier, Tensor(a!) bias) -> ()");
@@ -115,6 +145,7 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cpu, CPU, m) {
   m.impl("step_fwd", TORCH_BOX(&step_fwd));
+  m.impl("step_bwd", TORCH_BOX(&step_bwd));
   m.impl("nearest_fwd", TORCH_BOX(&nearest_fwd));
   m.impl("column_bias", TORCH_BOX(&column_bias));
   m.impl("gaussian", TORCH_BOX(&gaussian));

@@ -1,5 +1,6 @@
-// One panel of rows against one tile of tokens: score, weigh, gather. Rows lie along the vector lanes, so that all that
-// happens to a row - noise, exp, sum, argmax - is vertical; both products read the table as it stands, as broadcasts.
+// One panel of rows against one tile of tokens: score, weigh (backward: weigh_grad), gather. Rows lie along the vector
+// lanes, so that all that happens to a row - noise, exp, sum, argmax - is vertical; both products read the table as it
+// stands, as broadcasts.
 //
 // Why not packed: the products below reach 155-171 of 175 GFLOP/s a core (AVX-512) and 80-86 of 94 (AVX2) at D = 384 on
 // a table in its natural layout; MKL on its own packed copies reaches 139-151 and 76-78 there.
@@ -15,9 +16,16 @@
 namespace smoothie {
 namespace {  // one copy per tier: a template shared between translation units could be linked from the wrong one
 
+constexpr int kTile = 128;       // tokens; a panel's weights (16 KiB at 32 lanes) stay in L1
 constexpr int64_t kDepth = 128;  // columns in one fp32 sum: in one chain of 384 the scores round 3 times as much
 
-// acc[i][n] = sum_k a[i a_i + k a_k] b[k][n]: M broadcasts times kVectors vectors of lanes, k in order.
+template <class S, int M, int kVectors>
+inline void clear(typename S::F (&acc)[M][kVectors]) {
+  for (int i = 0; i < M; ++i)
+    for (int n = 0; n < kVectors; ++n) acc[i][n] = S::set(0.0f);
+}
+
+// acc[i][n] += sum_k a[i a_i + k a_k] b[k][n]: M broadcasts times kVectors vectors of lanes, k in order.
 //
 // A row has kGroup neighbouring lanes, which share out its columns. With one row all lanes of a vector are its own and
 // the broadcasts are plain loads; with enough rows to fill the lanes a group is one lane. Layouts: x and the result are
@@ -25,8 +33,6 @@ constexpr int64_t kDepth = 128;  // columns in one fp32 sum: in one chain of 384
 template <class S, int M, int kVectors, int kGroup>
 inline void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, int64_t count,
                      typename S::F (&acc)[M][kVectors]) {
-  for (int i = 0; i < M; ++i)
-    for (int n = 0; n < kVectors; ++n) acc[i][n] = S::set(0.0f);
 #pragma GCC unroll 8  // 6 % of a step with AVX-512, 1 % with AVX2
   for (int64_t k = 0; k < count; ++k, a += a_k, b += kVectors * S::kLanes) {
     typename S::F lanes[kVectors];
@@ -44,6 +50,7 @@ template <class S, int M, int kVectors, int kGroup>
 inline void score_rows(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t depth,
                        bool more, float* p) {
   typename S::F acc[M][kVectors];
+  clear<S>(acc);
   multiply<S, M, kVectors, kGroup>(tile, tile_stride, kGroup, xt, depth / kGroup, acc);
   for (int i = 0; i < M; ++i)
     for (int n = 0; n < kVectors; ++n) {
@@ -58,6 +65,7 @@ inline void score_rows(const float* tile, int64_t tile_stride, const float* bias
 template <class S, int M, int kVectors, int kGroup>
 inline void gather_columns(const float* tile, int64_t tile_stride, const float* p, int64_t count, float* ot) {
   typename S::F acc[M][kVectors];
+  clear<S>(acc);
   multiply<S, M, kVectors, kGroup>(tile, kGroup, tile_stride, p, count, acc);
   for (int i = 0; i < M; ++i)
     for (int n = 0; n < kVectors; ++n) {
@@ -73,13 +81,13 @@ inline void in_steps(int64_t first, int64_t count, const Body& body) {
   if constexpr (M > 1) in_steps<(M > 4 ? 4 : M / 2)>(first, count, body);
 }
 
-// p[v][lanes] = E[v] . x + bias[v] for `count` tokens of a tile.
+// p[v][lanes] = E[v] . x + bias[v] for `count` tokens of a tile; bias may be nullptr.
 template <class S, int kVectors, int kGroup>
 void score(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t width, int64_t count,
            float* p) {
   for (int64_t first = 0; first < width; first += kDepth * kGroup) {
     const int64_t depth = width - first < kDepth * kGroup ? width - first : kDepth * kGroup;
-    const bool last = first + depth == width;  // the bias joins last: it is large
+    const bool last = bias && first + depth == width;  // the bias joins last: it is large
     in_steps<S::kBroadcasts>(0, count, [&](auto m, int64_t v) {
       score_rows<S, m(), kVectors, kGroup>(tile + v * tile_stride + first, tile_stride, last ? bias + v : nullptr,
                                            xt + first / kGroup * kVectors * S::kLanes, depth, first > 0,
@@ -172,5 +180,48 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
     S::store(rows.sum_low, S::add(S::load(rows.sum_low), lost));
   }
 }
+
+// What a row brings to its backward: P = exp(scale (score - ref_score) + std eps - ref_logit), and
+// dS = scale P (dP + shift), where dP_j = grad . E_j and shift = grad_lse - grad . smoothed.
+template <class S>
+struct RowGrads {
+  static constexpr int kLanes = S::kLanes;
+  float scale[kLanes], std[kLanes], ref_score[kLanes], ref_logit[kLanes], shift[kLanes];
+  int32_t noise_row[kLanes];
+  float sum[kLanes];  // of dS
+
+  void begin(int64_t lane, const RowConstants& row, float row_shift) {
+    scale[lane] = row.scale, std[lane] = row.std, noise_row[lane] = row.noise_row;
+    ref_score[lane] = row.ref_score, ref_logit[lane] = row.ref_logit;
+    shift[lane] = row_shift, sum[lane] = 0.0f;
+  }
+};
+
+// The scores p[v][lanes] of one vector of rows become P, and ds, which holds dP where kMean, becomes dS;
+// columns[v][lanes] takes the sum of dS over vectors of rows.
+template <class S, bool kNoise, bool kMean>
+void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys,
+                float* eps, RowGrads<S>& rows, float* columns) {
+  using F = typename S::F;
+  const F scale = S::load(rows.scale), std = S::load(rows.std), shift = S::load(rows.shift);
+  const F ref_score = S::load(rows.ref_score), ref_logit = S::load(rows.ref_logit);
+  F sum = S::set(0.0f);
+  if constexpr (kNoise)
+    normals<S>(uint32_t(first_column) >> 1, (count + 1) / 2, S::load_int(rows.noise_row), keys, eps);
+  for (int64_t v = 0; v < count; ++v, p += stride, ds += stride, eps += S::kLanes, columns += S::kLanes) {
+    F logit = S::sub(S::mul(scale, S::sub(S::load(p), ref_score)), ref_logit);
+    if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
+    const F weight = exp<S>(logit);
+    F grad = shift;
+    if constexpr (kMean) grad = S::add(S::load(ds), shift);
+    grad = S::mul(S::mul(scale, weight), grad);
+    sum = S::add(sum, grad);
+    S::store(p, weight);
+    S::store(ds, grad);
+    S::store(columns, S::add(S::load(columns), grad));
+  }
+  S::store(rows.sum, S::add(S::load(rows.sum), sum));
+}
+
 }  // namespace
 }  // namespace smoothie

@@ -1,4 +1,4 @@
-// What one call of the step needs, as plain data: pointers with their shapes, strides in elements.
+// What one call needs, as plain data: pointers with their shapes, strides in elements.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,7 @@ namespace smoothie {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-struct StepParams {
-  // inputs
+struct StepInputs {
   const void* x;           // [N, D] contiguous, x_dtype
   const void* table;       // [V, D] unit inner stride, table_dtype
   const float* bias;       // [V]    -||E_j||^2 / 2
@@ -21,13 +20,26 @@ struct StepParams {
   DType x_dtype, table_dtype;
   float sigma_min;
   uint32_t noise_key, noise_row_shift;  // Philox4x32-10 of (seed, offset), see philox.h
+};
 
-  // outputs
+struct StepParams : StepInputs {
   void* smoothed;         // [N, D] contiguous, x_dtype
   int64_t* tokens;        // [N]
   int64_t* noisy_tokens;  // [N]
   float* lse;             // [N]
+  float* best_score;      // [N]    x_i . E_tokens_i - ||E_tokens_i||^2 / 2
+  float* log_sum;         // [N]    lse - scale (best_score - ||x_i||^2 / 2)
   float* distance;        // [N]    nearest token only: ||x_i - E_tokens_i||^2
+};
+
+struct StepBwdParams : StepInputs {
+  const void* smoothed;  // [N, D] contiguous, x_dtype
+  const float* best_score;
+  const float* log_sum;
+  const void* grad_smoothed;  // [N, D] contiguous, x_dtype    nullptr: zero
+  const float* grad_lse;      // [N]                           nullptr: zero
+  void* grad_x;               // [N, D] contiguous, x_dtype    nullptr: not needed
+  float* grad_table;          // [V, D] contiguous             nullptr: not needed
 };
 
 // Runs body(context, i) for i in [0, count), on as many threads as the host program lends.
@@ -41,6 +53,7 @@ struct Tier {
   const char* name;
   bool (*supported)();
   void (*step_fwd)(const StepParams&, const Threads&);
+  void (*step_bwd)(const StepBwdParams&, const Threads&);
   void (*bias)(const void* table, DType dtype, int64_t table_stride, int64_t n_vocab, int64_t width, float* bias,
                const Threads&);
   void (*gaussian)(const int64_t* row_ids, int64_t row_offset, int64_t n_rows, int64_t n_cols, uint32_t key,

@@ -1,9 +1,62 @@
-"""One module per backend, each with the same five functions:
+"""One module per backend, each with the same six functions:
 
 supports(device_type, dtype) -> why not, or None
 column_bias(embeddings) -> [V]
-step_fwd(x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min)
-    -> smoothed [N, D], tokens [N], noisy_tokens [N], lse [N];  std is None where there is no noise
+step_fwd(inputs) -> StepOutputs
+step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
+    -> gradients of x [N, D] and embeddings [V, D], None where not needed
 nearest_fwd(x, embeddings, bias) -> tokens [N], distance [N]
 gaussian(out, row_ids, row_offset, seed, offset) -> out
 """
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class StepInputs(NamedTuple):
+    """What one call of the step is given."""
+
+    x: Tensor  # [N, D] contiguous
+    embeddings: Tensor  # [V, D], rows contiguous
+    bias: Tensor  # [V]: -||E_j||^2 / 2
+    mu: Tensor  # [N]
+    std: Tensor | None  # [N], None where there is no noise
+    row_ids: Tensor | None  # [N], instead of row_offset + i
+    row_offset: int
+    seed: Tensor  # []
+    offset: Tensor  # []
+    sigma_min: float
+    workspace: int  # bytes that a backend may take for weights of some rows and tokens
+
+
+class StepOutputs(NamedTuple):
+    """What the step gives for every row, and what its backward needs to make the same weights again.
+
+    Far from the origin lse is a large number, so a weight exp(logit - lse) would be rounded as coarsely as lse is. With
+    the nearest token's score x.E - ||E||^2 / 2 taken off first, only small numbers are subtracted:
+
+        P_ij = exp(scale_i (score_ij - best_score_i) + std_i eps_ij - log_sum_i),   scale = mu / sigma_min^2
+    """
+
+    smoothed: Tensor  # [N, D]
+    tokens: Tensor  # [N] int64
+    noisy_tokens: Tensor  # [N] int64
+    lse: Tensor  # [N]
+    best_score: Tensor  # [N]
+    log_sum: Tensor  # [N]: lse - scale (best_score - ||x||^2 / 2)
+
+
+class Saved(NamedTuple):
+    """Of a call's outputs, what its backward takes."""
+
+    smoothed: Tensor  # [N, D]
+    best_score: Tensor  # [N]
+    log_sum: Tensor  # [N]
+
+
+class Grads(NamedTuple):
+    """Gradients that come in; None where the loss does not use an output."""
+
+    smoothed: Tensor | None  # [N, D] contiguous
+    lse: Tensor | None  # [N]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cpu.so"
 TIER_VARIABLE = "SMOOTHIE_KERNELS_CPU_TIER"  # "avx512", "avx2", "scalar"; empty for the best that runs here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,27 +48,31 @@ def column_bias(embeddings: Tensor) -> Tensor:
     return bias
 
 
-def step_fwd(
-    x: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    std: Tensor | None,
-    row_ids: Tensor | None,
-    row_offset: int,
-    seed: Tensor,
-    offset: Tensor,
-    sigma_min: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    smoothed, lse = torch.empty_like(x), torch.empty(x.shape[0])
-    tokens, noisy_tokens = (torch.empty(x.shape[0], dtype=torch.int64) for _ in range(2))
-    if std is not None and not std.any():
-        std = None
-    _ops().step_fwd(
-        x, embeddings, bias, mu, std, row_ids, row_offset, int(seed), int(offset), sigma_min, tier(),
-        smoothed, tokens, noisy_tokens, lse,
+def step_fwd(inputs: StepInputs) -> StepOutputs:
+    n = inputs.x.shape[0]
+    tokens, noisy_tokens = (torch.empty(n, dtype=torch.int64) for _ in range(2))
+    lse, best_score, log_sum = (torch.empty(n) for _ in range(3))
+    outputs = StepOutputs(torch.empty_like(inputs.x), tokens, noisy_tokens, lse, best_score, log_sum)
+    _ops().step_fwd(*_arguments(inputs), *outputs)
+    return outputs
+
+
+def step_bwd(
+    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_x = torch.empty_like(inputs.x) if needs_x else None
+    grad_embeddings = torch.empty(inputs.embeddings.shape) if needs_embeddings else None  # the sums are float32
+    _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, grad_embeddings)
+    return grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.embeddings.dtype)
+
+
+def _arguments(inputs: StepInputs) -> tuple[object, ...]:
+    """As the compiled operators take them."""
+    std = inputs.std if inputs.std is not None and inputs.std.any() else None
+    return (
+        inputs.x, inputs.embeddings, inputs.bias, inputs.mu, std, inputs.row_ids, inputs.row_offset,
+        int(inputs.seed), int(inputs.offset), inputs.sigma_min, tier(),
     )  # fmt: skip
-    return smoothed, tokens, noisy_tokens, lse
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
 
 CHUNK = 4096  # tokens at a time
 
@@ -31,34 +32,21 @@ def column_bias(embeddings: Tensor) -> Tensor:
     return bias
 
 
-def step_fwd(
-    x: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    std: Tensor | None,
-    row_ids: Tensor | None,
-    row_offset: int,
-    seed: Tensor,
-    offset: Tensor,
-    sigma_min: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, dtype = x.to(_accumulate_in(x)), _accumulate_in(x)
-    ids = _ids(row_ids, row_offset, x)
-    scale = (mu / sigma_min**2)[:, None]
-    row_constant = -rows.square().sum(1, keepdim=True) / 2
-    highest = rows.new_full((len(rows),), -torch.inf)  # running maximum of the logits
+def step_fwd(inputs: StepInputs) -> StepOutputs:
+    x, embeddings, dtype = inputs.x, inputs.embeddings, _accumulate_in(inputs.x)
+    rows, scale, ids = _rows(inputs)
+    nearest = rows.new_full((len(rows),), -torch.inf)  # running maximum of the scores
+    highest = nearest.clone()  # and of the logits, beside that of the nearest token without noise
     total, smoothed = torch.zeros_like(highest), torch.zeros_like(rows)
-    nearest, tokens = highest.clone(), torch.zeros(len(rows), dtype=torch.int64, device=x.device)
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
     noisy_tokens = tokens.clone()
     for first in range(0, embeddings.shape[0], CHUNK):
         table = embeddings[first : first + CHUNK].to(dtype)
-        scores = rows @ table.T + bias[first : first + CHUNK]
-        logits = scale * (scores + row_constant)
-        if std is not None:
-            eps = noise.normals(ids, first, len(table), int(seed), int(offset))
-            logits = logits + std[:, None] * eps.to(dtype)
+        scores = rows @ table.T + inputs.bias[first : first + CHUNK]
+        before = nearest
         nearest, tokens = _keep_first_max(nearest, tokens, scores, first)
+        highest = highest + torch.where(highest > -torch.inf, scale * (before - nearest), 0)
+        logits = scale[:, None] * (scores - nearest[:, None]) + _noise(inputs, ids, first, len(table))
         new_highest, noisy_tokens = _keep_first_max(highest, noisy_tokens, logits, first)
         # An all -inf (or NaN) row must come out as NaN, not fail: subtract the maximum only where it is finite.
         shift = torch.where(new_highest.isfinite(), new_highest, 0)
@@ -66,8 +54,56 @@ def step_fwd(
         total = total * rescale + weights.sum(1)
         smoothed = smoothed * rescale[:, None] + weights @ table
         highest = new_highest
-    shift = torch.where(highest.isfinite(), highest, 0)
-    return (smoothed / total[:, None]).to(x.dtype), tokens, noisy_tokens, shift + total.log()
+    log_sum = torch.where(highest.isfinite(), highest, 0) + total.log()
+    lse = log_sum + scale * (nearest - rows.square().sum(1) / 2)
+    return StepOutputs((smoothed / total[:, None]).to(x.dtype), tokens, noisy_tokens, lse, nearest, log_sum)
+
+
+def step_bwd(
+    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """With weights P and delta = sum(grad * smoothed): dS = P (grad . E - delta + grad_lse).
+
+    Then the chain rule: through a score's two ends, scale (E_j - x_i) and scale (x_i - E_j), and the mean, P grad.
+    """
+    embeddings, dtype = inputs.embeddings, _accumulate_in(inputs.x)
+    rows, scale, ids = _rows(inputs)
+    smoothed = saved.smoothed.to(dtype)
+    grad = torch.zeros_like(rows) if grads.smoothed is None else grads.smoothed.to(dtype)
+    grad_lse = torch.zeros_like(saved.log_sum) if grads.lse is None else grads.lse
+    shift = grad_lse - (grad * smoothed).sum(1)
+    grad_x, total = torch.zeros_like(rows), torch.zeros_like(scale)
+    grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format) if needs_embeddings else None
+    for first in range(0, embeddings.shape[0], CHUNK):
+        table = embeddings[first : first + CHUNK].to(dtype)
+        scores = rows @ table.T + inputs.bias[first : first + CHUNK]
+        logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, len(table))
+        weights = (logits - saved.log_sum[:, None]).exp()
+        grad_scores = scale[:, None] * weights * (grad @ table.T + shift[:, None])
+        if needs_x:
+            grad_x += grad_scores @ table
+            total += grad_scores.sum(1)
+        if grad_embeddings is not None:
+            part = weights.T @ grad + grad_scores.T @ rows - grad_scores.sum(0)[:, None] * table
+            grad_embeddings[first : first + CHUNK] = part.to(embeddings.dtype)
+    if not needs_x:
+        return None, grad_embeddings
+    # Without grad_lse the total is zero, but for the rounding of delta, which goes out again with it.
+    grad_x += (scale * grad_lse - total)[:, None] * smoothed - (scale * grad_lse)[:, None] * rows
+    return grad_x.to(inputs.x.dtype), grad_embeddings
+
+
+def _rows(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """x, its scale and its row ids."""
+    x = inputs.x.to(_accumulate_in(inputs.x))
+    return x, inputs.mu / inputs.sigma_min**2, _ids(inputs.row_ids, inputs.row_offset, x)
+
+
+def _noise(inputs: StepInputs, ids: Tensor, first: int, count: int) -> Tensor | float:
+    if inputs.std is None:
+        return 0.0
+    eps = noise.normals(ids, first, count, int(inputs.seed), int(inputs.offset))
+    return inputs.std[:, None] * eps.to(inputs.std.dtype)
 
 
 def _keep_first_max(best: Tensor, index: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -2,128 +2,14 @@
 // standard library. Buffers have exactly the size that the kernel is told, so that a sanitizer sees what goes past it.
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/convert.h"
-#include "../../csrc/cpu/tiers.h"
-#include "../../csrc/philox.h"
+#include "backward.h"
+#include "common.h"
 
 namespace {
-
-using smoothie::DType;
-using smoothie::StepParams;
-using smoothie::Threads;
-using smoothie::Tier;
-
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-constexpr double kEps = 0x1p-24;  // rounding of fp32
-const float kNan = std::numeric_limits<float>::quiet_NaN();
-const float kInfinity = std::numeric_limits<float>::infinity();
-
-int checks = 0, failures = 0;
-std::string context;  // what is under test, for messages
-
-void check(bool ok, int line, const char* what, double got, double wanted, double bound) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20)
-    std::printf("line %d: %s: got %.9g, wanted %.9g, bound %.3g (%s)\n", line, what, got, wanted, bound,
-                context.c_str());
-}
-
-#define CHECK_EQUAL(got, wanted) check((got) == (wanted), __LINE__, #got, double(got), double(wanted), 0.0)
-// False for NaN.
-#define CHECK_CLOSE(got, wanted, bound) \
-  check(std::fabs((got) - (wanted)) <= (bound), __LINE__, #got, double(got), double(wanted), double(bound))
-#define CHECK_WITHIN(got, low, high) check((got) >= (low) && (got) <= (high), __LINE__, #got, double(got), low, high)
-
-Threads threads(int count) {
-  return {count, [](int64_t count, void (*body)(void*, int64_t), void* context) {
-            std::vector<std::thread> others;
-            for (int64_t i = 1; i < count; ++i) others.emplace_back(body, context, i);
-            if (count > 0) body(context, 0);
-            for (auto& other : others) other.join();
-          }};
-}
-
-// --- Numbers
-
-double decode(DType dtype, const void* p, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(p)[i];
-  const uint32_t h = static_cast<const uint16_t*>(p)[i];
-  if (dtype == DType::kBFloat16) {
-    const uint32_t bits = h << 16;
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
-  }
-  const int exponent = int(h >> 10 & 31), mantissa = int(h & 1023);
-  double v = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
-  if (exponent == 31) v = mantissa ? kNan : kInfinity;
-  return h >> 15 ? -v : v;
-}
-
-// Cuts the value to the type: the test's own numbers need not be rounded well, they are read back with decode().
-void encode(DType dtype, double value, void* p, int64_t i) {
-  const float v = float(value);
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(p)[i] = v;
-    return;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  uint32_t half = bits >> 16;
-  if (dtype == DType::kFloat16) {
-    const int exponent = int(bits >> 23 & 255) - 112;
-    const uint32_t sign = bits >> 16 & 0x8000u;
-    half = exponent <= 0 ? sign : sign | uint32_t(exponent) << 10 | (bits >> 13 & 1023);
-    if (exponent >= 31) half = sign | 0x7C00u | (std::isnan(v) ? 0x200u : 0u);
-  }
-  static_cast<uint16_t*>(p)[i] = uint16_t(half);
-}
-
-// Half the distance between neighbours of the type at v.
-double half_step(DType dtype, double v) {
-  if (dtype == DType::kBFloat16) return std::fabs(v) * 0x1p-8;
-  if (dtype == DType::kFloat16) return std::fabs(v) * 0x1p-11 + 0x1p-25;
-  return std::fabs(v) * kEps;
-}
-
-// A matrix in memory of its own exact size, with unit inner stride and NaN between the rows.
-struct Matrix {
-  DType dtype;
-  int64_t rows, cols, stride;
-  std::unique_ptr<char[]> memory;
-  void* data;
-
-  Matrix(DType dtype, int64_t rows, int64_t cols, int64_t gap = 0, int64_t shift = 0)
-      : dtype(dtype), rows(rows), cols(cols), stride(cols + gap) {
-    const int64_t size = dtype == DType::kFloat32 ? 4 : 2, count = (rows - 1) * stride + cols;
-    memory.reset(new char[size_t((shift + count) * size)]);
-    data = memory.get() + shift * size;
-    for (int64_t i = 0; i < count; ++i) encode(dtype, kNan, data, i);
-  }
-  double get(int64_t i, int64_t j) const { return decode(dtype, data, i * stride + j); }
-  void set(int64_t i, int64_t j, double v) { encode(dtype, v, data, i * stride + j); }
-  void fill(std::mt19937& random, double scale) {
-    std::normal_distribution<double> normal(0.0, scale);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) set(i, j, normal(random));
-  }
-};
-
-template <class T>
-std::unique_ptr<T[]> array(int64_t count, T value) {
-  std::unique_ptr<T[]> a(new T[size_t(count)]);
-  for (int64_t i = 0; i < count; ++i) a[size_t(i)] = value;
-  return a;
-}
 
 // --- The noise field
 
@@ -225,89 +111,6 @@ void test_field(const Tier& tier) {
 
 // --- The step
 
-struct Case {
-  int64_t n, v, d;
-  DType x_dtype = DType::kFloat32, table_dtype = DType::kFloat32;
-  int64_t gap = 0, shift = 0;  // between rows of the table; of x and the table, off the alignment of their buffers
-  int row_ids = 0;             // 0: row_offset 0, 1: row_offset next to 2^32, 2: ids next to 2^32
-  double mu = 0.7, std = 0.5;  // of row 0; other rows have others
-  double far = 0.0;            // added to every second row of x
-};
-
-std::string name(const Tier& tier, const Case& c, bool noise) {
-  char text[200];
-  std::snprintf(text, sizeof(text), "%s N %d V %d D %d x %d table %d gap %d std %g far %g%s", tier.name, int(c.n),
-                int(c.v), int(c.d), int(c.x_dtype), int(c.table_dtype), int(c.gap), c.std, c.far,
-                noise ? "" : " no noise");
-  return text;
-}
-
-struct Problem {
-  Matrix x, table;
-  std::unique_ptr<float[]> bias, mu, std;
-  std::unique_ptr<int64_t[]> row_ids;
-  StepParams params{};
-
-  Problem(const Tier& tier, const Case& c)
-      : x(c.x_dtype, c.n, c.d, 0, c.shift),
-        table(c.table_dtype, c.v, c.d, c.gap, c.shift),
-        bias(array<float>(c.v, kNan)),
-        mu(array<float>(c.n, kNan)),
-        std(array<float>(c.n, kNan)),
-        row_ids(array<int64_t>(c.n, 0)) {
-    std::mt19937 random(uint32_t(c.n * 1000003 + c.v * 1009 + c.d));
-    table.fill(random, 1.0);
-    x.fill(random, 1.0);
-    for (int64_t i = 1; i < c.n; i += 2)
-      for (int64_t j = 0; j < c.d; ++j) x.set(i, j, x.get(i, j) + c.far);
-    for (int64_t i = 0; i < c.n; ++i) {
-      mu[size_t(i)] = float(i % 5 == 4 ? 0.0 : c.mu * (1.0 + 0.1 * double(i % 7)));
-      std[size_t(i)] = float(i % 4 == 3 ? 0.0 : c.std * (1.0 + 0.2 * double(i % 3)));
-      row_ids[size_t(i)] = 4294967295 - 3 * i;
-    }
-    set_bias(tier);
-    params.x = x.data, params.x_dtype = c.x_dtype;
-    params.table = table.data, params.table_dtype = c.table_dtype, params.table_stride = table.stride;
-    params.bias = bias.get(), params.mu = mu.get(), params.std = std.get();
-    params.n_rows = c.n, params.n_vocab = c.v, params.width = c.d;
-    params.row_offset = c.row_ids == 1 ? 4294967296 - c.n : 0;
-    params.row_ids = c.row_ids == 2 ? row_ids.get() : nullptr;
-    params.sigma_min = 1.5f;
-    const auto key = smoothie::noise_key(1234, 7);
-    params.noise_key = key.key, params.noise_row_shift = key.row_shift;
-  }
-  void set_bias(const Tier& tier) {
-    tier.bias(table.data, table.dtype, table.stride, table.rows, table.cols, bias.get(), threads(2));
-    for (int64_t j = 0; j < table.rows; ++j) {
-      double sum = 0.0;
-      for (int64_t d = 0; d < table.cols; ++d) sum -= 0.5 * table.get(j, d) * table.get(j, d);
-      CHECK_CLOSE(bias[size_t(j)], sum, std::fabs(sum) * kEps);
-    }
-  }
-};
-
-struct Result {
-  Matrix smoothed;
-  std::unique_ptr<int64_t[]> tokens, noisy_tokens;
-  std::unique_ptr<float[]> lse;
-};
-
-Result run(const Tier& tier, StepParams params, int n_threads) {
-  Result r{Matrix(params.x_dtype, params.n_rows, params.width), array<int64_t>(params.n_rows, -7),
-           array<int64_t>(params.n_rows, -7), array<float>(params.n_rows, kNan)};
-  params.smoothed = r.smoothed.data;
-  params.tokens = r.tokens.get(), params.noisy_tokens = r.noisy_tokens.get();
-  params.lse = r.lse.get();
-  tier.step_fwd(params, threads(n_threads));
-  return r;
-}
-
-// fp32 error of a row's logits next to each other: of mu E.x / s0^2, mu |E|^2 / s0^2 and the noise. What a logit has on
-// top of that, the rounding of mu |x|^2 / s0^2, is the same for the whole row.
-double logit_bound(double mu_s2, double x2, double table2, double std) {
-  return 2 * kEps * (mu_s2 * (std::sqrt(x2 * table2) + table2) + 7 * std) + 4e-6 * std + 2 * kEps;
-}
-
 void check_result(const Problem& problem, const Result& r, const float* eps) {
   const StepParams& p = problem.params;
   const double s2 = double(p.sigma_min) * p.sigma_min;
@@ -348,6 +151,10 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
       for (int64_t d = 0; d < p.width; ++d) wanted[size_t(d)] += weight * table[size_t(j * p.width + d)];
     }
     const double bound = logit_bound(mu / s2, x2, table2, std), lse = best_logit + std::log(sum);
+    const double raw_score = s2 * best_score + x2 / 2;  // without the row constant
+    CHECK_CLOSE(r.best_score[size_t(i)], raw_score, logit_bound(1, x2, table2, 0.0) + kEps * std::fabs(raw_score));
+    CHECK_CLOSE(r.log_sum[size_t(i)], lse - mu * best_score,
+                2 * bound + 1e-6 + kEps * std::fabs(lse - mu * best_score));
     CHECK_CLOSE(r.lse[size_t(i)], lse, bound + kEps * (2 * std::fabs(lse) + mu / s2 * x2) + 1e-6);
     for (int64_t d = 0; d < p.width; ++d) {
       const double value = wanted[size_t(d)] / sum;
@@ -366,6 +173,7 @@ void check_same(const Problem& problem, const Result& a, const Result& b, double
     CHECK_EQUAL(a.tokens[size_t(i)], b.tokens[size_t(i)]);
     CHECK_EQUAL(a.noisy_tokens[size_t(i)], b.noisy_tokens[size_t(i)]);
     CHECK_CLOSE(a.lse[size_t(i)], b.lse[size_t(i)], bound * (1 + std::fabs(b.lse[size_t(i)])));
+    CHECK_CLOSE(a.best_score[size_t(i)], b.best_score[size_t(i)], bound * (1 + std::fabs(b.best_score[size_t(i)])));
     for (int64_t d = 0; d < problem.x.cols; ++d) {
       const double v = b.smoothed.get(i, d);
       CHECK_CLOSE(a.smoothed.get(i, d), v, bound == 0 ? 0 : bound * 5 + 2 * half_step(a.smoothed.dtype, v));
@@ -532,6 +340,7 @@ int main() {
     test_far(*tier);
     test_not_finite(*tier);
     test_ties(*tier);
+    test_gradients(*tier);
     std::printf("%s: %s\n", tier->name, failures == before ? "passed" : "FAILED");
   }
   context = "find_tier";

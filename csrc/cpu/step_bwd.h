@@ -1,0 +1,257 @@
+// The backward, in one pass as well: the weights P are made again, tile by tile, from what the forward kept of a row.
+//
+//   for rows (all, or as many as fit in kMemory):   x, g = grad_smoothed packed to xt, gt [panel][D][lanes]
+//     for a tile of kTile tokens:
+//       for a panel of rows:
+//         score       p[v][lanes]  = E[tile] xt + bias
+//         score       ds[v][lanes] = E[tile] gt
+//         weigh_grad  p = P, ds = dS = scale P (ds - delta + grad_lse)       delta = g . smoothed
+//         gather      ot[D][lanes] += E[tile]^T ds
+//       spread        out[v][D] = P^T g + dS^T x                             over kGroupRows rows at a time
+//       grad_table[tile] += out - E[tile] sum_rows dS
+//     grad_x = ot - x sum_tokens dS
+//
+// Five products of N x V x D; four where x needs no gradient, three where the table needs none. Tokens are shared out
+// among threads, so that nobody else adds to a tile's rows of grad_table; every thread has its own ot. Sums have a
+// fixed order: the same call gives the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "sweep.h"
+
+namespace smoothie {
+namespace {  // one copy per tier
+
+constexpr int64_t kMemory =
+    32 << 20;  // bytes of packed rows and of their gradients in all threads, where they are many
+// Rows of one sum in `spread`: out is loaded and stored once for so many. N = 512, V = 30,522, D = 384, two AVX-512
+// threads, all gradients: 64 rows 221 ms, 128 rows 213, 256 rows 207; five products take MKL 202.
+constexpr int64_t kGroupRows = 256;
+
+template <class S, bool kNoise, bool kMean>
+class StepBackward {
+ public:
+  static constexpr int kLanes = S::kLanes, kPanel = 2 * S::kLanes, kColumns = 2 * S::kLanes;
+
+  static void run(const StepBwdParams& p, const Threads& threads) {
+    const int64_t splits = least(threads.count, ceil_div(p.n_vocab, kTile));
+    const int64_t fit = kMemory / (int64_t(sizeof(float)) * p.width * (4 + splits)) / kGroupRows * kGroupRows;
+    const int64_t at_once = most(fit, kGroupRows);
+    for (int64_t first = 0; first < p.n_rows; first += at_once)
+      StepBackward(p, threads, first, least(at_once, p.n_rows - first), splits).run();
+  }
+
+ private:
+  StepBackward(const StepBwdParams& params, const Threads& threads, int64_t first, int64_t n_rows, int64_t splits)
+      : p_(params),
+        threads_(threads),
+        first_(first),
+        n_rows_(n_rows),
+        splits_(splits),
+        panels_(ceil_div(n_rows, kPanel)),
+        padded_width_(ceil_div(params.width, kColumns) * kColumns),
+        keys_(params.noise_key),
+        layout_(n_rows, params.width),
+        xt_(panels_ * kPanel * params.width),
+        gt_(kMean ? panels_ * kPanel * params.width : 0),
+        x_columns_(params.grad_table ? n_rows * padded_width_ : 0),
+        g_columns_(kMean && params.grad_table ? n_rows * padded_width_ : 0),
+        rows_(panels_ * 2) {}
+
+  // What a thread makes of its tokens.
+  struct Split {
+    Buffer<float> ot;            // [panel][D][lanes]
+    Buffer<RowGrads<S>> rows;    // [vector of rows]
+    Buffer<float> p, ds;         // [panel of a group][kTile][lanes]
+    Buffer<float> eps, columns;  // [kTile][lanes]
+    Buffer<float> out;           // [kTile][D, padded]
+    Buffer<float> tile;
+
+    explicit Split(const StepBackward& b)
+        : ot(b.p_.grad_x ? b.panels_ * kPanel * b.p_.width : 0),
+          rows(b.panels_ * 2),
+          p(kGroupRows * kTile),
+          ds(kGroupRows * kTile),
+          eps(kTile * kLanes),
+          columns(kTile * kLanes),
+          out(b.p_.grad_table ? kTile * b.padded_width_ : 0),
+          tile(tile_room(b.p_)) {}
+  };
+
+  void run() {
+    std::vector<Split> splits;
+    for (int64_t i = 0; i < splits_; ++i) splits.emplace_back(*this);
+    std::vector<Buffer<float>> wide;  // two rows
+    for (int64_t i = 0; i < threads_.count; ++i) wide.emplace_back(2 * p_.width);
+    share(threads_, panels_, [&](int64_t worker, int64_t panel) { pack(panel, wide[size_t(worker)]); });
+    share(threads_, splits_, [&](int64_t, int64_t split) { stream(split, splits[size_t(split)]); });
+    if (!p_.grad_x) return;
+    share(threads_, panels_, [&](int64_t worker, int64_t panel) { finish(panel, splits, wide[size_t(worker)]); });
+  }
+
+  int64_t count_of(int64_t panel) const { return least(kPanel, n_rows_ - panel * kPanel); }
+  int64_t lanes_of(int64_t panel) const { return layout_.vectors_of(count_of(panel)) * kLanes; }
+  int64_t start_of(int64_t panel) const { return panel * kPanel * p_.width; }
+  float grad_lse(int64_t r) const { return p_.grad_lse ? p_.grad_lse[r] : 0.0f; }
+
+  // Row r of x, smoothed or grad_smoothed in fp32.
+  const float* row_of(const void* matrix, int64_t r, float* room) const {
+    widen<S>(at(matrix, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, room);
+    return room;
+  }
+
+  void pack(int64_t panel, float* room) {
+    const int64_t first = first_ + panel * kPanel, count = count_of(panel);
+    pack_rows(p_.x, panel, room, xt_, x_columns_);
+    if constexpr (kMean) pack_rows(p_.grad_smoothed, panel, room, gt_, g_columns_);
+    for (int64_t lane = 0; lane < lanes_of(panel); ++lane) {
+      const int64_t i = layout_.row_of(lane);
+      RowGrads<S>& rows = rows_[panel * 2 + lane / kLanes];
+      if (i < count)
+        rows.begin(lane % kLanes, constants_of(first + i), grad_lse(first + i) - delta(first + i, room));
+      else
+        rows.begin(lane % kLanes, RowConstants{}, 0.0f);
+    }
+  }
+
+  void pack_rows(const void* matrix, int64_t panel, float* room, float* transposed, float* columns) const {
+    const auto row = [&](int64_t i) { return row_of(matrix, first_ + panel * kPanel + i, room); };
+    layout_.pack(count_of(panel), p_.width, row, transposed + start_of(panel));
+    if (!p_.grad_table) return;
+    for (int64_t i = 0; i < count_of(panel); ++i) {
+      const float* values = row(i);
+      for (int64_t d = 0; d < padded_width_; ++d)
+        columns[column(d / kColumns, panel * kPanel + i) + d % kColumns] = d < p_.width ? values[d] : 0.0f;
+    }
+  }
+
+  // Where kColumns columns of a row stand in x_columns_ and g_columns_, [D / kColumns][row][kColumns].
+  int64_t column(int64_t group, int64_t row) const { return (group * n_rows_ + row) * kColumns; }
+
+  RowConstants constants_of(int64_t r) const {
+    RowConstants row{score_scale(p_, r), 0.0f, p_.best_score[r], p_.log_sum[r], 0};
+    if (kNoise) {
+      row.std = p_.std[r];
+      row.noise_row = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+    }
+    return row;
+  }
+
+  float delta(int64_t r, float* room) const {
+    double sum = 0.0;
+    if constexpr (kMean) {
+      const float* g = row_of(p_.grad_smoothed, r, room);
+      const float* smoothed = row_of(p_.smoothed, r, room + p_.width);
+      for (int64_t d = 0; d < p_.width; ++d) sum += double(g[d]) * smoothed[d];
+    }
+    return float(sum);
+  }
+
+  void stream(int64_t split, Split& s) const {
+    const int64_t tiles = ceil_div(p_.n_vocab, kTile);
+    if (p_.grad_x) std::memset(s.ot, 0, size_t(panels_ * kPanel * p_.width) * sizeof(float));
+    for (int64_t i = 0; i < panels_ * 2; ++i) s.rows[i] = rows_[i];
+    for (int64_t t = split * tiles / splits_; t < (split + 1) * tiles / splits_; ++t) {
+      const Tile tile = read_tile<S>(p_, t, s.tile);
+      std::memset(s.columns, 0, size_t(kTile * kLanes) * sizeof(float));
+      for (int64_t group = 0; group < panels_; group += kGroupRows / kPanel) {
+        const int64_t last = least(panels_, group + kGroupRows / kPanel);
+        for (int64_t panel = group; panel < last; ++panel)
+          layout_.with(count_of(panel), [&](auto vectors, auto lanes) {
+            one_panel<vectors(), lanes()>(panel, weights_of(panel - group), tile, s);
+          });
+        if (p_.grad_table) spread(group, last, tile, s);
+      }
+      if (p_.grad_table) finish_tile(tile, s);
+    }
+  }
+
+  // Where a panel's weights stand. `spread` needs those of a whole group; else one place, in L1, does for all.
+  int64_t weights_of(int64_t panel_in_group) const { return p_.grad_table ? panel_in_group * kTile * kPanel : 0; }
+
+  template <int kVectors, int kGroup>
+  void one_panel(int64_t panel, int64_t at, const Tile& tile, Split& s) const {
+    const int64_t start = start_of(panel), stride = kVectors * kLanes;
+    float *p = s.p + at, *ds = s.ds + at;
+    score<S, kVectors, kGroup>(tile.rows, tile.stride, p_.bias + tile.first, xt_ + start, p_.width, tile.count, p);
+    if constexpr (kMean)
+      score<S, kVectors, kGroup>(tile.rows, tile.stride, nullptr, gt_ + start, p_.width, tile.count, ds);
+    for (int n = 0; n < kVectors; ++n)
+      weigh_grad<S, kNoise, kMean>(p + n * kLanes, ds + n * kLanes, stride, tile.first, tile.count, keys_, s.eps,
+                                   s.rows[panel * 2 + n], s.columns);
+    if (p_.grad_x) gather<S, kVectors, kGroup>(tile.rows, tile.stride, ds, p_.width, tile.count, s.ot + start);
+  }
+
+  // out[v][d] = sum over the rows of some panels of P[v][row] g[row][d] + dS[v][row] x[row][d]; on top of what out has
+  // for all but the first panels.
+  void spread(int64_t first_panel, int64_t last_panel, const Tile& tile, Split& s) const {
+    for (int64_t c = 0; c < padded_width_ / kColumns; ++c)
+      in_steps<S::kBroadcasts>(0, tile.count, [&](auto m, int64_t v) {
+        constexpr int M = decltype(m)::value;
+        typename S::F acc[M][2];
+        clear<S>(acc);
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const int64_t lanes = lanes_of(panel), at = weights_of(panel - first_panel) + v * lanes;
+          const int64_t from = column(c, panel * kPanel), group = layout_.group();
+          if constexpr (kMean) multiply<S, M, 2, 1>(s.p + at, lanes, group, g_columns_ + from, count_of(panel), acc);
+          multiply<S, M, 2, 1>(s.ds + at, lanes, group, x_columns_ + from, count_of(panel), acc);
+        }
+        for (int i = 0; i < M; ++i)
+          for (int n = 0; n < 2; ++n) {
+            float* out = s.out + (v + i) * padded_width_ + c * kColumns + n * kLanes;
+            S::store(out, first_panel > 0 ? S::add(S::load(out), acc[i][n]) : acc[i][n]);
+          }
+      });
+  }
+
+  void finish_tile(const Tile& tile, Split& s) const {
+    for (int64_t v = 0; v < tile.count; ++v) {
+      float sum = 0.0f;
+      for (int64_t lane = 0; lane < kLanes; lane += layout_.group()) sum += s.columns[v * kLanes + lane];
+      const float *out = s.out + v * padded_width_, *e = tile.rows + v * tile.stride;
+      float* grad = p_.grad_table + (tile.first + v) * p_.width;
+      for (int64_t d = 0; d < p_.width; ++d) grad[d] = (first_ > 0 ? grad[d] : 0.0f) + (out[d] - sum * e[d]);
+    }
+  }
+
+  // Without grad_lse the sum of dS is zero, but for the rounding of delta, which goes out again with it.
+  void finish(int64_t panel, std::vector<Split>& splits, float* room) const {
+    const int64_t lanes = lanes_of(panel);
+    for (int64_t i = 0; i < count_of(panel); ++i) {
+      const int64_t r = first_ + panel * kPanel + i, lane = layout_.lane_of(i);
+      double sum = 0.0;
+      for (Split& split : splits) sum += split.rows[panel * 2 + lane / kLanes].sum[lane % kLanes];
+      const float of_lse = score_scale(p_, r) * grad_lse(r), of_delta = float(of_lse - sum);
+      const float *x = row_of(p_.x, r, room), *smoothed = row_of(p_.smoothed, r, room + p_.width);
+      for (int64_t d = 0; d < p_.width; ++d) {
+        const int64_t at = start_of(panel) + layout_.element(i, d, lanes);
+        float value = of_delta * smoothed[d] - of_lse * x[d];
+        for (Split& split : splits) value += split.ot[at];
+        narrow(value, p_.x_dtype, p_.grad_x, r * p_.width + d);
+      }
+    }
+  }
+
+  const StepBwdParams& p_;
+  const Threads& threads_;
+  int64_t first_, n_rows_, splits_, panels_, padded_width_;
+  RoundKeys<S> keys_;
+  Layout<S> layout_;
+  Buffer<float> xt_, gt_;                // [panel][D][lanes]
+  Buffer<float> x_columns_, g_columns_;  // [D / kColumns][row][kColumns]
+  Buffer<RowGrads<S>> rows_;             // [vector of rows]
+};
+
+template <class S>
+void step_bwd(const StepBwdParams& p, const Threads& threads) {
+  if (p.std)
+    p.grad_smoothed ? StepBackward<S, true, true>::run(p, threads) : StepBackward<S, true, false>::run(p, threads);
+  else
+    p.grad_smoothed ? StepBackward<S, false, true>::run(p, threads) : StepBackward<S, false, false>::run(p, threads);
+}
+
+}  // namespace
+}  // namespace smoothie

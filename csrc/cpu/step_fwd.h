@@ -1,0 +1,295 @@
+// The streaming step.
+//
+//   for a block of rows:                        x packed to xt [panel][D][lanes]
+//     for a tile of kTile tokens:               E[tile] straight from the table, or widened to fp32 once
+//       for a panel of rows:                    (step_panel.h)
+//         score   p[v][lanes]  = E[tile] xt + bias             product over D
+//         weigh   p            = exp(mu D + std eps - ref)     noise, argmax twice, row sum: all in cache
+//         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
+//     finish: smoothed = ot / sum, lse = ref + log(sum)
+//
+// Logits are at most 6.77 std (distances are never positive), so no running maximum: `ref` is fixed beforehand and
+// partial sums of any tiles add. Rows whose largest logit turns out far from it are done again: exact for every input,
+// another pass only for the rows that need one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "sweep.h"
+
+namespace smoothie {
+namespace {  // one copy per tier
+
+constexpr int kBlockPanels = 8;  // panels that share a tile: xt and ot of 256 rows x 384 columns take 0.8 MB of L2
+constexpr float kMaxNormal = 6.77f;
+// Where a row's maximum may lie over its reference: fp32 holds all that counts.
+constexpr float kLargest = 20.0f, kSmallest = -50.0f;
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+inline double squared_distance(const float* a, const float* b, int64_t count) {
+  double sum = 0.0;
+  for (int64_t d = 0; d < count; ++d) sum += (double(a[d]) - b[d]) * (double(a[d]) - b[d]);
+  return sum;
+}
+
+// What is taken off a row's scores and logits so that fp32 holds its weights:
+// exp(scale (score_j - score) + std eps_j - logit).
+struct Reference {
+  // By pass: the score at distance zero; the nearest token's, for rows far from all tokens; the largest logit as well,
+  // for noise so loud that its largest value is far below what it could be. Nothing finite needs a fourth.
+  static constexpr int kPasses = 3;
+
+  float score, logit;
+  double half_square;  // ||x||^2 / 2
+  bool done;
+};
+
+// How the work is cut: tasks = blocks of rows x splits of the vocabulary.
+struct Plan {
+  int64_t panels, tiles, blocks, splits;
+};
+
+// Rows are shared out. Where that leaves threads idle for more than 8 % of the time, the vocabulary is split as well,
+// in as few parts as will do: each part has sums of its own, so splits take memory (and only few rows need them).
+inline Plan make_plan(int64_t panels, int64_t tiles, int64_t threads) {
+  int64_t splits = 1;
+  while (splits < least(threads, tiles) && ceil_div(panels * splits, threads) * threads * 100 > panels * splits * 108)
+    ++splits;
+  int64_t blocks = panels;  // of one panel each: the finest sharing
+  if (splits == threads) blocks = ceil_div(panels, kBlockPanels);
+  if (splits == 1) blocks = least(panels, ceil_div(ceil_div(panels, kBlockPanels), threads) * threads);
+  return {panels, tiles, blocks, splits};
+}
+
+// The results of some rows over some of the vocabulary: what a task makes, and what is merged.
+template <class S>
+struct Partial {
+  Buffer<float> ot;           // [panel][D][lanes of the panel]
+  Buffer<RowState<S>> state;  // [vector of rows]
+
+  Partial(int64_t vectors, int64_t width) : ot(vectors * S::kLanes * width), state(vectors) {}
+};
+
+template <class S>
+struct Scratch {
+  Buffer<float> xt;    // [panel][D][lanes of the panel]
+  Buffer<float> p;     // [kTile][lanes of the panel]
+  Buffer<float> eps;   // [kTile][kLanes]
+  Buffer<float> row;   // [D]
+  Buffer<float> row2;  // [D]
+  Buffer<float> tile;  // [kTile][D, padded], only where the table is not fp32
+
+  Scratch(int64_t vectors, int64_t width, int64_t tile_size)
+      : xt(vectors * S::kLanes * width),
+        p(kTile * 2 * S::kLanes),
+        eps(kTile * S::kLanes),
+        row(width),
+        row2(width),
+        tile(tile_size) {}
+};
+
+template <class S, bool kLogits, bool kNoise>
+class Step {
+ public:
+  static constexpr int kLanes = S::kLanes, kPanel = 2 * S::kLanes;
+
+  // rows: which rows of the call, nullptr for all. references: [N], nullptr where there are no logits.
+  Step(const StepParams& params, const Threads& threads, const int64_t* rows, int64_t n_rows, Reference* references,
+       int pass)
+      : p_(params),
+        threads_(threads),
+        rows_(rows),
+        n_rows_(n_rows),
+        references_(references),
+        pass_(pass),
+        keys_(params.noise_key),
+        plan_(make_plan(ceil_div(n_rows, kPanel), ceil_div(params.n_vocab, kTile), threads.count)),
+        layout_(n_rows, params.width) {}
+
+  void run() {
+    const int64_t tasks = plan_.blocks * plan_.splits, workers = least(threads_.count, tasks);
+    const int64_t vectors = 2 * ceil_div(plan_.panels, plan_.blocks);
+    std::vector<Scratch<S>> scratch;
+    std::vector<Partial<S>> partials;
+    for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(vectors, p_.width, tile_room(p_));
+    for (int64_t i = 0; i < (plan_.splits == 1 ? workers : tasks); ++i)
+      partials.emplace_back(vectors, smoothed_width());
+
+    share(threads_, tasks, [&](int64_t worker, int64_t task) {
+      const int64_t block = task / plan_.splits, split = task % plan_.splits;
+      Partial<S>& partial = partials[size_t(plan_.splits == 1 ? worker : task)];
+      pack(block, scratch[size_t(worker)], partial);
+      stream(block, split, scratch[size_t(worker)], partial);
+      if (plan_.splits == 1) finish(block, &partial, scratch[size_t(worker)]);
+    });
+    if (plan_.splits == 1) return;
+    share(threads_, plan_.blocks, [&](int64_t worker, int64_t block) {
+      finish(block, &partials[size_t(block * plan_.splits)], scratch[size_t(worker)]);
+    });
+  }
+
+ private:
+  int64_t first_panel(int64_t block) const { return block * plan_.panels / plan_.blocks; }
+  int64_t smoothed_width() const { return kLogits ? p_.width : 0; }
+  int64_t row(int64_t i) const { return rows_ ? rows_[i] : i; }
+  // Calls body(panel in block, its first row, how many rows) for the panels of a block.
+  template <class Body>
+  void for_panels(int64_t block, const Body& body) const {
+    const int64_t first = first_panel(block), last = first_panel(block + 1);
+    for (int64_t panel = first; panel < last; ++panel)
+      body(panel - first, panel * kPanel, least(kPanel, n_rows_ - panel * kPanel));
+  }
+
+  void pack(int64_t block, Scratch<S>& s, Partial<S>& partial) const {
+    for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
+      const int64_t lanes = layout_.vectors_of(count) * kLanes, start = panel * p_.width * kPanel;
+      if (kLogits) std::memset(partial.ot + start, 0, size_t(p_.width * lanes) * sizeof(float));
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t i = layout_.row_of(lane);  // lanes behind the last row hold a row of zeros
+        const RowConstants constants = kLogits && i < count ? constants_of(row(first + i)) : RowConstants{};
+        partial.state[panel * 2 + lane / kLanes].begin(lane % kLanes, constants);
+      }
+      const auto row_in_fp32 = [&](int64_t i) -> const float* {
+        widen<S>(at(p_.x, p_.x_dtype, row(first + i) * p_.width), p_.x_dtype, p_.width, s.row);
+        return s.row;
+      };
+      layout_.pack(count, p_.width, row_in_fp32, s.xt + start);
+    });
+  }
+
+  RowConstants constants_of(int64_t r) const {
+    const Reference& ref = references_[r];
+    RowConstants row{score_scale(p_, r), 0.0f, ref.score, ref.logit, 0};
+    if (kNoise) {
+      row.std = p_.std[r];
+      row.noise_row = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+    }
+    return row;
+  }
+
+  void stream(int64_t block, int64_t split, Scratch<S>& s, Partial<S>& partial) const {
+    for (int64_t t = split * plan_.tiles / plan_.splits; t < (split + 1) * plan_.tiles / plan_.splits; ++t) {
+      const Tile tile = read_tile<S>(p_, t, s.tile);
+      for_panels(block, [&](int64_t panel, int64_t, int64_t n_rows) {
+        layout_.with(n_rows, [&](auto vectors, auto group) { one_panel<vectors(), group()>(panel, tile, s, partial); });
+      });
+    }
+  }
+
+  template <int kVectors, int kGroup>
+  void one_panel(int64_t panel, const Tile& tile, Scratch<S>& s, Partial<S>& partial) const {
+    const int64_t start = panel * p_.width * kPanel;
+    score<S, kVectors, kGroup>(tile.rows, tile.stride, p_.bias + tile.first, s.xt + start, p_.width, tile.count, s.p);
+    for (int n = 0; n < kVectors; ++n)
+      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, tile.first, tile.count, keys_, s.eps,
+                                partial.state[panel * 2 + n]);
+    if constexpr (kLogits)
+      gather<S, kVectors, kGroup>(tile.rows, tile.stride, s.p, p_.width, tile.count, partial.ot + start);
+  }
+
+  // Merges the splits of a block in their order (the same sums in every run) and writes its rows.
+  void finish(int64_t block, Partial<S>* parts, Scratch<S>& s) const {
+    for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
+      const int lanes = layout_.vectors_of(count) * kLanes;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t vector = panel * 2 + layout_.lane_of(i) / kLanes, lane = layout_.lane_of(i) % kLanes;
+        const int64_t r = row(first + i);
+        RowState<S>& total = parts[0].state[vector];
+        double sum = double(total.sum[lane]) + total.sum_low[lane];
+        for (int64_t k = 1; k < plan_.splits; ++k) {
+          const RowState<S>& part = parts[k].state[vector];
+          sum += double(part.sum[lane]) + part.sum_low[lane];
+          if (part.best_score[lane] > total.best_score[lane])
+            total.best_score[lane] = part.best_score[lane], total.token[lane] = part.token[lane];
+          if (part.best_logit[lane] > total.best_logit[lane])
+            total.best_logit[lane] = part.best_logit[lane], total.noisy_token[lane] = part.noisy_token[lane];
+        }
+        p_.tokens[r] = total.token[lane];
+        if (kLogits)
+          finish_logits(parts, panel * p_.width * kPanel, i, lanes, r, total, lane, sum);
+        else
+          p_.distance[r] = distance(r, total.token[lane], s);
+      }
+    });
+  }
+
+  void finish_logits(Partial<S>* parts, int64_t start, int64_t i, int lanes, int64_t r, const RowState<S>& total,
+                     int64_t lane, double sum) const {
+    Reference& ref = references_[r];
+    const float best = total.best_logit[lane];
+    const bool fits = best >= kSmallest && best <= kLargest;
+    ref.done = fits || !std::isfinite(best) || pass_ + 1 == Reference::kPasses;
+    if (!ref.done) {
+      if (pass_ == 0)
+        ref.score = total.best_score[lane];
+      else
+        ref.logit += best;
+      return;
+    }
+    p_.noisy_tokens[r] = total.noisy_token[lane];
+    const double scale = score_scale(p_, r), nearest = total.best_score[lane], log_sum = ref.logit + std::log(sum);
+    p_.lse[r] = fits ? float(log_sum + scale * (ref.score - ref.half_square)) : kNaN;
+    p_.best_score[r] = float(nearest);
+    p_.log_sum[r] = fits ? float(log_sum + scale * (double(ref.score) - nearest)) : kNaN;
+    const float inverse = fits ? float(1.0 / sum) : kNaN;
+    for (int64_t d = 0; d < p_.width; ++d) {
+      const int64_t at = start + layout_.element(i, d, lanes);
+      float value = parts[0].ot[at];
+      for (int64_t k = 1; k < plan_.splits; ++k) value += parts[k].ot[at];
+      narrow(value * inverse, p_.x_dtype, p_.smoothed, r * p_.width + d);
+    }
+  }
+
+  // The winner's distance directly: the scores' difference of large numbers would cancel.
+  float distance(int64_t r, int64_t token, Scratch<S>& s) const {
+    widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
+    widen<S>(at(p_.table, p_.table_dtype, token * p_.table_stride), p_.table_dtype, p_.width, s.row2);
+    return float(squared_distance(s.row, s.row2, p_.width));
+  }
+
+  const StepParams& p_;
+  const Threads& threads_;
+  const int64_t* rows_;
+  int64_t n_rows_;
+  Reference* references_;
+  int pass_;
+  RoundKeys<S> keys_;
+  Plan plan_;
+  Layout<S> layout_;
+};
+
+template <class S, bool kNoise>
+void step_with_logits(const StepParams& p, const Threads& threads) {
+  Buffer<Reference> references(p.n_rows);
+  half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, [&](int64_t i, double half_square) {
+    const float highest = kNoise ? kMaxNormal * p.std[i] : 0.0f;
+    references[i] = {float(half_square), highest > kLargest ? highest - kLargest : 0.0f, half_square, false};
+  });
+  Buffer<int64_t> rows(p.n_rows);
+  int64_t n_rows = p.n_rows;
+  for (int pass = 0; n_rows > 0; ++pass) {
+    Step<S, true, kNoise>(p, threads, pass == 0 ? nullptr : static_cast<int64_t*>(rows), n_rows, references, pass)
+        .run();
+    n_rows = 0;
+    for (int64_t i = 0; i < p.n_rows; ++i)
+      if (!references[i].done) rows[n_rows++] = i;
+  }
+}
+
+template <class S>
+void step_fwd(const StepParams& p, const Threads& threads) {
+  if (p.n_rows == 0) return;
+  if (!p.mu)
+    Step<S, false, false>(p, threads, nullptr, p.n_rows, nullptr, 0).run();
+  else if (p.std)
+    step_with_logits<S, true>(p, threads);
+  else
+    step_with_logits<S, false>(p, threads);
+}
+
+}  // namespace
+}  // namespace smoothie

@@ -1,0 +1,262 @@
+"""Gradients in every backend: float64, edges, only what is asked for, and what must not change them."""
+
+import pytest
+import torch
+from conftest import device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
+from smoothie_kernels.testing import check_gradients, relative_error
+
+# id: N, V, D, mu, std, x scale
+CASES = {
+    "even": (32, 256, 64, 0.05, 0.99, 1.0),
+    "ragged": (33, 301, 48, 0.02, 1.0, 1.0),
+    "odd": (7, 131, 37, 0.1, 0.9, 1.0),
+    "one row": (1, 259, 24, 0.3, 0.95, 1.0),
+    "one token": (5, 1, 16, 0.05, 0.99, 1.0),
+    "two tokens": (17, 2, 8, 0.5, 0.5, 1.0),
+    "width 1": (9, 130, 1, 0.5, 0.9, 1.0),
+    "width 3": (18, 127, 3, 0.5, 0.9, 1.0),
+    "many rows": (300, 140, 24, 0.1, 0.9, 1.0),
+    "peaked": (16, 512, 64, 0.684, 0.73, 1.0),
+    "flat": (16, 512, 64, 7e-5, 1.0, 1.0),
+    "no noise": (20, 300, 32, 0.1, 0.0, 1.0),
+    "no distances": (8, 200, 16, 0.0, 1.0, 1.0),
+    "far away": (20, 150, 16, 0.3, 0.9, 1e2),
+    "very far away": (5, 150, 16, 0.684, 0.73, 1e3),
+    "loud": (20, 300, 32, 0.05, 30.0, 1.0),
+    "very loud": (5, 300, 32, 0.05, 1e4, 1.0),
+    "attracted by distance": (5, 90, 16, -0.4, 0.9, 1.0),
+}
+WHERE = {"seed": 3, "offset": 1, "row_offset": 5}
+
+
+class Problem:
+    """Inputs, gradients that come in, and the noise that goes with them."""
+
+    def __init__(self, backend, n, v, d, mu=0.05, std=0.99, scale=1.0, x_type=torch.float32, table_type=torch.float32):
+        device = device_of(backend)
+        table = torch.randn(v, d)
+        x = scale * (table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d))
+        self.backend, self.mu, self.std = backend, mu, std
+        self.x, self.table = x.to(device, x_type), table.to(device, table_type)
+        self.grad_smoothed, self.grad_lse = torch.randn(n, d).to(device, x_type), torch.randn(n, device=device)
+        self.eps = noise.gaussian(n, v, backend="reference", **WHERE).to(device)
+
+    def grads(self, *, x=True, table=True, smoothed=True, lse=True, **options):
+        """Gradients of x and the table; None where it is not asked for."""
+        inputs = [self.x.detach().requires_grad_(x), self.table.detach().requires_grad_(table)]
+        step = fused_smoothie_step(*inputs, self.mu, self.std, backend=self.backend, **{**WHERE, **options})
+        outputs, grads = [], []
+        if smoothed:
+            outputs, grads = [step.smoothed], [self.grad_smoothed]
+        if lse:
+            outputs, grads = [*outputs, step.lse], [*grads, self.grad_lse]
+        found = iter(torch.autograd.grad(outputs, [i for i in inputs if i.requires_grad], grads))
+        return [next(found) if i.requires_grad else None for i in inputs]
+
+    def wrong(self, grads, *, smoothed=True, lse=True):
+        rows = torch.ones(len(self.x), device=self.x.device)
+        incoming = self.grad_smoothed * smoothed, self.grad_lse * lse
+        return check_gradients(grads, self.x, self.table, self.mu * rows, self.std * rows, self.eps, *incoming)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(backend, case):
+    problem = Problem(backend, *CASES[case])
+    assert problem.wrong(problem.grads()) == []
+
+
+@pytest.mark.parametrize("case", ["odd", "one token", "peaked", "flat", "far away"])
+def test_of_the_mean_alone(backend, case):
+    problem = Problem(backend, *CASES[case])
+    assert problem.wrong(problem.grads(lse=False), lse=False) == []
+
+
+@pytest.mark.parametrize("case", ["odd", "one token", "peaked", "far away"])
+def test_of_lse_alone(backend, case):
+    problem = Problem(backend, *CASES[case])
+    assert problem.wrong(problem.grads(smoothed=False), smoothed=False) == []
+
+
+@pytest.mark.parametrize("table_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_types(backend, x_type, table_type):
+    problem = Problem(backend, 19, 261, 40, x_type=x_type, table_type=table_type)
+    grads = problem.grads()
+    assert [g.dtype for g in grads] == [x_type, table_type]
+    assert problem.wrong(grads) == []
+
+
+def test_gradcheck():
+    """Against finite differences, which know nothing of formulas."""
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(23, 5, dtype=torch.float64, requires_grad=True)
+    mu = torch.rand(2, 3, dtype=torch.float64)
+
+    def step(x, table):
+        return fused_smoothie_step(x, table, mu, 0.9, seed=3, backend="reference")[0::3]
+
+    assert torch.autograd.gradcheck(step, (x, table))
+
+
+def test_only_what_is_asked_for(backend):
+    problem = Problem(backend, 18, 150, 24)
+    both = problem.grads()
+    for asked in ({"table": False}, {"x": False}):
+        for found, expected in zip(problem.grads(**asked), both, strict=True):
+            assert found is None or relative_error(found, expected) <= 1e-6
+
+
+def test_same_call_same_bits(backend):
+    problem = Problem(backend, 40, 300, 48)
+    first, second = problem.grads(), problem.grads()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_do_not_depend_on_their_call(backend):
+    """A row's gradient is its own; the table's is a sum over calls."""
+    problem = Problem(backend, 21, 150, 40)
+    whole_x, whole_table = problem.grads()
+    total = torch.zeros_like(whole_table)
+    for first, last in ((0, 1), (1, 19), (19, 21)):
+        part = Problem(backend, 1, 1, 1)
+        part.x, part.table = problem.x[first:last], problem.table
+        part.grad_smoothed, part.grad_lse = problem.grad_smoothed[first:last], problem.grad_lse[first:last]
+        grad_x, grad_table = part.grads(row_offset=5 + first)
+        assert relative_error(grad_x, whole_x[first:last]) <= 1e-6
+        total += grad_table
+    assert relative_error(total, whole_table) <= 1e-6
+
+
+def test_row_ids_and_leading_dimensions(backend):
+    problem = Problem(backend, 12, 90, 16)
+    mu, std = torch.rand(12, device=problem.x.device), torch.rand(12, device=problem.x.device)
+    ids = torch.tensor([0, 7, 2**31, 2**32 - 1, 5, 6, 9, 1, 2, 3, 4, 2**31 - 1], device=problem.x.device)
+
+    def grads(shape):
+        x, table = problem.x.view(*shape, 16).detach().requires_grad_(), problem.table.detach().requires_grad_()
+        step = fused_smoothie_step(
+            x, table, mu.view(shape), std.view(shape), seed=3, row_ids=ids.view(shape), backend=backend
+        )
+        found = torch.autograd.grad(
+            (step.smoothed, step.lse),
+            (x, table),
+            (problem.grad_smoothed.view(*shape, 16), problem.grad_lse.view(shape)),
+        )
+        return found[0].view(12, 16), found[1]
+
+    eps = noise.gaussian(12, 90, seed=3, row_ids=ids.cpu(), backend="reference").to(problem.x.device)
+    flat = grads((12,))
+    incoming = problem.grad_smoothed, problem.grad_lse
+    assert check_gradients(flat, problem.x, problem.table, mu, std, eps, *incoming) == []
+    assert all(torch.equal(a, b) for a, b in zip(grads((2, 6)), flat, strict=True))
+
+
+def test_not_contiguous(backend):
+    problem = Problem(backend, 18, 140, 24)
+    expected = problem.grads()
+    problem.x, problem.table = problem.x.T.contiguous().T, problem.table.T.contiguous().T
+    problem.grad_smoothed = problem.grad_smoothed.T.contiguous().T
+    problem.grad_lse = problem.grad_lse.repeat_interleave(3)[::3]
+    assert all(torch.equal(a, b) for a, b in zip(problem.grads(), expected, strict=True))
+    x = problem.x.detach().requires_grad_()
+    step = fused_smoothie_step(x, problem.table, 0.05, 0.99, seed=1, backend=backend)
+    (ones,) = torch.autograd.grad(step.smoothed.sum(), x)  # its gradient is one number, expanded
+    step = fused_smoothie_step(x, problem.table, 0.05, 0.99, seed=1, backend=backend)
+    assert torch.equal(ones, *torch.autograd.grad(step.smoothed, x, torch.ones_like(x)))
+
+
+def test_rows_of_a_wider_table(backend):
+    problem = Problem(backend, 18, 140, 24)
+    expected = problem.grads()
+    problem.table = torch.cat((problem.table, problem.table), 1)[:, :24]
+    for found, wanted in zip(problem.grads(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_no_rows(backend):
+    problem = Problem(backend, 0, 10, 4)
+    grad_x, grad_table = problem.grads()
+    assert grad_x.shape == (0, 4)
+    assert torch.equal(grad_table, torch.zeros_like(problem.table))
+
+
+def test_outputs_that_nobody_uses(backend):
+    problem = Problem(backend, 5, 30, 8)
+    x = problem.x.detach().requires_grad_()
+    step = fused_smoothie_step(x, problem.table, 0.05, 0.99, seed=1, backend=backend)
+    assert not step.tokens.requires_grad
+    assert not step.noisy_tokens.requires_grad
+    (step.smoothed.detach().sum() + step.lse.sum()).backward()
+    assert x.grad is not None
+
+
+def test_non_finite_rows_stay_where_they_are(backend):
+    problem = Problem(backend, 20, 150, 16)
+    expected = problem.grads(table=False)[0]
+    for bad in (torch.nan, torch.inf):
+        problem.x[7, 3] = bad
+        grad_x = problem.grads(table=False)[0]
+        assert grad_x[7].isnan().any()
+        others = torch.arange(20, device=grad_x.device) != 7
+        assert relative_error(grad_x[others], expected[others]) <= 1e-6
+
+
+def test_through_a_vocabulary(backend):
+    problem = Problem(backend, 12, 90, 16)
+    table = problem.table.detach().requires_grad_()
+    vocabulary = Vocabulary(table, backend=backend)
+    step = fused_smoothie_step(problem.x, vocabulary, 0.05, 0.99, backend=backend, **WHERE)
+    (found,) = torch.autograd.grad((step.smoothed, step.lse), table, (problem.grad_smoothed, problem.grad_lse))
+    assert torch.equal(found, problem.grads(x=False)[1])
+
+
+def test_embeddings_learn(backend):
+    """A table of its own per token moves to where its rows are."""
+    torch.manual_seed(1)
+    device = device_of(backend)
+    target = torch.randn(6, 8, device=device)
+    table = torch.nn.Parameter(target + 0.5 * torch.randn(6, 8, device=device))
+    optimizer = torch.optim.Adam([table], lr=0.1)
+    losses = []
+    for offset in range(25):
+        optimizer.zero_grad()
+        step = fused_smoothie_step(target, table, 1.0, 0.1, seed=0, offset=offset, backend=backend)
+        loss = (step.smoothed - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["mu", "std"])
+def test_no_gradient_for_the_schedule(backend, name):
+    problem = Problem(backend, 3, 20, 8)
+    values = {"mu": torch.full((3,), 0.1), "std": torch.full((3,), 0.9)}
+    values[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require grad: the step has no gradient for it"):
+        fused_smoothie_step(problem.x, problem.table, **values, seed=0, backend=backend)
+
+
+def test_no_second_derivative(backend):
+    problem = Problem(backend, 3, 20, 8)
+    x = problem.x.detach().requires_grad_()
+    step = fused_smoothie_step(x, problem.table, 0.05, 0.99, seed=0, backend=backend)
+    (grad,) = torch.autograd.grad(step.smoothed.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="fused_smoothie_step has first derivatives only"):
+        grad.sum().backward()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 70), v=st.integers(1, 280), d=st.integers(1, 70), seed=st.integers(0, 2**32),
+    mu=st.sampled_from([7e-5, 0.01, 0.3]), std=st.sampled_from([0.0, 0.8]),
+)  # fmt: skip
+def test_any_shape(n, v, d, seed, mu, std):
+    """The backend that users of a CPU get."""
+    torch.manual_seed(seed)
+    problem = Problem("auto", n, v, d, mu, std)
+    assert problem.wrong(problem.grads()) == []
