@@ -41,7 +41,7 @@ build: venv  ## compile the CPU library in place
 
 # --- Checks
 
-.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check lint format
+.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check lint format
 test: test-cpp pytest  ## all tests
 
 test-cpp: venv  ## the kernel against double precision, without torch
@@ -58,6 +58,9 @@ sanitize-thread: venv  ## the C++ tests under ThreadSanitizer
 
 abi-check: build  ## list what the library asks of its host; fail where that is not the stable ABI
 	$(BIN)/python tests/abi.py $(LIBRARY)
+
+kernels-check: venv  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; list registers, spills, memory
+	TRITON_INTERPRET=0 $(BIN)/python -m smoothie_kernels.backends.triton.offline
 
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check

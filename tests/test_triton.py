@@ -1,29 +1,28 @@
-"""What is Triton's alone: the words of its noise, tiles that do not matter, and what its kernels compile to offline.
+"""What is Triton's alone: the words of its noise, tiles and parts of the vocabulary that do not matter, merging.
 
 Without a GPU the kernels run in Triton's interpreter (conftest.py sets TRITON_INTERPRET before triton is imported).
-Run as a script, this file compiles the kernels for the targets below, for which no GPU is needed, and prints what each
-of them takes as JSON.
 """
 
-import json
+import math
 import os
-import re
 import subprocess
 import sys
-import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from smoothie_kernels import fused_smoothie_step, nearest_token, noise
+from smoothie_kernels.backends import StepInputs, StepOutputs, reference
 from smoothie_kernels.backends import triton as backend
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
 from smoothie_kernels.backends.triton import forward, parts  # noqa: E402  (they import triton)
-from smoothie_kernels.backends.triton.tiles import TILES, Tile, pick_tile  # noqa: E402
+from smoothie_kernels.backends.triton.merge import Parts, merge  # noqa: E402
+from smoothie_kernels.backends.triton.tiles import FAMILIES, TILES, Tile, pick_splits, pick_tile  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = [(0, 0), (1, 2), (-1, -1), (2**63 - 1, -(2**63)), (0x0123456789ABCDEF, 1 << 40)]  # (seed, offset)
@@ -104,17 +103,28 @@ def test_normals_of_hard_words():
         assert found.abs().max() <= noise.MAX_ABS_NORMAL
 
 
-# --- tiles
+# --- tiles and parts of the vocabulary
 
 
-def step(x, table, tile=None, *, mu=0.05, std=0.99, row_offset=0):
-    """The launcher itself, for which a tile may be chosen."""
+def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0):
     rows = torch.ones(len(x), device=x.device)
-    bias = forward.column_bias(table)
     seed, offset = words_of(3, 1)
-    return forward.step_fwd(
-        x, table, bias, mu * rows, std * rows if std else None, None, row_offset, seed, offset, 1.5, tile
-    )
+    return StepInputs(
+        x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, row_offset, seed, offset,
+        sigma_min=1.5, workspace=0,
+    )  # fmt: skip
+
+
+def step(x, table, tile=None, splits=None, **how):
+    """The launcher itself, for which a tile and the number of parts may be chosen."""
+    return forward.step_fwd(step_inputs(x, table, **how), tile, splits)
+
+
+def exact_step(x, table, **how):
+    inputs = step_inputs(x, table, **how)
+    double = (inputs.x.double(), inputs.embeddings.double(), reference.column_bias(table.double()))
+    wide = inputs._replace(x=double[0], embeddings=double[1], bias=double[2], mu=inputs.mu.double())
+    return reference.step_fwd(wide if inputs.std is None else wide._replace(std=inputs.std.double()))
 
 
 def inputs(n, v, d, dtype=torch.float32):
@@ -127,6 +137,22 @@ def relative_error(found, exact):
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
+def assert_same_step(found, expected):
+    """All outputs, but for the rounding of sums in another order."""
+    assert relative_error(found.smoothed, expected.smoothed) <= 2e-6
+    assert_same_statistics(found, expected)
+
+
+def assert_same_statistics(found, expected):
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.noisy_tokens, expected.noisy_tokens)
+    for name in ("lse", "best_score", "log_sum"):
+        exact = getattr(expected, name)
+        error = ((getattr(found, name) - exact) / (1 + exact.abs())).abs().max()
+        assert error <= 3e-6, f"{name}: {error}"
+
+
+SHORT = Tile(32, 16, 32, 32, 4, 2)  # many tiles in little time
 OTHER_TILES = {
     "small": Tile(16, 16, 16, 16, 1, 1),  # one warp; every loop goes round, D takes several programs
     "one tile": Tile(32, 64, 64, 64, 4, 2),  # the table's tile serves both products
@@ -139,46 +165,123 @@ OTHER_TILES = {
 @pytest.mark.parametrize("std", [0.99, 0.0])
 @pytest.mark.parametrize("tile", OTHER_TILES)
 def test_tiles_do_not_matter(tile, std):
-    x, table = inputs(18, 141, 50)
-    found, expected = (step(x, table, t, std=std) for t in (OTHER_TILES[tile], None))
-    assert relative_error(found[0], expected[0]) <= 2e-6
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[2], expected[2])
-    assert (found[3] - expected[3]).abs().max() <= 1e-5
+    x, table = inputs(18, 75, 40)
+    found = step(x, table, OTHER_TILES[tile], std=std)
+    assert_same_step(found, exact_step(x, table, std=std))
     bias = forward.column_bias(table)
     tokens, distance = forward.nearest_fwd(x, table, bias, OTHER_TILES[tile])
-    assert torch.equal(tokens, expected[1])
+    assert torch.equal(tokens, found.tokens)
     torch.testing.assert_close(distance, forward.nearest_fwd(x, table, bias)[1], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("tile", [None, *OTHER_TILES.values()])
-def test_ties_within_and_between_tiles(tile):
+# Of 5 tiles: 7 parts leave some empty.
+@pytest.mark.parametrize(
+    ("splits", "mu"), [(1, 0.05), (2, 0.05), (3, 0.05), (3, 0.0), (3, -0.4), (7, 0.05), (7, 0.0), (7, -0.4)]
+)
+def test_parts_of_the_vocabulary_do_not_matter(splits, mu):
+    x, table = inputs(18, 75, 30)
+    found, exact = step(x, table, SHORT, splits, mu=mu), exact_step(x, table, mu=mu)
+    assert_same_step(found, exact)
+    assert_same_statistics(forward.statistics(step_inputs(x, table, mu=mu), SHORT, splits), found)
+    bias = forward.column_bias(table)
+    tokens, distance = forward.nearest_fwd(x, table, bias, SHORT, splits)
+    assert torch.equal(tokens, exact.tokens)
+    assert torch.equal(distance, forward.nearest_fwd(x, table, bias, SHORT, 1)[1])
+
+
+@pytest.mark.parametrize(("tile", "splits"), [(None, None), (SHORT, 1), (SHORT, 4), (OTHER_TILES["one tile"], 2)])
+@pytest.mark.parametrize("far", [1e2, 1e3])
+def test_rows_far_from_the_origin(tile, splits, far):
+    """lse goes up to 4e6 there, where a step of float32 is 0.25; log_sum keeps what decides between tokens."""
+    x, table = inputs(18, 75, 16)
+    found, exact = (f(far * x, table, *how, mu=0.684) for f, how in ((step, (tile, splits)), (exact_step, ())))
+    assert (found.log_sum - exact.log_sum).abs().max() <= 5e-6 * far
+    assert ((found.best_score - exact.best_score) / exact.best_score).abs().max() <= 1e-6
+    assert torch.equal(found.tokens, exact.tokens)
+    assert relative_error(found.smoothed, exact.smoothed) <= 1e-6 * far
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_near_tokens_far_from_the_origin(splits):
+    """Scores of 65,536 and a little, all exact in float32: what they differ by must come through whole."""
+    x, table = (torch.randint(-8, 9, (rows, 16), device=device()) / 8 for rows in (18, 75))
+    x[:, 0], table[:, 0] = 2.0**16, 1.0
+    found, exact = step(x, table, SHORT, splits, mu=0.684), exact_step(x, table, mu=0.684)
+    assert_same_step(found, exact)
+    assert (found.log_sum - exact.log_sum).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("tile", "splits"), [(None, None), (SHORT, 4), *((t, 1) for t in OTHER_TILES.values())])
+def test_ties_within_and_between_tiles(tile, splits):
     """Five tokens, thirty times over: the first of them wins."""
     x, table = inputs(18, 5, 24)
-    found = step(x, table.repeat(30, 1), tile, std=0.0)
+    found = step(x, table.repeat(30, 1), tile, splits, std=0.0)
     nearest = torch.cdist(x.double(), table.double()).argmin(1)
-    assert torch.equal(found[1], nearest)
-    assert torch.equal(found[2], nearest)
+    assert torch.equal(found.tokens, nearest)
+    assert torch.equal(found.noisy_tokens, nearest)
+    tokens, _ = forward.nearest_fwd(x, table.repeat(30, 1), forward.column_bias(table.repeat(30, 1)), tile, splits)
+    assert torch.equal(tokens, nearest)
+
+
+def test_all_tokens_tie():
+    """mu = 0 without noise: every logit is the same, in all parts."""
+    x, table = inputs(18, 75, 24)
+    found = step(x, table, SHORT, 4, mu=0.0, std=0.0)
+    assert not found.noisy_tokens.any()
+    assert (found.log_sum - math.log(75)).abs().max() <= 1e-6
 
 
 def test_bits_do_not_depend_on_the_batch():
-    """The tile comes from type and width alone."""
+    """Few rows have one tile; with more processors the parts of the vocabulary would depend on the number of rows."""
     x, table = inputs(21, 150, 40)
-    whole = step(x, table, row_offset=100)
+    whole = step(x, table, splits=3, row_offset=100)
     for first, last in ((0, 1), (5, 21), (20, 21)):
-        part = step(x[first:last], table, row_offset=100 + first)
+        part = step(x[first:last], table, splits=3, row_offset=100 + first)
         assert all(torch.equal(p, w[first:last]) for p, w in zip(part, whole, strict=True))
 
 
-def test_every_type_and_width_has_a_tile():
+@pytest.mark.parametrize("kind", TILES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_type_and_width_has_a_tile(kind, family):
     for dtype in backend.DTYPES:
         for width in (1, 3, 64, 65, 384, 768, 1024, 4096):
-            tile = pick_tile(dtype, width)
+            tile = pick_tile(kind, family, dtype, width)
             assert all(size & (size - 1) == 0 and size >= 16 for size in tile[:4])
 
 
+def tiles_of(kind):
+    return sorted({row[-1] for of in (kind, f"{kind}, few rows") for rows in TILES[of].values() for row in rows})
+
+
+@pytest.mark.parametrize("tile", tiles_of("mean"), ids=str)
+def test_every_tile_of_the_table(tile):
+    x, table = inputs(5, tile.v + 3, 37)
+    assert_same_step(step(x, table, tile, 2), exact_step(x, table))
+
+
+@pytest.mark.parametrize("tile", tiles_of("statistics"), ids=str)
+def test_every_tile_of_statistics(tile):
+    x, table = inputs(5, tile.v + 3, 37)
+    exact = exact_step(x, table)
+    assert_same_statistics(forward.statistics(step_inputs(x, table), tile, 2), exact)
+    assert torch.equal(forward.nearest_fwd(x, table, forward.column_bias(table), tile, 2)[0], exact.tokens)
+
+
+def test_number_of_parts():
+    """None is empty, one processor gets one, and there are programs for all processors where the rows are few."""
+    tile = Tile(64, 32, 64, 512, 8, 2)
+    for n, v, processors in ((1, 30_522, 132), (64, 100, 132), (700, 28_996, 108), (16_384, 28_996, 132), (5, 1, 9)):
+        blocks, tiles = -(-n // tile.n) * 2, -(-v // tile.v)
+        splits = pick_splits(n, v, 2, tile, processors)
+        each = -(-tiles // splits)
+        assert (splits - 1) * each < tiles <= splits * each
+        assert splits == 1 or blocks * splits <= processors
+        assert splits >= min(tiles, processors // blocks) / 2
+        assert pick_splits(n, v, 2, tile, 1) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("n", "v", "d"), [(3, 70, 384), (2, 40, 600)])
+@pytest.mark.parametrize(("n", "v", "d"), [(35, 70, 384), (2, 40, 600)])
 def test_wide(dtype, n, v, d):
     """The tiles of wide tables: the first product in parts, and more columns than one program has."""
     x, table = inputs(n, v, d, dtype)
@@ -190,6 +293,103 @@ def test_wide(dtype, n, v, d):
     assert torch.equal(found.tokens, exact.tokens)
     assert torch.equal(found.noisy_tokens, exact.noisy_tokens)
     assert ((found.lse - exact.lse) / (1 + exact.lse.abs())).abs().max() <= 1e-5
+
+
+# --- merging
+
+
+def parts_of(x, table, mu, bounds, shared):
+    """Parts and sums of stretches of the vocabulary, in float64; with one reference for all, or each its own."""
+    scale, eps = mu / 1.5**2, noise.gaussian(len(x), len(table), seed=3, offset=1).double()
+    scores = x.double() @ table.double().T - table.double().square().sum(1) / 2
+    parts, sums = [], []
+    for first, last in pairwise(bounds):
+        score, token = scores[:, first:last].max(1)
+        ref = scores[:, bounds[0]] if shared else score
+        logits = scale * (scores[:, first:last] - ref[:, None]) + 0.99 * eps[:, first:last]
+        best_logit, noisy_token = logits.max(1)
+        highest = torch.full_like(ref, 3.0) if shared else best_logit
+        weights = (logits - highest[:, None]).exp()
+        parts.append((ref, highest, weights.sum(1), score, best_logit, token + first, noisy_token + first))
+        sums.append(weights @ table[first:last].double())
+    stacked = [torch.stack(t) for t in zip(*parts, strict=True)]
+    return Parts(*(t.float() for t in stacked[:5]), *(t.int() for t in stacked[5:])), torch.stack(sums).float()
+
+
+def empty_at(position, parts, acc, ref_score):
+    """The same with an empty part more."""
+    values = (ref_score, -torch.inf, 0.0, -torch.inf, -torch.inf, 0, 0)
+    pieces = ((t[:position], torch.full_like(t[:1], v), t[position:]) for t, v in zip(parts, values, strict=True))
+    return Parts(*map(torch.cat, pieces)), torch.cat((acc[:position], torch.zeros_like(acc[:1]), acc[position:]))
+
+
+def merged(inputs, parts, acc):
+    smoothed = torch.empty(inputs.x.shape, device=inputs.x.device)
+    return StepOutputs(smoothed, *merge(inputs, parts, acc, smoothed))
+
+
+BOUNDS = [0, 16, 17, 30, 60, 75]
+
+
+@pytest.mark.parametrize("mu", [0.3, 0.0, -0.4])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("n", [7, 70])
+def test_merge(n, shared, mu):
+    """70 rows: programs of several rows. Shared reference: one sum for all parts."""
+    x, table = inputs(n, 75, 40)
+    parts, acc = parts_of(x, table, mu, BOUNDS, shared)
+    acc = acc.sum(0, keepdim=True) if shared else acc
+    found = merged(step_inputs(x, table, mu=mu), parts, acc)
+    exact = exact_step(x, table, mu=mu)
+    assert_same_step(found, exact)
+
+
+@pytest.mark.parametrize(
+    ("ref_score", "mu"),
+    [(-torch.inf, 0.3), (-torch.inf, 0.0), (-torch.inf, -0.4), (0.0, 0.3), (3e38, -0.4), (torch.nan, 0.3)],
+)
+def test_empty_parts_change_nothing(ref_score, mu):
+    x, table = inputs(7, 75, 40)
+    how = step_inputs(x, table, mu=mu)
+    parts, acc = parts_of(x, table, mu, BOUNDS, False)
+    expected = merged(how, parts, acc)
+    for position in (0, 2, 5):
+        assert_same_step(merged(how, *empty_at(position, parts, acc, ref_score)), expected)
+    for _ in range(33):  # more parts than a program takes at a time, the first of them all empty
+        parts, acc = empty_at(0, parts, acc, ref_score)
+    assert_same_step(merged(how, parts, acc), expected)
+
+
+def test_more_parts_than_a_program_takes_at_a_time():
+    x, table = inputs(7, 75, 40)
+    parts, acc = parts_of(x, table, 0.05, range(76), False)
+    assert_same_step(merged(step_inputs(x, table), parts, acc), exact_step(x, table))
+
+
+def test_merge_ties_go_to_the_first_part():
+    x, table = inputs(7, 5, 24)
+    parts, acc = parts_of(x, table, 0.3, [0, 5], False)
+    copies = [Parts(*parts[:5], *(t + 5 * copy for t in parts[5:])) for copy in range(40)]
+    all_parts = Parts(*(torch.cat(same) for same in zip(*copies, strict=True)))
+    found = merged(step_inputs(x, table, mu=0.3), all_parts, acc.repeat(40, 1, 1))
+    assert torch.equal(found.tokens, parts.token[0].long())
+    assert torch.equal(found.noisy_tokens, parts.noisy_token[0].long())
+
+
+@pytest.mark.parametrize(
+    ("bad", "mu"), [(torch.nan, 0.3), (torch.inf, 0.3), (torch.inf, 0.0), (torch.inf, -0.4), (3e38, 0.3), (3e38, -0.4)]
+)
+def test_non_finite_rows_stay_alone_in_parts(bad, mu):
+    x, table = inputs(18, 75, 24)
+    expected = step(x, table, SHORT, 3, mu=mu)
+    x[3, 5] = bad
+    found = step(x, table, SHORT, 3, mu=mu)
+    others = torch.arange(18, device=x.device) != 3
+    assert found.smoothed[3].isnan().all()
+    assert found.lse[3].isnan()
+    assert 0 <= found.tokens[3] < 75
+    assert 0 <= found.noisy_tokens[3] < 75
+    assert all(torch.equal(f[others], e[others]) for f, e in zip(found, expected, strict=True))
 
 
 # --- memory around the tensors
@@ -259,104 +459,3 @@ def test_says_why_it_cannot_run():
         "triton is not installed (import of triton halted; None in sys.modules)",
         "TRITON_INTERPRET was set after triton had been imported: set it before",
     ]
-
-
-# --- compiled offline
-
-POINTERS = {
-    "bias_ptr": "*fp32",
-    "mu_ptr": "*fp32",
-    "std_ptr": "*fp32",
-    "row_ids_ptr": "*i64",
-    "seed_ptr": "*i64",
-    "offset_ptr": "*i64",
-    "tokens_ptr": "*i64",
-    "noisy_tokens_ptr": "*i64",
-    "lse_ptr": "*fp32",
-    "distance_ptr": "*fp32",
-    "inverse_variance": "fp32",
-}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# target -> shared memory of a program (all NVIDIA GPUs from sm_80 on have 99 KiB), spilled bytes of a thread
-LIMITS = {"sm_90": (99 << 10, 0), "sm_80": (99 << 10, 160), "gfx942": (64 << 10, 640)}
-ROWS = [("bf16" if size == 2 else "fp32", min(widest, 768)) for size, widest, _ in TILES]  # of the table of tiles
-COMPILED = {"sm_90": ROWS, "sm_80": [*ROWS[:4], ROWS[-1]], "gfx942": [ROWS[0], ROWS[-1]]}  # half a minute
-
-
-def compile_offline(kernel, target, dtype, width=0, table_dtype=None, absent=("row_ids_ptr",)):
-    """One kernel for one target, as a launch on well aligned tensors would compile it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    table_dtype = table_dtype or dtype
-    dot = dtype if dtype == table_dtype else "fp32"
-    tile = pick_tile(TYPES[dot], width)
-    constants = {"D": width, "BLOCK_N": tile.n, "BLOCK_V": tile.v, "BLOCK_K": tile.k, "BLOCK_D": tile.d}
-    constants["DOT"] = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dot]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    constants |= {name: None for name in absent if name in kernel.arg_names}
-    types = {**POINTERS, "x_ptr": f"*{dtype}", "smoothed_ptr": f"*{dtype}", "e_ptr": f"*{table_dtype}"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.startswith("stride") and width % 16 == 0)
-    }
-    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    options = {**forward.OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages}
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=gpu, options=options)
-
-
-def usage(compiled) -> dict[str, int]:
-    """Registers, bytes of a thread's memory outside of them, and shared memory of a program."""
-    if "amdgcn" in compiled.asm:
-        read = {"registers": r"\.vgpr_count:\s+(\d+)", "stack": r"\.private_segment_fixed_size:\s+(\d+)"}
-        text = compiled.asm["amdgcn"]
-    else:
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-        read = {"registers": r"REG:(\d+)", "stack": r"STACK:(\d+)"}
-    found = {name: int(re.search(pattern, text)[1]) for name, pattern in read.items()}
-    return {**found, "shared": compiled.metadata.shared}
-
-
-def main() -> None:
-    taken = {}
-    for target, rows in COMPILED.items():
-        for dtype, width in rows:
-            taken[f"{target} {dtype} {width}"] = usage(compile_offline(forward._step_fwd_kernel, target, dtype, width))
-    sm90 = {
-        "fp16 384": (forward._step_fwd_kernel, "fp16", 384),
-        "bf16 384 without noise": (forward._step_fwd_kernel, "bf16", 384, None, ("std_ptr", "row_ids_ptr")),
-        "bf16 384 with row ids": (forward._step_fwd_kernel, "bf16", 384, None, ()),
-        "bf16 100, narrow loads": (forward._step_fwd_kernel, "bf16", 100),
-        "bf16 in, fp32 table 384": (forward._step_fwd_kernel, "bf16", 384, "fp32"),
-        "nearest bf16 384": (forward._nearest_fwd_kernel, "bf16", 384),
-        "nearest fp32 768": (forward._nearest_fwd_kernel, "fp32", 768),
-    }
-    for name, arguments in sm90.items():
-        taken[f"sm_90 {name}"] = usage(compile_offline(arguments[0], "sm_90", *arguments[1:]))
-    print(json.dumps(taken))
-
-
-@pytest.fixture(scope="module")
-def taken() -> dict[str, dict[str, int]]:
-    return json.loads(python(__file__, interpret="0").splitlines()[-1])
-
-
-@pytest.mark.parametrize("target", LIMITS)
-def test_compiles_offline(taken, target):
-    mine = {name: numbers for name, numbers in taken.items() if name.startswith(target)}
-    assert len(mine) >= len(COMPILED[target])
-    shared, stack = LIMITS[target]
-    assert {name: numbers for name, numbers in mine.items() if numbers["shared"] > shared} == {}
-    # Rows off 16 bytes: Triton 3.6 spills 176 bytes.
-    aligned = {name: numbers for name, numbers in mine.items() if "narrow" not in name}
-    assert {name: numbers for name, numbers in aligned.items() if numbers["stack"] > stack} == {}
-
-
-if __name__ == "__main__":
-    main()

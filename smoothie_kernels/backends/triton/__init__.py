@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 products, and the shared memory of the tiles
 
@@ -47,27 +49,29 @@ def _forward() -> ModuleType:
     return importlib.import_module("smoothie_kernels.backends.triton.forward")
 
 
+@cache
+def _chunked() -> ModuleType:
+    return importlib.import_module("smoothie_kernels.backends.triton.chunked")
+
+
 def column_bias(embeddings: Tensor) -> Tensor:
     bias: Tensor = _forward().column_bias(embeddings)
     return bias
 
 
-def step_fwd(
-    x: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    std: Tensor | None,
-    row_ids: Tensor | None,
-    row_offset: int,
-    seed: Tensor,
-    offset: Tensor,
-    sigma_min: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _forward().step_fwd(
-        x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min
-    )
+def step_fwd(inputs: StepInputs) -> StepOutputs:
+    chunked = _chunked()
+    outputs: StepOutputs = (chunked if chunked.prefers(inputs) else _forward()).step_fwd(inputs)
     return outputs
+
+
+def step_bwd(
+    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    gradients: tuple[Tensor | None, Tensor | None] = _chunked().step_bwd(
+        inputs, saved, grads, needs_x, needs_embeddings
+    )
+    return gradients
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,96 +1,154 @@
 """The step on a GPU: launchers, then kernels. Strides are in elements.
 
-A program takes BLOCK_N rows and BLOCK_D columns of the result, and goes through the vocabulary once, tile by tile:
+A program takes BLOCK_N rows, BLOCK_D columns of the result and a part of the vocabulary, and goes through it once, tile
+by tile, with the nearest token so far:
 
-    score   scores = x . E^T + bias                        product over D, in fp32
-    weigh   weights = exp(scale scores + std eps - max)    noise, argmax twice, row sum: all in registers
-    gather  acc = acc exp(old max - max) + weights . E     product over the tile
+    score   scores = x . E^T + bias                                   product over D, in fp32
+    weigh   logits = scale (scores - nearest) + std eps               noise, argmax twice, row sum: all in registers
+            weights = exp(logits - highest)
+    gather  acc = acc exp(old highest - highest) + weights . E        product over the tile
 
-    finish: smoothed = acc / sum, lse = max - scale ||x||^2 / 2 + log(sum)
+merge.py makes one result of the parts. Without acc it is the statistics alone, without highest the nearest token alone.
 """
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from smoothie_kernels.backends import StepInputs, StepOutputs
+from smoothie_kernels.backends.triton.launch import (
+    INTERPRETED,
+    MIXED,
+    OPTIONS,
+    PRECISION,
+    device_of,
+    dot_type,
+    family,
+    on_device,
+    processors,
+    signed,
+    stored_type,
+    triton_type,
+)
+from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge, merge_nearest
 from smoothie_kernels.backends.triton.parts import (
     keep_first_max,
+    load_row_ids,
     load_tile,
     noise_key,
     normals,
     score_tile,
-    squared_distance,
     sum_of_squares,
 )
-from smoothie_kernels.backends.triton.tiles import Tile, pick_tile
+from smoothie_kernels.backends.triton.tiles import FEW_ROWS, Tile, pick_splits, pick_tile
 
-# Triton decides where it decorates a function: for its own when it is imported, for ours when this module is.
-INTERPRETED = not isinstance(load_tile, triton.JITFunction)
-MIXED = isinstance(tl.max, triton.JITFunction) == INTERPRETED
-
-OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it out where nobody asks
+__all__ = ["INTERPRETED", "MIXED", "column_bias", "gaussian", "nearest_fwd", "redo", "statistics", "step_fwd"]
 
 ROWS, COLUMNS = 32, 128  # of a program, where there is no product
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+def step_fwd(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> StepOutputs:
+    x = inputs.x
+    n, d = x.shape
+    tile = tile or _tile("mean", x, inputs.embeddings)
+    splits = splits or _splits(x, inputs.embeddings, triton.cdiv(d, tile.d), tile)
+    smoothed = x.new_empty(n, d, dtype=stored_type(x.dtype))
+    # One part: its program writes the mean itself. Sums of few rows and all parts are about as large as one tile of
+    # every processor: 64 x 512 x 132 numbers are 17 MB.
+    acc = smoothed[None] if splits == 1 else x.new_empty(splits, n, d, dtype=torch.float32)
+    parts = _stream(inputs, tile, splits, acc)
+    rest = merge(inputs, parts) if splits == 1 else merge(inputs, parts, acc, smoothed)
+    return StepOutputs(smoothed.to(x.dtype), *rest)
 
 
-def step_fwd(
-    x: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    std: Tensor | None,
-    row_ids: Tensor | None,
-    row_offset: int,
-    seed: Tensor,
-    offset: Tensor,
-    sigma_min: float,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def statistics(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> Statistics:
+    """step_fwd without its mean, and without the second product."""
+    tile = tile or _tile("statistics", inputs.x, inputs.embeddings)
+    splits = splits or _splits(inputs.x, inputs.embeddings, 1, tile)
+    return merge(inputs, _stream(inputs, tile, splits, None))
+
+
+def redo(inputs: StepInputs, only: Tensor, smoothed: Tensor) -> Statistics:
+    """step_fwd for the rows that only [N] bool names: their means go into smoothed [N, D], which keeps the others; of
+    the statistics of other rows nothing is known. Programs without such rows return at once: the host does not ask."""
+    x, embeddings = inputs.x, inputs.embeddings
+    of = family(x.device)
+    tile = redo_tile(of, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1]))
+    return merge(inputs, _stream(inputs, tile, 1, smoothed[None], only))
+
+
+def redo_tile(of: str, tile: Tile) -> Tile:
+    """With the question before its loop the kernel spills on sm_90, but not with half as many tokens at a time."""
+    return tile._replace(v=min(32, tile.v)) if of == "sm_90" else tile
+
+
+def nearest_fwd(
+    x: Tensor, embeddings: Tensor, bias: Tensor, tile: Tile | None = None, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    tile = tile or _tile("statistics", x, embeddings)
+    splits = splits or _splits(x, embeddings, 1, tile)
+    best_score = x.new_empty(splits, x.shape[0], dtype=torch.float32)
+    token = x.new_empty(splits, x.shape[0], dtype=torch.int32)
+    _launch(x, embeddings, tile, splits, bias_ptr=bias, best_score_ptr=best_score, token_ptr=token)
+    return merge_nearest(x, embeddings, best_score, token)
+
+
+def _tile(kind: str, x: Tensor, embeddings: Tensor) -> Tile:
+    n, d = x.shape
+    return pick_tile(f"{kind}, few rows" if n <= FEW_ROWS else kind, family(x.device), dot_type(x, embeddings), d)
+
+
+def _splits(x: Tensor, embeddings: Tensor, column_blocks: int, tile: Tile) -> int:
+    return pick_splits(x.shape[0], embeddings.shape[0], column_blocks, tile, processors(x.device))
+
+
+def _stream(inputs: StepInputs, tile: Tile, splits: int, acc: Tensor | None, only: Tensor | None = None) -> Parts:
+    x, n = inputs.x, inputs.x.shape[0]
+    best_score, highest, total = (x.new_empty(splits, n, dtype=torch.float32) for _ in range(3))
+    token, noisy_token = (x.new_empty(splits, n, dtype=torch.int32) for _ in range(2))
+    _launch(
+        x, inputs.embeddings, tile, splits, bias_ptr=inputs.bias, best_score_ptr=best_score, token_ptr=token,
+        mu_ptr=inputs.mu, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids,
+        seed_ptr=on_device(x.device, inputs.seed), offset_ptr=on_device(x.device, inputs.offset),
+        highest_ptr=highest, total_ptr=total, noisy_token_ptr=noisy_token, acc_ptr=acc, only_ptr=only,
+        row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
+    )  # fmt: skip
+    return Parts(best_score, highest, total, best_score, highest, token, noisy_token)
+
+
+_ABSENT: dict[str, Any] = {
+    **dict.fromkeys(("mu_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offset_ptr", "only_ptr", "acc_ptr")),
+    **dict.fromkeys(("highest_ptr", "total_ptr", "noisy_token_ptr")),
+    "row_offset": 0,
+    "inverse_variance": 0.0,
+}
+
+
+def _launch(x: Tensor, embeddings: Tensor, tile: Tile, splits: int, **arguments: Any) -> None:
     (n, d), v = x.shape, embeddings.shape[0]
-    tile = tile or pick_tile(_dot_type(x, embeddings), d)
-    smoothed = x.new_empty(n, d, dtype=torch.float32 if INTERPRETED else x.dtype)
-    tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
-    lse = x.new_empty(n, dtype=torch.float32)
-    with _device_of(x):
-        # Few rows: a block of rows still goes through the whole vocabulary alone; V is not shared out between programs.
-        _step_fwd_kernel[triton.cdiv(n, tile.n), triton.cdiv(d, tile.d)](
-            x_ptr=x, e_ptr=embeddings, bias_ptr=bias, mu_ptr=mu, std_ptr=std, row_ids_ptr=row_ids,
-            seed_ptr=_on(x.device, seed), offset_ptr=_on(x.device, offset),
-            smoothed_ptr=smoothed, tokens_ptr=tokens, noisy_tokens_ptr=noisy_tokens, lse_ptr=lse,
-            N=n, V=v, stride_xn=x.stride(0), stride_ev=embeddings.stride(0), stride_sn=smoothed.stride(0),
-            row_offset=_signed(row_offset), inverse_variance=sigma_min**-2,
-            D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, BLOCK_D=tile.d, DOT=_TYPES[_dot_type(x, embeddings)],
+    column_blocks = 1 if arguments.get("acc_ptr") is None else triton.cdiv(d, tile.d)
+    dot = dot_type(x, embeddings)
+    with device_of(x):
+        _stream_kernel[triton.cdiv(n, tile.n), column_blocks, splits](
+            x_ptr=x, e_ptr=embeddings, **{**_ABSENT, **arguments},
+            N=n, V=v, part=triton.cdiv(triton.cdiv(v, tile.v), splits) * tile.v,
+            stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
+            D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, BLOCK_D=tile.d, DOT=triton_type(dot),
+            PRECISION=PRECISION if dot == torch.float32 else "ieee",
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
-    return smoothed.to(x.dtype), tokens, noisy_tokens, lse
-
-
-def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    (n, d), v = x.shape, embeddings.shape[0]
-    tile = tile or pick_tile(_dot_type(x, embeddings), d)
-    tokens, distance = x.new_empty(n, dtype=torch.int64), x.new_empty(n, dtype=torch.float32)
-    with _device_of(x):
-        _nearest_fwd_kernel[triton.cdiv(n, tile.n),](
-            x_ptr=x, e_ptr=embeddings, bias_ptr=bias, tokens_ptr=tokens, distance_ptr=distance,
-            N=n, V=v, stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
-            D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, DOT=_TYPES[_dot_type(x, embeddings)],
-            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
-        )  # fmt: skip
-    return tokens, distance
 
 
 def column_bias(embeddings: Tensor) -> Tensor:
     v, d = embeddings.shape
     bias = embeddings.new_empty(v, dtype=torch.float32)
-    with _device_of(embeddings):
+    with device_of(embeddings):
         _column_bias_kernel[triton.cdiv(v, ROWS),](
             e_ptr=embeddings, bias_ptr=bias, V=v, stride_ev=embeddings.stride(0), D=d, BLOCK_V=ROWS, **OPTIONS,
         )  # fmt: skip
@@ -99,55 +157,38 @@ def column_bias(embeddings: Tensor) -> Tensor:
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:
     n, cols = out.shape
-    with _device_of(out):
+    with device_of(out):
         _gaussian_kernel[triton.cdiv(n, ROWS) * triton.cdiv(cols, COLUMNS),](
-            out_ptr=out, row_ids_ptr=row_ids, seed_ptr=_on(out.device, seed), offset_ptr=_on(out.device, offset),
-            N=n, V=cols, stride_on=out.stride(0), row_offset=_signed(row_offset),
+            out_ptr=out, row_ids_ptr=row_ids, seed_ptr=on_device(out.device, seed),
+            offset_ptr=on_device(out.device, offset),
+            N=n, V=cols, stride_on=out.stride(0), row_offset=signed(row_offset),
             BLOCK_N=ROWS, BLOCK_V=COLUMNS, **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device."""
-    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
-
-
-def _dot_type(x: Tensor, embeddings: Tensor) -> torch.dtype:
-    """What the products read. Triton's interpreter would multiply the bits of bfloat16 as integers."""
-    same = x.dtype == embeddings.dtype and not (INTERPRETED and x.dtype == torch.bfloat16)
-    return x.dtype if same else torch.float32
-
-
-def _on(device: torch.device, word: Tensor) -> Tensor:
-    """A fill, not a copy: it can be captured in a CUDA graph."""
-    return word if word.device == device else torch.full((), int(word), dtype=torch.int64, device=device)
-
-
-def _signed(row_offset: int) -> int:
-    """The same number mod 2^32 in an int32, so that one compiled kernel takes every offset."""
-    return (row_offset + 2**31) % 2**32 - 2**31
-
-
-@triton.jit(do_not_specialize=["N", "V", "row_offset"])
-def _step_fwd_kernel(
+@triton.jit(do_not_specialize=["N", "V", "part", "row_offset"])
+def _stream_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    mu_ptr,  # [N]
-    std_ptr,  # [N], None without noise
-    row_ids_ptr,  # [N], None for row_offset + i
-    seed_ptr,  # []
-    offset_ptr,  # []
-    smoothed_ptr,  # [N, D]
-    tokens_ptr,  # [N]
-    noisy_tokens_ptr,  # [N]
-    lse_ptr,  # [N]
+    bias_ptr,  # [V] fp32
+    mu_ptr,  # [N] fp32, None for the nearest token alone; so are all others but best_score and token
+    std_ptr,  # [N] fp32, None without noise
+    row_ids_ptr,  # [N] int64, None for row_offset + i
+    seed_ptr,  # [] int64
+    offset_ptr,  # [] int64
+    best_score_ptr,  # [S, N] fp32; these six are merge.Parts and acc, S the parts of the vocabulary
+    token_ptr,  # [S, N] int32
+    highest_ptr,  # [S, N] fp32
+    total_ptr,  # [S, N] fp32
+    noisy_token_ptr,  # [S, N] int32
+    acc_ptr,  # [S, N, D] fp32, None for the statistics alone; of one part the mean, in any type
+    only_ptr,  # [N] bool, None for all rows
     N,
     V,
+    part,
     stride_xn,
     stride_ev,
-    stride_sn,
     row_offset,
     inverse_variance,
     D: tl.constexpr,
@@ -156,91 +197,80 @@ def _step_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    HAS_LOGITS: tl.constexpr = highest_ptr is not None
     HAS_NOISE: tl.constexpr = std_ptr is not None
+    HAS_MEAN: tl.constexpr = acc_ptr is not None
     ONE_TILE: tl.constexpr = BLOCK_K >= D and BLOCK_D == BLOCK_K  # the table's tile is loaded once, for both products
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_n = o_n < N
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    if only_ptr is not None:
+        wanted = tl.load(only_ptr + o_n, mask=m_n, other=0).to(tl.int32)
+        if tl.max(wanted, 0) == 0:
+            return
+    if HAS_LOGITS:
+        scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     if HAS_NOISE:
         std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
         key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = _row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
+        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
     if ONE_TILE:
         b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_d, D).to(DOT)
 
-    # The running maximum is the largest noisy logit itself. Logits are bounded above, but far-away rows would sum to
-    # nothing without it, and to send those through again the host would have to wait for the device.
-    highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
     nearest = tl.full([BLOCK_N], -float("inf"), tl.float32)
     tokens = tl.zeros([BLOCK_N], tl.int32)
-    noisy_tokens = tl.zeros([BLOCK_N], tl.int32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for first in range(0, V, BLOCK_V):
+    if HAS_LOGITS:
+        # The largest noisy logit itself. Logits are bounded above, but with loud noise or mu <= 0 rows could sum to
+        # nothing without it, and to send those through again the host would have to wait for the device.
+        highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        noisy_tokens = tl.zeros([BLOCK_N], tl.int32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_MEAN:
+        acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    start = tl.program_id(2) * part
+    for first in range(start, min(start + part, V), BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         m_v = o_v < V
-        b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_d, D).to(DOT)  # [v, d]
+        if HAS_MEAN or ONE_TILE:
+            b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_d, D).to(DOT)  # [v, d]
         if ONE_TILE:
-            scores = tl.dot(b_x, tl.trans(b_e), input_precision="ieee")
+            scores = tl.dot(b_x, tl.trans(b_e), input_precision=PRECISION)
         else:
-            scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT)
-        scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
-        logits = scale[:, None] * scores
-        if HAS_NOISE:
-            logits += std[:, None] * normals(first, noise_rows, key, BLOCK_V)
-        scores = tl.where(m_v[None, :], scores, -float("inf"))
-        logits = tl.where(m_v[None, :], logits, -float("inf"))
-        nearest, tokens = keep_first_max(nearest, tokens, scores, o_v)
-        before = highest
-        highest, noisy_tokens = keep_first_max(highest, noisy_tokens, logits, o_v)
-        weights = tl.exp(logits - highest[:, None])
-        rescale = tl.exp(before - highest)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(DOT), b_e, acc * rescale[:, None], input_precision="ieee")
-
-    at = o_n.to(tl.int64)[:, None] * stride_sn + o_d[None, :]
-    tl.store(smoothed_ptr + at, acc * (1.0 / total)[:, None], mask=m_n[:, None] & (o_d < D)[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(tokens_ptr + o_n, tokens.to(tl.int64), mask=m_n)
-        tl.store(noisy_tokens_ptr + o_n, noisy_tokens.to(tl.int64), mask=m_n)
-        row_constant = -0.5 * scale.to(tl.float64) * sum_of_squares(x_ptr, o_n, m_n, stride_xn, D)
-        lse = row_constant + highest.to(tl.float64) + tl.log(total).to(tl.float64)
-        tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
-
-
-@triton.jit(do_not_specialize=["N", "V"])
-def _nearest_fwd_kernel(
-    x_ptr,  # [N, D]
-    e_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    tokens_ptr,  # [N]
-    distance_ptr,  # [N]
-    N,
-    V,
-    stride_xn,
-    stride_ev,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    nearest = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    tokens = tl.zeros([BLOCK_N], tl.int32)
-    for first in range(0, V, BLOCK_V):
-        o_v = first + tl.arange(0, BLOCK_V)
-        m_v = o_v < V
-        scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT)
+            scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
         scores += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
+        before = nearest
         nearest, tokens = keep_first_max(nearest, tokens, scores, o_v)
-    # The winner's distance directly: the scores' difference of large numbers would cancel.
-    distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
-    tl.store(tokens_ptr + o_n, tokens.to(tl.int64), mask=m_n)
-    tl.store(distance_ptr + o_n, distance.to(tl.float32), mask=m_n)
+        if HAS_LOGITS:
+            # Relative to the nearest score, so that logits of rows far from the origin lose nothing to rounding.
+            logits = scale[:, None] * (scores - nearest[:, None])
+            if HAS_NOISE:
+                logits += std[:, None] * normals(first, noise_rows, key, BLOCK_V)
+            logits = tl.where(m_v[None, :], logits, -float("inf"))
+            moved = tl.where(before == -float("inf"), 0.0, scale * (before - nearest))
+            highest_before = highest + moved
+            highest, noisy_tokens = keep_first_max(highest_before, noisy_tokens, logits, o_v)
+            weights = tl.exp(logits - highest[:, None])
+            rescale = tl.exp(highest_before - highest)
+            total = total * rescale + tl.sum(weights, 1)
+            if HAS_MEAN:
+                acc = tl.dot(weights.to(DOT), b_e, acc * rescale[:, None], input_precision=PRECISION)
+
+    if only_ptr is not None:
+        m_n = m_n & (tl.load(only_ptr + o_n, mask=m_n, other=0) != 0)
+    at = tl.program_id(2).to(tl.int64) * N + o_n
+    if HAS_MEAN:
+        factor = tl.where(tl.num_programs(2) == 1, 1.0 / total, 1.0)
+        at_mean = at[:, None] * D + o_d[None, :]
+        tl.store(acc_ptr + at_mean, acc * factor[:, None], mask=m_n[:, None] & (o_d < D)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(best_score_ptr + at, nearest, mask=m_n)
+        tl.store(token_ptr + at, tokens, mask=m_n)
+        if HAS_LOGITS:
+            tl.store(highest_ptr + at, highest, mask=m_n)
+            tl.store(total_ptr + at, total, mask=m_n)
+            tl.store(noisy_token_ptr + at, noisy_tokens, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -277,16 +307,6 @@ def _gaussian_kernel(
     o_v = first + tl.arange(0, BLOCK_V)
     m_n = o_n < N
     key, row_shift = noise_key(seed_ptr, offset_ptr)
-    eps = normals(first, _row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift, key, BLOCK_V)
+    eps = normals(first, load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift, key, BLOCK_V)
     at = o_n.to(tl.int64)[:, None] * stride_on + o_v[None, :]
     tl.store(out_ptr + at, eps, mask=m_n[:, None] & (o_v < V)[None, :])
-
-
-@triton.jit
-def _row_ids(row_ids_ptr, row_offset, o_n, m_n):
-    """[n] uint32"""
-    if row_ids_ptr is not None:
-        ids = tl.load(row_ids_ptr + o_n, mask=m_n, other=0).to(tl.uint32)
-    else:
-        ids = row_offset.to(tl.uint32) + o_n.to(tl.uint32)
-    return ids

@@ -97,6 +97,16 @@ def normals(first, rows, key, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def load_row_ids(row_ids_ptr, row_offset, o_n, m_n):
+    """[n] uint32"""
+    if row_ids_ptr is not None:
+        ids = tl.load(row_ids_ptr + o_n, mask=m_n, other=0).to(tl.uint32)
+    else:
+        ids = row_offset.to(tl.uint32) + o_n.to(tl.uint32)
+    return ids
+
+
+@triton.jit
 def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
     """[row, d] of a matrix whose rows are contiguous; zero outside."""
     at = o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
@@ -105,15 +115,16 @@ def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
 
 @triton.jit
 def score_tile(
-    x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
-):
+    x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """x . E^T, [n, v], by BLOCK_K of the columns at a time."""
     scores = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
     for first in range(0, D, BLOCK_K):
         o_k = first + tl.arange(0, BLOCK_K)
         b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_k, D).to(DOT)  # [n, k]
         b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_k, D).to(DOT)  # [v, k]
-        scores = tl.dot(b_x, tl.trans(b_e), scores, input_precision="ieee")
+        scores = tl.dot(b_x, tl.trans(b_e), scores, input_precision=PRECISION)
     return scores
 
 

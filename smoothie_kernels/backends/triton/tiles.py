@@ -1,4 +1,14 @@
-"""Which tile a call gets: one table, by type and width. N never decides: a row's bits do not depend on its batch."""
+"""Which tile a call gets, and in how many parts it takes the vocabulary: tables, by kind, GPU, type and width.
+
+No tile has been timed: no GPU was at hand. Each is one that compiles for its family without spilling, with Triton 3.6
+and 3.9, and within its shared memory. Behind a tile: registers of a thread and KiB of shared memory there, the most of
+all widths tried, with noise, Triton 3.9; then what is wrong with its neighbour (bytes of a thread in memory).
+`make kernels-check` compiles them again.
+
+Nothing is tuned when a kernel runs: a tuner that finds another tile today would give other bits than yesterday. Between
+calls of one shape on one kind of GPU the bits are the same. Between shapes a row may differ in the rounding of its
+sums, because few rows take other tiles, and the vocabulary in as many parts as keep all processors busy.
+"""
 
 from typing import NamedTuple
 
@@ -14,23 +24,124 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (bytes of a number, widest table) -> tile. No tile has been timed: they are the ones that compile without spilling on
-# sm_90 (numbers below: registers, shared memory there, with noise, Triton 3.9; test_triton.py compiles them again) and
-# within the 99 KiB of shared memory that all NVIDIA GPUs from sm_80 on have.
-TILES = (
-    # k = d: the table's tile is loaded once, for both products.
-    (2, 64, Tile(128, 64, 64, 64, 8, 2)),  # 184, 32 KiB
-    (2, 128, Tile(128, 32, 128, 128, 8, 2)),  # 189, 48 KiB; v = 64 spills on sm_80
-    (2, 256, Tile(64, 32, 256, 256, 8, 2)),  # 217, 72 KiB; n = 128 spills on sm_80, v = 64 on sm_90
-    # x at full width beside 512 columns of the result spills, so both products load their part of the table.
-    (2, 2**31, Tile(64, 32, 64, 512, 8, 2)),  # 245, 56 KiB; spills up to 136 bytes a thread on sm_80
-    # Exact fp32 products run outside the tensor cores and hold whole rows of k and v in registers: 16 at a time.
-    (4, 128, Tile(64, 16, 16, 128, 8, 2)),  # 239, 16 KiB; v = 32 spills 500 bytes
-    (4, 256, Tile(32, 16, 16, 256, 8, 2)),  # 250, 16 KiB
-    (4, 2**31, Tile(16, 16, 16, 512, 8, 2)),  # 250, 32 KiB; n = 32 or v = 32 spills 700 bytes
-)
+Rows = tuple[tuple[int, int, Tile], ...]  # (bytes of a number, widest table, tile)
+ANY = 2**31
+
+# A family is named by its first GPU. sm_80 stands for all with 99 KiB of shared memory for a program, also sm_120.
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# Up to here a call is bound by reading the table, not by its products.
+FEW_ROWS = 32
+
+# Where k = d and D is no wider, the table's tile is loaded once, for both products. fp32 on NVIDIA: tf32x3.
+_MEAN: dict[str, Rows] = {
+    "sm_80": (
+        (2, 64, Tile(128, 64, 64, 64, 8, 3)),  # 185, 32 KiB
+        (2, 128, Tile(128, 32, 128, 128, 8, 3)),  # 194, 48 KiB
+        (2, 256, Tile(64, 32, 256, 256, 8, 3)),  # 255, 72 KiB
+        (2, ANY, Tile(32, 64, 64, 512, 8, 3)),  # 249, 64 KiB; n = 64 spills 128
+        (4, 128, Tile(64, 16, 32, 128, 8, 3)),  # 253, 20 KiB; v = 32 spills 16
+        (4, ANY, Tile(32, 16, 32, 256, 8, 3)),  # 228, 16 KiB; v = 32 spills 8
+    ),
+    "sm_90": (
+        (2, 64, Tile(128, 64, 64, 64, 8, 3)),  # 194, 40 KiB; v = 128 spills 120
+        (2, 128, Tile(128, 64, 128, 128, 8, 3)),  # 233, 80 KiB
+        (2, 256, Tile(128, 32, 256, 256, 8, 3)),  # 238, 112 KiB; v = 64 spills 80
+        (2, ANY, Tile(64, 64, 64, 512, 8, 2)),  # 250, 96 KiB; k = 128 spills 24 with Triton 3.6, k = 512 spills 170
+        (4, ANY, Tile(128, 32, 32, 128, 8, 2)),  # 255, 64 KiB; d = 256 spills 64, with n = 64
+    ),
+    "sm_100": (
+        (2, 64, Tile(128, 32, 64, 64, 8, 3)),  # 198, 32 KiB; v = 64 spills 96
+        (2, 128, Tile(128, 32, 128, 128, 8, 3)),  # 225, 64 KiB; v = 64 spills 256
+        (2, 256, Tile(64, 32, 256, 256, 8, 3)),  # 195, 96 KiB; n = 128 spills 192
+        (2, ANY, Tile(64, 64, 64, 512, 8, 2)),  # 242, 96 KiB; k = 128 spills 40
+        (4, ANY, Tile(128, 32, 32, 128, 8, 2)),  # 236, 32 KiB
+    ),
+    "gfx942": (
+        (2, 64, Tile(128, 32, 64, 64, 8, 2)),  # 194, 20 KiB; v = 64 spills 68
+        (2, 128, Tile(128, 32, 64, 128, 8, 2)),  # 222, 20 KiB; k = 128 spills 20
+        (2, 256, Tile(64, 64, 64, 256, 8, 2)),  # 238, 32 KiB; k = 256 spills 500, with v = 32
+        (2, ANY, Tile(32, 32, 64, 512, 8, 2)),  # 208, 32 KiB; n = 64 spills 16, v = 64 spills 120
+        (4, 128, Tile(64, 32, 32, 128, 8, 2)),  # 210, 16 KiB
+        (4, ANY, Tile(64, 32, 32, 256, 8, 2)),  # 256, 32 KiB
+    ),
+}
+
+# The table's tile at full width, with the next on its way. Columns beyond D are masked: they cost no reading. With one
+# part of the vocabulary for every processor, the sums of the parts are small beside the table.
+_MEAN_FEW_ROWS: dict[str, Rows] = {
+    "sm_80": (
+        (2, 128, Tile(16, 128, 128, 128, 4, 3)),  # 168, 72 KiB
+        (2, 256, Tile(16, 64, 256, 256, 4, 3)),  # 128, 74 KiB
+        (2, 512, Tile(16, 32, 512, 512, 4, 3)),  # 148, 81 KiB; 8 warps spill 16
+        (2, 1024, Tile(16, 16, 1024, 1024, 8, 3)),  # 180, 97 KiB; v = 32 leaves no room for the next tile
+        (2, ANY, Tile(16, 32, 128, 512, 8, 3)),  # 168, 32 KiB
+        (4, ANY, Tile(16, 16, 32, 512, 8, 3)),  # 250, 32 KiB; v = 32 spills 32 with Triton 3.6, k = 512 spills 8,700
+    ),
+    "sm_90": (
+        (2, 128, Tile(16, 128, 128, 128, 4, 3)),  # 244, 72 KiB
+        (2, 256, Tile(16, 64, 256, 256, 4, 3)),  # 142, 74 KiB
+        (2, 512, Tile(16, 64, 512, 512, 8, 3)),  # 107, 146 KiB
+        (2, 1024, Tile(16, 32, 1024, 1024, 8, 3)),  # 208, 162 KiB; n = 32 spills 120
+        (2, ANY, Tile(16, 32, 128, 512, 8, 3)),  # 170, 32 KiB
+        (4, ANY, Tile(16, 16, 32, 512, 8, 3)),  # 219, 32 KiB; v = 32 spills 24 with Triton 3.6
+    ),
+    "gfx942": (
+        (2, 512, Tile(16, 32, 64, 512, 8, 3)),  # 154, 32 KiB; k = 512 spills 808, so the table is loaded twice
+        (2, ANY, Tile(16, 32, 64, 1024, 8, 2)),  # 178, 64 KiB; k = 1,024 spills 2,704
+        (4, ANY, Tile(16, 32, 32, 512, 8, 2)),  # 174, 64 KiB
+    ),
+}
+_MEAN_FEW_ROWS["sm_100"] = _MEAN_FEW_ROWS["sm_90"]
+
+# Without the second product; k = d.
+_STATISTICS: dict[str, Rows] = {
+    "sm_80": (
+        (2, ANY, Tile(128, 64, 64, 64, 8, 3)),  # 176, 48 KiB; v = 128 spills 16
+        (4, ANY, Tile(64, 64, 32, 32, 8, 3)),  # 255, 32 KiB
+    ),
+    "sm_90": (
+        (2, ANY, Tile(128, 64, 64, 64, 8, 3)),  # 205, 72 KiB; v = 128 spills 152
+        (4, ANY, Tile(64, 64, 32, 32, 8, 3)),  # 160, 48 KiB
+    ),
+    "sm_100": (
+        (2, ANY, Tile(128, 64, 64, 64, 8, 3)),  # 223, 72 KiB; v = 128 spills 512
+        (4, ANY, Tile(64, 64, 32, 32, 8, 3)),  # 144, 48 KiB
+    ),
+    "gfx942": (
+        (2, ANY, Tile(128, 128, 64, 64, 8, 2)),  # 244, 32 KiB
+        (4, ANY, Tile(64, 64, 32, 32, 8, 2)),  # 152, 16 KiB
+    ),
+}
+
+_STATISTICS_FEW_ROWS: dict[str, Rows] = {
+    "sm_80": (
+        (2, ANY, Tile(16, 128, 128, 128, 4, 3)),  # 188, 72 KiB
+        (4, ANY, Tile(16, 64, 64, 64, 4, 3)),  # 223, 40 KiB; v = 128 spills 144 on sm_90
+    ),
+    "gfx942": (
+        (2, ANY, Tile(16, 128, 64, 64, 4, 2)),  # 122, 18 KiB
+        (4, ANY, Tile(16, 64, 64, 64, 4, 3)),  # 120, 40 KiB
+    ),
+}
+_STATISTICS_FEW_ROWS["sm_90"] = _STATISTICS_FEW_ROWS["sm_100"] = _STATISTICS_FEW_ROWS["sm_80"]
+
+TILES = {
+    "mean": _MEAN,
+    "mean, few rows": _MEAN_FEW_ROWS,
+    "statistics": _STATISTICS,
+    "statistics, few rows": _STATISTICS_FEW_ROWS,
+}
 
 
-def pick_tile(dtype: torch.dtype, width: int) -> Tile:
-    """dtype: of the products."""
-    return next(tile for size, widest, tile in TILES if size == dtype.itemsize and width <= widest)
+def pick_tile(kind: str, family: str, dtype: torch.dtype, width: int) -> Tile:
+    """kind and family: of TILES; dtype: of the products."""
+    return next(tile for size, widest, tile in TILES[kind][family] if size == dtype.itemsize and width <= widest)
+
+
+def pick_splits(n: int, v: int, column_blocks: int, tile: Tile, processors: int) -> int:
+    """Parts of the vocabulary: as many as keep all processors busy, each of whole tiles and none of them empty."""
+    blocks = -(-n // tile.n) * column_blocks
+    tiles = -(-v // tile.v)
+    each = -(-tiles // max(1, processors // blocks))
+    return -(-tiles // each)

@@ -1,0 +1,512 @@
+"""The step in blocks: a kernel writes the weights of some rows and tokens, and library products multiply them.
+
+    forward     for rows, for tokens:  kernel:  W = exp(logits - ref), sums and argmaxes of the tile's rows
+                                       library: acc += W . E
+    backward    for tokens, for rows:  kernel:  P = exp(logits - lse), dS = scale P (g . E - delta + grad_lse)
+                                       library: dx += dS . E,  dE += (P, dS)^T . (g, x)
+
+Beside the tables it takes inputs.workspace bytes for W, or P and dS. Every block takes the same reference of a row off
+its logits, so blocks simply add; there are no atomics, and the same call gives the same bits. A row's bits may depend
+on how many rows there are, because the library picks its kernels by shape.
+
+W, P and dS are bfloat16 where x and embeddings both are, and else float32: the weights of a flat row would underflow
+in float16. Sums are float32. Products of float32 numbers obey torch.set_float32_matmul_precision: as torch comes
+("highest") they are exact float32 products, and TF32 only where the caller has asked torch for it.
+
+No GPU has run this yet: what is said about speed here is arithmetic.
+"""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smoothie_kernels import noise
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends.triton import forward
+from smoothie_kernels.backends.triton.launch import (
+    OPTIONS,
+    PRECISION,
+    device_of,
+    dot_type,
+    family,
+    on_device,
+    signed,
+    stored_type,
+    triton_type,
+)
+from smoothie_kernels.backends.triton.merge import Parts, merge
+from smoothie_kernels.backends.triton.parts import (
+    keep_first_max,
+    load_row_ids,
+    load_tile,
+    noise_key,
+    normals,
+    score_tile,
+)
+from smoothie_kernels.backends.triton.tiles import FEW_ROWS
+
+MAX_ROWS = 4096  # of a block: more do not make the products any faster
+USEFUL_TOKENS = 1024  # of a block, before it takes more rows
+USEFUL_ROWS = 128
+
+# A row's reference lies so far below the highest logit that there can be, 6.77 std: no weight is above e^15. More would
+# leave room for rows farther away, but a logarithm about that large would be rounded too coarsely for lse.
+HEADROOM = 15.0
+# The best logit of a row, less its reference, for which its weights and their sum are sound in float32 and bfloat16:
+# above, a sum over 10^5 tokens comes near 10^38; below, tokens of 10^-11 of the best one's weight begin to vanish. Rows
+# very far from all tokens (at std 1, mu D < -65), with very loud noise or with negative mu lie outside.
+LOWEST, HIGHEST = -60.0, 70.0
+
+
+class Tile(NamedTuple):
+    n: int  # rows of a program
+    v: int  # tokens of a program
+    k: int  # columns at a time
+    warps: int
+    stages: int
+
+
+# GPU family (tiles.FAMILIES) -> bytes of a number in the products -> tile. As in tiles.py nothing has been timed;
+# behind a tile its registers and KiB of shared memory at D = 768, with noise, Triton 3.9 (make kernels-check).
+#
+# Of the forward, 128 x 256 spills 2,400 bytes. 64 x 128 in 128 registers (maxnreg; it compiles to 119 without a spill)
+# would let two programs share a processor of sm_90, one's noise behind the other's products, for 1.5 times the traffic
+# from L2: to be measured. The backward has two products: 128 x 128 spills 100 to 200 bytes on sm_80 and sm_90.
+FORWARD = {
+    "sm_80": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 240, 96; 166, 32
+    "sm_90": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 239, 128; 166, 40
+    "sm_100": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 240, 128; 155, 40
+    "gfx942": {2: Tile(128, 128, 64, 8, 2), 4: Tile(128, 64, 32, 8, 2)},  # 195, 32; 125, 24
+}
+BACKWARD = {
+    "sm_80": {2: Tile(64, 128, 64, 8, 3), 4: Tile(32, 128, 32, 8, 2)},  # 172, 64; 165, 24; n = 64 spills in fp32
+    "sm_90": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 166, 96; 158, 44
+    "sm_100": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 128, 96; 122, 40
+    "gfx942": {2: Tile(64, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)},  # 116, 32; 126, 24
+}
+
+
+# --- forward
+
+
+def prefers(inputs: StepInputs) -> bool:
+    """Whether step_fwd here should be faster than forward.step_fwd: from arithmetic, not yet measured on any GPU.
+
+    Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. For
+    wider tables it has one or more programs for every few hundred columns, each with scores and noise anew, at 25 to
+    60 % of the library's rate; here 2 N V D flop of the 4 N V D are the library's own, and a weight costs 4 bytes of
+    traffic. At D = 768 and 4.8 TB/s that is 0.8 ps against 3 ps for its two products at 1,000 TFLOP/s; at D = 256 the
+    same 0.8 ps against 1 ps. Too small a block, and the launches and the sums' traffic, 8 D bytes for every row and
+    block of tokens, are no longer small beside the products.
+    """
+    x, embeddings = inputs.x, inputs.embeddings
+    n, d = x.shape
+    return (
+        x.dtype == embeddings.dtype == torch.bfloat16
+        and d > 256
+        and n > FEW_ROWS
+        and inputs.workspace // 2 >= USEFUL_ROWS * USEFUL_TOKENS
+    )
+
+
+def step_fwd(inputs: StepInputs, tile: Tile | None = None) -> StepOutputs:
+    """No running maximum: logits are at most 6.77 std, so a row's reference is known before, and blocks add."""
+    x, embeddings = inputs.x, inputs.embeddings
+    (n, d), v = x.shape, embeddings.shape[0]
+    tile = tile or FORWARD[family(x.device)][dot_type(x, embeddings).itemsize]
+    weight_type = _weight_type(inputs)
+    row_bytes = 4 * d + 4 * len(Parts._fields) * triton.cdiv(v, tile.v)  # its sum and its parts
+    block_n, block_v = _block(n, v, inputs.workspace, weight_type.itemsize, row_bytes, tile)
+    workspace = x.new_empty(block_n * block_v, dtype=stored_type(weight_type))
+    smoothed = x.new_empty(n, d, dtype=stored_type(x.dtype))
+    statistics, far = [], []
+    for rows in _slices(n, block_n):
+        of_rows = _rows(inputs, rows)
+        parts, acc = _weigh(of_rows, block_v, workspace, tile)
+        statistics.append(merge(of_rows, parts, acc[None], smoothed[rows]))
+        best = parts.best_logit.amax(0) - parts.highest[0]
+        far.append(~((best > LOWEST) & (best < HIGHEST)))  # NaN is far
+    # Its programs return at once where no row is far: to ask first, the host would have to wait for the device.
+    again = forward.redo(inputs, torch.cat(far), smoothed)
+    first = (torch.cat(same) for same in zip(*statistics, strict=True))
+    rest = [torch.where(torch.cat(far), b, a) for a, b in zip(first, again, strict=True)]
+    return StepOutputs(smoothed.to(x.dtype), *rest)
+
+
+def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> tuple[Parts, Tensor]:
+    """What every tile of the vocabulary says of these rows, and the sum of all weights times the table, [n, d]."""
+    n, d = inputs.x.shape
+    v = inputs.embeddings.shape[0]
+    parts = _empty_parts(inputs, triton.cdiv(v, tile.v))
+    weights = workspace[: n * block_v].view(n, block_v)
+    acc = inputs.x.new_zeros(n, d, dtype=torch.float32)
+    for tokens in _slices(v, block_v):
+        of_tiles = Parts(*(p[tokens.start // tile.v :] for p in parts))
+        _launch_fwd(
+            inputs, tokens, tile, ref_score_ptr=of_tiles.ref_score, highest_ptr=of_tiles.highest, weights_ptr=weights,
+            total_ptr=of_tiles.total, best_score_ptr=of_tiles.best_score, best_logit_ptr=of_tiles.best_logit,
+            token_ptr=of_tiles.token, noisy_token_ptr=of_tiles.noisy_token, stride_wn=block_v,
+        )  # fmt: skip
+        table = inputs.embeddings[tokens]
+        add_product(acc, weights[:, : len(table)].to(_weight_type(inputs)), table)
+    return parts, acc
+
+
+def _launch_fwd(inputs: StepInputs, tokens: slice, tile: Tile, **arguments: Any) -> None:
+    tiles = triton.cdiv(len(inputs.x), tile.n) * triton.cdiv(tokens.stop - tokens.start, tile.v)
+    with device_of(inputs.x):
+        _chunk_fwd_kernel[tiles,](**_of_both(inputs, tokens, tile), **arguments)
+
+
+def _empty_parts(inputs: StepInputs, tiles: int) -> Parts:
+    """With the reference that all tiles share: distance 0 and the loudest noise, less HEADROOM."""
+    x, n = inputs.x, inputs.x.shape[0]
+    ref_score = -forward.column_bias(x)
+    highest = torch.full_like(ref_score, -HEADROOM)
+    if inputs.std is not None:
+        highest += noise.MAX_ABS_NORMAL * inputs.std
+    numbers = (x.new_empty(tiles, n, dtype=torch.float32) for _ in range(3))
+    tokens = (x.new_empty(tiles, n, dtype=torch.int32) for _ in range(2))
+    shared = (s.expand(tiles, n).contiguous() for s in (ref_score, highest))
+    return Parts(*shared, *numbers, *tokens)
+
+
+# --- backward
+
+
+def step_bwd(
+    inputs: StepInputs,
+    saved: Saved,
+    grads: Grads,
+    needs_x: bool,
+    needs_embeddings: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As reference.step_bwd: a block of its loop in two."""
+    x, embeddings = inputs.x, inputs.embeddings
+    (n, d), v = x.shape, embeddings.shape[0]
+    tile = tile or BACKWARD[family(x.device)][dot_type(x, embeddings).itemsize]
+    matrices = 2 if needs_embeddings and grads.smoothed is not None else 1  # P and dS, or dS alone
+    weight_type = _weight_type(inputs)
+    weight_bytes = matrices * weight_type.itemsize
+    block_n, block_v = _block(n, v, inputs.workspace, weight_bytes, d * weight_bytes, tile)  # its end beside them
+    workspace = x.new_empty(matrices * block_n * block_v, dtype=stored_type(weight_type))
+    if dot_type(x, embeddings) == torch.float32:
+        saved = saved._replace(log_sum=_log_sum(inputs, saved, tile))
+    shift = _shift(saved, grads, block_n)
+    sums = x.new_zeros(n, d, dtype=torch.float32) if needs_x else None
+    total = x.new_zeros(n, dtype=torch.float32)
+    grad_embeddings = embeddings.new_empty(embeddings.shape) if needs_embeddings else None
+    for tokens in _slices(v, block_v):
+        table = embeddings[tokens]
+        grad_table = table.new_zeros(table.shape, dtype=torch.float32) if needs_embeddings else None
+        token_total = table.new_zeros(len(table), dtype=torch.float32)
+        for rows in _slices(n, block_n):
+            weights, row_sums, token_sums = _grad_scores(
+                _rows(inputs, rows), saved.best_score[rows], saved.log_sum[rows], shift[rows],
+                None if grads.smoothed is None else grads.smoothed[rows], tokens, workspace, matrices, tile,
+            )  # fmt: skip
+            if sums is not None:
+                add_product(sums[rows], weights[-1], table)
+                total[rows] += row_sums
+            if grad_table is not None:
+                ends = x[rows] if grads.smoothed is None else torch.cat((grads.smoothed[rows], x[rows]))
+                add_product(grad_table, weights.flatten(0, 1).T, ends)
+                token_total += token_sums
+        if grad_embeddings is not None and grad_table is not None:
+            grad_embeddings[tokens] = grad_table - token_total[:, None] * table
+    return None if sums is None else _grad_x(inputs, saved, grads, sums, total, block_n), grad_embeddings
+
+
+def _log_sum(inputs: StepInputs, saved: Saved, tile: Tile) -> Tensor:
+    """log_sum anew, [N], with the scores as this tile rounds them: the weights then add up to 1 to the last bit.
+
+    Of rows far from the origin scores are large, and another tile's roundings of them, in best_score, would be a common
+    factor of all weights: 1e-3 where rows have norm 4,000. 16-bit inputs do not ask for more; for them it is left out.
+    """
+    log_sum, v = saved.log_sum.clone(), inputs.embeddings.shape[0]
+    for rows in _slices(len(log_sum), MAX_ROWS):
+        of_rows = _rows(inputs, rows)
+        total = log_sum.new_empty(triton.cdiv(v, tile.v), len(of_rows.x))
+        _launch_fwd(
+            of_rows, slice(0, v), tile, ref_score_ptr=saved.best_score[rows], highest_ptr=saved.log_sum[rows],
+            total_ptr=total, weights_ptr=None, best_score_ptr=None, best_logit_ptr=None, token_ptr=None,
+            noisy_token_ptr=None, stride_wn=0,
+        )  # fmt: skip
+        log_sum[rows] += total.sum(0).log()
+    return log_sum
+
+
+def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
+    """grad_lse - delta, [N]"""
+    shift = torch.zeros_like(saved.log_sum) if grads.lse is None else grads.lse.float().clone()
+    if grads.smoothed is not None:
+        for rows in _slices(len(shift), block_n):
+            shift[rows] -= (grads.smoothed[rows].float() * saved.smoothed[rows].float()).sum(1)
+    return shift
+
+
+def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
+    grad_x = torch.empty_like(inputs.x)
+    for rows in _slices(len(sums), block_n):
+        wanted = torch.zeros_like(total[rows])
+        if grads.lse is not None:
+            wanted = inputs.mu[rows] * inputs.sigma_min**-2 * grads.lse[rows]
+        # total is what the rounding of delta and of dS has made of the sum of dS: it goes out again.
+        part = sums[rows] + (wanted - total[rows])[:, None] * saved.smoothed[rows]
+        grad_x[rows] = part - wanted[:, None] * inputs.x[rows] if grads.lse is not None else part
+    return grad_x
+
+
+def _grad_scores(
+    inputs: StepInputs, best_score: Tensor, log_sum: Tensor, shift: Tensor, grad: Tensor | None, tokens: slice,
+    workspace: Tensor, matrices: int, tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(P and) dS of a block, [matrices, n, v], and the sums of dS over tokens [n] and over rows [v]."""
+    x, n, v = inputs.x, len(inputs.x), tokens.stop - tokens.start
+    tiles_n, tiles_v = triton.cdiv(n, tile.n), triton.cdiv(v, tile.v)
+    stride = tiles_v * tile.v  # so that rows begin on 16 bytes
+    weights = workspace[: matrices * n * stride].view(matrices, n, stride)
+    row_sums, token_sums = x.new_empty(tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
+    with device_of(x):
+        _chunk_bwd_kernel[tiles_n * tiles_v,](
+            **_of_both(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
+            best_score_ptr=best_score, log_sum_ptr=log_sum, shift_ptr=shift,
+            p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
+            row_sums_ptr=row_sums, token_sums_ptr=token_sums,
+        )  # fmt: skip
+    return weights[..., :v].to(_weight_type(inputs)), row_sums.sum(0), token_sums.sum(0)
+
+
+# --- blocks and products
+
+
+def _of_both(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any]:
+    """What both kernels take for a block."""
+    x, embeddings = inputs.x, inputs.embeddings[tokens]
+    dot = dot_type(x, embeddings)
+    return dict(
+        x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], mu_ptr=inputs.mu, std_ptr=inputs.std,
+        row_ids_ptr=inputs.row_ids,
+        seed_ptr=on_device(x.device, inputs.seed), offset_ptr=on_device(x.device, inputs.offset),
+        N=len(x), V=len(embeddings), first_token=tokens.start,
+        stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
+        row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
+        D=x.shape[1], BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k,
+        DOT=triton_type(dot), PRECISION=PRECISION if dot == torch.float32 else "ieee",
+        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+    )  # fmt: skip
+
+
+def _weight_type(inputs: StepInputs) -> torch.dtype:
+    both = inputs.x.dtype == inputs.embeddings.dtype == torch.bfloat16
+    return torch.bfloat16 if both else torch.float32
+
+
+def _block(n: int, v: int, workspace: int, weight_bytes: int, row_bytes: int, tile: Tile) -> tuple[int, int]:
+    """Rows and tokens of a block, in whole tiles, at least one, in nearly equal blocks: what fits into the workspace.
+
+    Every weight takes weight_bytes, every row row_bytes beside its weights."""
+    all_rows, all_tokens = (triton.cdiv(size, by) * by for size, by in ((n, tile.n), (v, tile.v)))
+    useful = min(all_tokens, USEFUL_TOKENS) * weight_bytes + row_bytes
+    rows = max(tile.n, min(workspace // useful // tile.n * tile.n, all_rows, MAX_ROWS))
+    rows = _even(all_rows, rows, tile.n)
+    tokens = max(tile.v, min((workspace // rows - row_bytes) // weight_bytes // tile.v * tile.v, all_tokens))
+    return rows, _even(all_tokens, tokens, tile.v)
+
+
+def _even(size: int, most: int, by: int) -> int:
+    """The smallest multiple of `by` with which as many blocks cover `size` as with `most`."""
+    blocks = -(-size // most)
+    return -(-size // (blocks * by)) * by
+
+
+def _rows(inputs: StepInputs, rows: slice) -> StepInputs:
+    """The same call with some of its rows."""
+    return inputs._replace(
+        x=inputs.x[rows],
+        mu=inputs.mu[rows],
+        std=None if inputs.std is None else inputs.std[rows],
+        row_ids=None if inputs.row_ids is None else inputs.row_ids[rows],
+        row_offset=inputs.row_offset + rows.start,
+    )
+
+
+def _slices(size: int, block: int) -> Iterator[slice]:
+    for first in range(0, size, block):
+        yield slice(first, min(first + block, size))
+
+
+def add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc += a . b, acc float32. On a GPU the library sums products of bfloat16 in float32 itself: out_dtype of
+    torch.addmm, which takes a float32 sum since torch 2.10, on CUDA and on ROCm. Other types, and the CPU under
+    Triton's interpreter, where torch has no out_dtype, multiply float32 copies."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    else:
+        acc.addmm_(a.float(), b.float())
+
+
+# --- kernels
+
+
+@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
+def _chunk_fwd_kernel(
+    x_ptr,  # [N, D]
+    e_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    mu_ptr,  # [N]
+    std_ptr,  # [N], None without noise
+    row_ids_ptr,  # [N], None for row_offset + i
+    seed_ptr,  # []
+    offset_ptr,  # []
+    ref_score_ptr,  # [N]
+    highest_ptr,  # [N]
+    total_ptr,  # [V / BLOCK_V, N]; this and the last four are merge.Parts
+    weights_ptr,  # [N, V], None for total alone
+    best_score_ptr,  # [V / BLOCK_V, N]
+    best_logit_ptr,  # [V / BLOCK_V, N]
+    token_ptr,  # [V / BLOCK_V, N]
+    noisy_token_ptr,  # [V / BLOCK_V, N]
+    N,
+    V,
+    first_token,
+    stride_xn,
+    stride_ev,
+    stride_wn,
+    row_offset,
+    inverse_variance,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
+    tile_v = tl.program_id(0) // tiles_n
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_n, m_v = o_n < N, o_v < V
+
+    scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
+    scores += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
+    nothing, no_token = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.int32)
+    best_score, token = keep_first_max(nothing, no_token, scores, first_token + o_v)
+    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    logits = scale[:, None] * (scores - tl.load(ref_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    if std_ptr is not None:
+        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
+        key, row_shift = noise_key(seed_ptr, offset_ptr)
+        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
+        logits += std[:, None] * normals(first_token + tile_v * BLOCK_V, noise_rows, key, BLOCK_V)
+    logits = tl.where(m_v[None, :], logits, -float("inf"))
+    best_logit, noisy_token = keep_first_max(nothing, no_token, logits, first_token + o_v)
+    weights = tl.exp(logits - tl.load(highest_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    at_part = tile_v.to(tl.int64) * N + o_n
+    tl.store(total_ptr + at_part, tl.sum(weights, 1), mask=m_n)
+    if weights_ptr is not None:
+        at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+        tl.store(best_score_ptr + at_part, best_score, mask=m_n)
+        tl.store(best_logit_ptr + at_part, best_logit, mask=m_n)
+        tl.store(token_ptr + at_part, token, mask=m_n)
+        tl.store(noisy_token_ptr + at_part, noisy_token, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
+def _chunk_bwd_kernel(
+    x_ptr,  # [N, D]
+    grad_ptr,  # [N, D], None where smoothed has no gradient
+    e_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    mu_ptr,  # [N]
+    std_ptr,  # [N], None without noise
+    row_ids_ptr,  # [N], None for row_offset + i
+    seed_ptr,  # []
+    offset_ptr,  # []
+    best_score_ptr,  # [N]
+    log_sum_ptr,  # [N]
+    shift_ptr,  # [N]: grad_lse - delta
+    p_ptr,  # [N, V], None where not needed
+    ds_ptr,  # [N, V]
+    row_sums_ptr,  # [V / BLOCK_V, N]
+    token_sums_ptr,  # [N / BLOCK_N, V]
+    N,
+    V,
+    first_token,
+    stride_xn,
+    stride_gn,
+    stride_ev,
+    stride_wn,
+    row_offset,
+    inverse_variance,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    WEIGHT: tl.constexpr = ds_ptr.dtype.element_ty
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
+    tile_v = tl.program_id(0) // tiles_n
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_n, m_v = o_n < N, o_v < V
+    inside = m_n[:, None] & m_v[None, :]
+
+    scores, grad_weights = _products(
+        x_ptr, stride_xn, grad_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v, D, BLOCK_K, DOT, PRECISION
+    )
+    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
+    logits = scale[:, None] * (scores - tl.load(best_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    if std_ptr is not None:
+        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
+        key, row_shift = noise_key(seed_ptr, offset_ptr)
+        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
+        logits += std[:, None] * normals(first_token + tile_v * BLOCK_V, noise_rows, key, BLOCK_V)
+    weights = tl.exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
+    if p_ptr is not None:
+        tl.store(p_ptr + at, weights.to(WEIGHT), mask=inside)
+    shift = tl.load(shift_ptr + o_n, mask=m_n, other=0.0)[:, None]
+    if grad_ptr is not None:
+        grad_scores = scale[:, None] * weights * (grad_weights + shift)
+    else:
+        grad_scores = scale[:, None] * weights * shift
+    grad_scores = tl.where(inside, grad_scores, 0.0).to(WEIGHT)
+    tl.store(ds_ptr + at, grad_scores, mask=inside)
+    # Sums of what the products will read, roundings included.
+    rounded = grad_scores.to(tl.float32)
+    tl.store(row_sums_ptr + tile_v.to(tl.int64) * N + o_n, tl.sum(rounded, 1), mask=m_n)
+    tl.store(token_sums_ptr + tile_n.to(tl.int64) * V + o_v, tl.sum(rounded, 0), mask=m_v)
+
+
+@triton.jit
+def _products(
+    x_ptr, stride_xn, g_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x . E^T and g . E^T, [n, v] each; zero instead of the second where there is no g."""
+    x_e = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
+    g_e = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
+    for first in range(0, D, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        b_e = tl.trans(load_tile(e_ptr, o_v, m_v, stride_ev, o_k, D).to(DOT))  # [k, v]
+        b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_k, D).to(DOT)  # [n, k]
+        x_e = tl.dot(b_x, b_e, x_e, input_precision=PRECISION)
+        if g_ptr is not None:
+            b_g = load_tile(g_ptr, o_n, m_n, stride_gn, o_k, D).to(DOT)
+            g_e = tl.dot(b_g, b_e, g_e, input_precision=PRECISION)
+    return x_e, g_e

@@ -1,0 +1,73 @@
+"""What every launcher of Triton kernels needs."""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smoothie_kernels.backends.triton.parts import load_tile
+
+# Triton decides where it decorates a function: for its own when it is imported, for ours when this module is.
+INTERPRETED = not isinstance(load_tile, triton.JITFunction)
+MIXED = isinstance(tl.max, triton.JITFunction) == INTERPRETED
+
+OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it out where nobody asks
+
+# fp32 products. NVIDIA: three products of tf32 parts on the tensor cores. Each operand is split into two numbers of 11
+# bits; only the product of the two low ones is left out: 2^-22 relative, where the rounding of fp32 is 2^-24.
+PRECISION = "ieee" if INTERPRETED or torch.version.hip is not None else "tf32x3"
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device."""
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Programs of a large tile that run at the same time."""
+    return 1 if INTERPRETED else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def family(device: torch.device) -> str:
+    """Of tiles.FAMILIES."""
+    if INTERPRETED:
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def dot_type(x: Tensor, embeddings: Tensor) -> torch.dtype:
+    """What the products read. Triton's interpreter would multiply the bits of bfloat16 as integers."""
+    same = x.dtype == embeddings.dtype and not (INTERPRETED and x.dtype == torch.bfloat16)
+    return x.dtype if same else torch.float32
+
+
+def triton_type(dtype: torch.dtype) -> tl.dtype:
+    return _TYPES[dtype]
+
+
+def stored_type(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes where the caller wants dtype: Triton's interpreter rounds to bfloat16 toward zero."""
+    return torch.float32 if INTERPRETED else dtype
+
+
+def on_device(device: torch.device, word: Tensor) -> Tensor:
+    """A fill, not a copy: it can be captured in a CUDA graph."""
+    return word if word.device == device else torch.full((), int(word), dtype=torch.int64, device=device)
+
+
+def signed(row_offset: int) -> int:
+    """The same number mod 2^32 in an int32, so that one compiled kernel takes every offset."""
+    return (row_offset + 2**31) % 2**32 - 2**31

@@ -1,0 +1,235 @@
+"""Results of parts of the vocabulary to one result: a launcher and a kernel for the step, and for the nearest token.
+
+    best = max of best_score        highest' = highest + scale (ref_score - best)        the same for best_logit
+    log_sum = log sum_s total_s exp(highest'_s)        mean = sum_s acc_s exp(highest'_s - log_sum)
+    lse = log_sum + scale (best - ||x||^2 / 2)
+
+Only scores are subtracted, and those of near tokens are near: nothing cancels in rows far from the origin.
+"""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smoothie_kernels.backends import StepInputs
+from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
+from smoothie_kernels.backends.triton.parts import squared_distance, sum_of_squares
+
+ROWS, PARTS, COLUMNS = 32, 32, 64  # of a program, at a time
+ONE_SUM = {"BLOCK_N": ROWS, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": COLUMNS}
+# Sums of many parts are those of few rows: smaller programs, and the columns shared out between them.
+MANY_SUMS = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 16, "BLOCK_D": 32}
+
+
+class Parts(NamedTuple):
+    """What S parts of the vocabulary, in its order, say of every row; logits are scale (score - ref_score) + std eps.
+
+    An empty part has highest = best_score = best_logit = -inf and total = 0; its other numbers do not matter.
+    """
+
+    ref_score: Tensor  # [S, N] fp32
+    highest: Tensor  # [S, N] fp32: what was taken off the logits in total and acc
+    total: Tensor  # [S, N] fp32: sum of exp(logit - highest)
+    best_score: Tensor  # [S, N] fp32
+    best_logit: Tensor  # [S, N] fp32
+    token: Tensor  # [S, N] int32: of best_score
+    noisy_token: Tensor  # [S, N] int32: of best_logit
+
+
+class Statistics(NamedTuple):
+    """StepOutputs without the mean."""
+
+    tokens: Tensor  # [N] int64
+    noisy_tokens: Tensor  # [N] int64
+    lse: Tensor  # [N] fp32
+    best_score: Tensor  # [N] fp32
+    log_sum: Tensor  # [N] fp32
+
+
+def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None) -> Statistics:
+    """acc: fp32 [A, N, D], sums of exp(logit - highest) E of each part, or of all of them (A = 1: then they share
+    ref_score and highest). Their mean goes into smoothed [N, D]: x's type, or fp32."""
+    x = inputs.x
+    n, d = x.shape
+    tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
+    lse, best_score, log_sum = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
+    sums = 0 if acc is None else acc.shape[0]
+    blocks, column_blocks = (MANY_SUMS, triton.cdiv(d, MANY_SUMS["BLOCK_D"])) if sums > 1 else (ONE_SUM, 1)
+    with device_of(x):
+        _merge_kernel[triton.cdiv(n, blocks["BLOCK_N"]), column_blocks](
+            x_ptr=x, mu_ptr=inputs.mu, ref_score_ptr=parts.ref_score, highest_ptr=parts.highest,
+            total_ptr=parts.total, part_score_ptr=parts.best_score, part_logit_ptr=parts.best_logit,
+            token_ptr=parts.token, noisy_token_ptr=parts.noisy_token, acc_ptr=acc,
+            smoothed_ptr=smoothed, tokens_ptr=tokens, noisy_tokens_ptr=noisy_tokens, lse_ptr=lse,
+            best_score_ptr=best_score, log_sum_ptr=log_sum,
+            N=n, S=parts.total.shape[0], A=sums, stride_xn=x.stride(0),
+            inverse_variance=inputs.sigma_min**-2,
+            D=d, **blocks, **OPTIONS,
+        )  # fmt: skip
+    return Statistics(tokens, noisy_tokens, lse, best_score, log_sum)
+
+
+def merge_nearest(x: Tensor, embeddings: Tensor, best_score: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """best_score and token as in Parts, to tokens [N] int64 and their squared distance [N] fp32."""
+    n, d = x.shape
+    tokens, distance = x.new_empty(n, dtype=torch.int64), x.new_empty(n, dtype=torch.float32)
+    with device_of(x):
+        _merge_nearest_kernel[triton.cdiv(n, ROWS),](
+            x_ptr=x, e_ptr=embeddings, part_score_ptr=best_score, token_ptr=token,
+            tokens_ptr=tokens, distance_ptr=distance,
+            N=n, S=token.shape[0], stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
+            D=d, BLOCK_N=ROWS, BLOCK_S=PARTS, **OPTIONS,
+        )  # fmt: skip
+    return tokens, distance
+
+
+@triton.jit(do_not_specialize=["N", "S", "A"])
+def _merge_kernel(
+    x_ptr,  # [N, D]
+    mu_ptr,  # [N]
+    ref_score_ptr,  # [S, N]
+    highest_ptr,  # [S, N]
+    total_ptr,  # [S, N]
+    part_score_ptr,  # [S, N]
+    part_logit_ptr,  # [S, N]
+    token_ptr,  # [S, N]
+    noisy_token_ptr,  # [S, N]
+    acc_ptr,  # [A, N, D], None where no mean is wanted
+    smoothed_ptr,  # [N, D], None where no mean is wanted
+    tokens_ptr,  # [N]
+    noisy_tokens_ptr,  # [N]
+    lse_ptr,  # [N]
+    best_score_ptr,  # [N]
+    log_sum_ptr,  # [N]
+    N,
+    S,
+    A,
+    stride_xn,
+    inverse_variance,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    best, tokens = _best_part(part_score_ptr, token_ptr, o_n, m_n, N, S, BLOCK_S)
+
+    highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    best_logit = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    noisy_tokens = tl.zeros([BLOCK_N], tl.int32)
+    for first in range(0, S, BLOCK_S):
+        o_s = first + tl.arange(0, BLOCK_S)
+        mask = (o_s < S)[:, None] & m_n[None, :]
+        at = o_s.to(tl.int64)[:, None] * N + o_n[None, :]
+        part_total = tl.load(total_ptr + at, mask=mask, other=0.0)
+        part_highest, moved = _part(ref_score_ptr, highest_ptr, at, mask, scale, best)
+        logits = _moved(tl.load(part_logit_ptr + at, mask=mask, other=-float("inf")), moved)
+        best_logit, noisy_tokens = _keep_first_part(best_logit, noisy_tokens, logits, o_s, noisy_token_ptr + at, mask)
+        before = highest
+        highest = tl.maximum(highest, tl.max(part_highest, 0))
+        # A block of nothing but empty parts leaves highest at -inf, and -inf - -inf is NaN.
+        finite = tl.where(highest == -float("inf"), 0.0, highest)
+        total = total * tl.exp(before - finite) + tl.sum(part_total * tl.exp(part_highest - finite[None, :]), 0)
+    log_sum = highest + tl.log(total)
+
+    if tl.program_id(1) == 0:
+        row_constant = -0.5 * sum_of_squares(x_ptr, o_n, m_n, stride_xn, D)
+        lse = scale.to(tl.float64) * (row_constant + best.to(tl.float64)) + log_sum.to(tl.float64)
+        tl.store(tokens_ptr + o_n, tokens.to(tl.int64), mask=m_n)
+        tl.store(noisy_tokens_ptr + o_n, noisy_tokens.to(tl.int64), mask=m_n)
+        tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
+        tl.store(best_score_ptr + o_n, best, mask=m_n)
+        tl.store(log_sum_ptr + o_n, log_sum, mask=m_n)
+
+    if acc_ptr is not None:
+        for first_d in range(tl.program_id(1) * BLOCK_D, D, tl.num_programs(1) * BLOCK_D):
+            o_d = first_d + tl.arange(0, BLOCK_D)
+            m_d = o_d < D
+            mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            for first in range(0, A, BLOCK_A):
+                o_s = first + tl.arange(0, BLOCK_A)
+                mask = (o_s < A)[:, None] & m_n[None, :]
+                at = o_s.to(tl.int64)[:, None] * N + o_n[None, :]
+                part_highest, _ = _part(ref_score_ptr, highest_ptr, at, mask, scale, best)
+                share = tl.exp(part_highest - log_sum[None, :])  # [a, n]
+                b_acc = tl.load(
+                    acc_ptr + at[:, :, None] * D + o_d[None, None, :],
+                    mask=mask[:, :, None] & m_d[None, None, :],
+                    other=0.0,
+                )  # [a, n, d]
+                mean += tl.sum(share[:, :, None] * b_acc, 0)
+            at_mean = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
+            tl.store(smoothed_ptr + at_mean, mean, mask=m_n[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def _merge_nearest_kernel(
+    x_ptr,  # [N, D]
+    e_ptr,  # [V, D]
+    part_score_ptr,  # [S, N]
+    token_ptr,  # [S, N]
+    tokens_ptr,  # [N]
+    distance_ptr,  # [N]
+    N,
+    S,
+    stride_xn,
+    stride_ev,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    _, tokens = _best_part(part_score_ptr, token_ptr, o_n, m_n, N, S, BLOCK_S)
+    # The winner's distance directly: the scores' difference of large numbers would cancel.
+    distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
+    tl.store(tokens_ptr + o_n, tokens.to(tl.int64), mask=m_n)
+    tl.store(distance_ptr + o_n, distance.to(tl.float32), mask=m_n)
+
+
+@triton.jit
+def _best_part(part_score_ptr, token_ptr, o_n, m_n, N, S, BLOCK_S: tl.constexpr):
+    """The best score of all parts, and its token: [n] each."""
+    best = tl.full([o_n.shape[0]], -float("inf"), tl.float32)
+    tokens = tl.zeros([o_n.shape[0]], tl.int32)
+    for first in range(0, S, BLOCK_S):
+        o_s = first + tl.arange(0, BLOCK_S)
+        mask = (o_s < S)[:, None] & m_n[None, :]
+        at = o_s.to(tl.int64)[:, None] * N + o_n[None, :]
+        scores = tl.load(part_score_ptr + at, mask=mask, other=-float("inf"))
+        best, tokens = _keep_first_part(best, tokens, scores, o_s, token_ptr + at, mask)
+    return best, tokens
+
+
+@triton.jit
+def _keep_first_part(best, tokens, values, o_s, token_at, mask):
+    """The running maximum [n] and its token, after other parts [s, n]: ties to the first. A NaN is never larger."""
+    value = tl.max(values, 0)
+    part = tl.min(tl.where(values == value[None, :], o_s[:, None], 2147483647), 0)
+    chosen = o_s[:, None] == part[None, :]
+    token = tl.sum(tl.where(chosen, tl.load(token_at, mask=mask, other=0), 0), 0)
+    better = value > best
+    return tl.where(better, value, best), tl.where(better, token, tokens)
+
+
+@triton.jit
+def _part(ref_score_ptr, highest_ptr, at, mask, scale, best):
+    """highest relative to the best score, and what a logit relative to ref_score lacks to that: [s, n] each."""
+    moved = scale[None, :] * (tl.load(ref_score_ptr + at, mask=mask, other=0.0) - best[None, :])
+    return _moved(tl.load(highest_ptr + at, mask=mask, other=-float("inf")), moved), moved
+
+
+@triton.jit
+def _moved(logits, moved):
+    """Of an empty part, moved may be anything."""
+    return tl.where(logits == -float("inf"), logits, logits + moved)
