@@ -12,15 +12,16 @@ from typing import TextIO
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks import compare, machine, pictures, registry
 from benchmarks.check import CheckFailed
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.embeddings import NoEmbeddings, load_material, synthetic
 from benchmarks.report import Report
-from benchmarks.suite import STAGES, Suite
+from benchmarks.suite import STAGES, WRONG, Suite
 
 SYNTHETIC = (30_522, 768)  # V, D of BERT
 
@@ -59,7 +60,9 @@ def parse() -> argparse.Namespace:
     run.add_argument("--repeats", type=int, help="timed runs of every contestant; by default about 1.5 seconds of them")
     run.add_argument("--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'")
     run.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
-    run.add_argument("--keep-going", action="store_true", help="a failed check refuses its case alone; write as we go")
+    run.add_argument(
+        "--keep-going", action="store_true", help="a wrong result of ours costs it its time alone; write as we go"
+    )
     run.add_argument("--deadline", type=float, help="seconds after which no further case begins")
     of_two = commands.add_parser("compare", help="two results: .json files, or git refs that have a result file")
     of_two.add_argument("before")
@@ -68,16 +71,16 @@ def parse() -> argparse.Namespace:
 
 
 def list_cases(console: Console) -> None:
-    table = Table("case", "group", "N", "V", "D", "type", "noise", "what for", box=SIMPLE_HEAD)
+    table = Table(Column("case", overflow="fold"), "group", "N", "V", "D", "type", "noise", "what for", box=SIMPLE_HEAD)
     for case in registry.CASES.values():
         sizes = (f"{case.n:,}", *("table" if size is None else f"{size:,}" for size in (case.v, case.d)))
-        noise = "" if case.op == "nearest" else f"t = {case.t}" if case.t else str(case.std)
+        noise = "" if not registry.OPS[case.op].noise else f"t = {case.t}" if case.t else str(case.std)
         table.add_row(case.name, case.group, *sizes, str(case.dtype).removeprefix("torch."), noise, case.why)
     console.print(table)
     console.print("Without --cases, `run` takes the groups default and sweep; --full adds full.\n")
     table = Table("contestant", "what", box=SIMPLE_HEAD)
     for contestant in CONTESTANTS.values():
-        table.add_row(contestant.name, contestant.what)
+        table.add_row(escape(contestant.name), contestant.what)
     console.print(table)
 
 
@@ -94,7 +97,10 @@ def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int
     failed = 0
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
         material.save(Path(folder) / "material.pt")
-        suite = Suite(material, Path(folder) / "material.pt", report.machine, arguments.device, arguments.repeats)
+        suite = Suite(
+            material, Path(folder) / "material.pt", report.machine, arguments.device, arguments.repeats,
+            arguments.keep_going,
+        )  # fmt: skip
         task = bar.add_task("", total=STAGES * sum(len(case.contestants) for case in cases))
         for case in cases:
             if arguments.deadline and time.monotonic() - start > arguments.deadline:
@@ -104,10 +110,11 @@ def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int
                 note, rows = suite.run(case, lambda what, stages: bar.update(task, advance=stages, description=what))
             except CheckFailed as error:
                 errors.print(f"check failed, no speed is reported: {error}", style="bold red")
-                if not arguments.keep_going:
-                    return 1
-                failed += 1
-                continue
+                return 1
+            for row in rows:
+                if row.ours and row.note.startswith(WRONG):
+                    errors.print(f"check failed: case {case.name!r}, {row.contestant!r}: {row.note}", style="bold red")
+                    failed += 1
             report.tables[case.name] = note
             report.rows.extend(rows)
             if arguments.keep_going:

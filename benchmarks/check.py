@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.competitors import dense_distances
+from benchmarks.competitors import dense_distances, dense_mean
 from benchmarks.contestants import SEED, Contestant
 from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs
 from smoothie_kernels import noise
@@ -20,7 +22,7 @@ CHUNK = 8192  # tokens of the table in float64 at a time
 class Tolerance:
     """What is allowed beside twice the error of the dense step in the inputs' own type."""
 
-    smoothed: float  # relative, Frobenius
+    smoothed: float  # relative, Frobenius; of gradients too
     tie: float  # tokens that are further away by less than this times ||x||^2 count as nearest
     lse: float = 1e-5  # relative, absolute below 1
 
@@ -36,6 +38,7 @@ THEIRS = {
     torch.float16: Tolerance(1e-2, 5e-3),
 }
 NOISE_TIE = 1e-4  # backends may differ by 5e-5 in a normal
+SHIFT = 2e-3  # bfloat16 gives 5e-5; another noise in the backward than in the forward 1e-2 or more
 
 
 class CheckFailed(Exception):
@@ -50,41 +53,62 @@ class CheckFailed(Exception):
 class Truth:
     """The step in float64 on the compared rows."""
 
-    rows: Tensor  # [R] indices into x
     squares: Tensor  # [R] ||x||^2
     squared_distances: Tensor  # [R, V]
     logits: Tensor  # [R, V]
-    smoothed: Tensor  # [R, D]
     lse: Tensor  # [R]
     scale_of_lse: Tensor  # [R]
-    naive_smoothed: float  # relative error of the dense step in the inputs' type, with the same noise
-    naive_lse: float
+    naive_lse: float  # error of the dense step in the inputs' type, with the same noise
+    means: dict[str, tuple[Tensor, float]]  # smoothed [R, D] and gradients, each with the relative error of naive's
 
 
-def truth(inputs: Inputs, *, noisy: bool) -> Truth:
-    n, v, d = inputs.sizes
-    rows = torch.linspace(0, n - 1, min(n, ROWS if v < LARGE else ROWS_IF_LARGE), device=inputs.x.device).round().long()
+def compared_rows(inputs: Inputs) -> Tensor:
+    """Indices into x."""
+    n, v, _ = inputs.sizes
+    count = min(n, ROWS if v < LARGE else ROWS_IF_LARGE)
+    return torch.linspace(0, n - 1, count, device=inputs.x.device).round().long()
+
+
+def truth(inputs: Inputs, rows: Tensor, *, noisy: bool) -> Truth:
     x, mu, std = inputs.x[rows], inputs.mu[rows, None].double(), inputs.std[rows, None].double()
     parts = torch.split(inputs.table, CHUNK)
     squares = x.double().square().sum(1, keepdim=True)
     scores = torch.cat([x.double() @ part.double().T - part.double().square().sum(1) / 2 for part in parts], 1)
     squared_distances = squares - 2 * scores
     logits = -mu * squared_distances / (2 * SIGMA_MIN**2)
-    if noisy:
-        eps = noise.gaussian(len(rows), v, seed=SEED, row_ids=rows, backend="reference")
-        logits += std * eps
     naive_logits = inputs.mu[rows, None] * dense_distances(x, inputs.table)
+    eps = None
     if noisy:
+        eps = noise.gaussian(*logits.shape, seed=SEED, row_ids=rows, backend="reference")
+        logits += std * eps
         naive_logits += inputs.std[rows, None] * eps
-    weights, smoothed, lse = logits.softmax(1), x.new_zeros(len(rows), d, dtype=torch.float64), logits.logsumexp(1)
+    weights, smoothed, lse = logits.softmax(1), torch.zeros_like(x, dtype=torch.float64), logits.logsumexp(1)
     for part, weight in zip(parts, torch.split(weights, CHUNK, 1), strict=True):
         smoothed.addmm_(weight, part.double())
     naive = naive_logits.softmax(1).to(x.dtype) @ inputs.table
+    means = {"smoothed": (smoothed, frobenius(naive, smoothed))}
+    if inputs.op.trains:
+        exact, naive_gradients = (gradients(inputs, rows, eps, dtype) for dtype in (torch.float64, x.dtype))
+        means |= {name: (exact[name], frobenius(naive_gradients[name], exact[name])) for name in exact}
     scale = lse.abs().clamp_min(1)
     return Truth(
-        rows, squares[:, 0], squared_distances, logits, smoothed, lse, scale,
-        naive_smoothed=frobenius(naive, smoothed), naive_lse=largest(naive_logits.logsumexp(1), lse, scale),
+        squares[:, 0], squared_distances, logits, lse, scale, largest(naive_logits.logsumexp(1), lse, scale), means
     )  # fmt: skip
+
+
+def gradients(inputs: Inputs, rows: Tensor, eps: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """By autograd of the dense step in one type, where the other rows have no gradient; x's for all rows."""
+    x, table, grad = (given.detach().to(dtype) for given in (inputs.x[rows], inputs.table, inputs.grad[rows]))
+    leaves = {"grad_x": x.requires_grad_()}
+    if inputs.op.trains_table:
+        leaves["grad_embeddings"] = table.requires_grad_()
+    distances = dense_distances(x, table)
+    smoothed = dense_mean(
+        distances, table, inputs.mu[rows], inputs.std[rows], None if eps is None else lambda logits: eps
+    )  # fmt: skip
+    found = dict(zip(leaves, torch.autograd.grad(smoothed, tuple(leaves.values()), grad), strict=True))
+    found["grad_x"] = torch.zeros_like(inputs.x, dtype=dtype).index_copy_(0, rows, found["grad_x"])
+    return found
 
 
 def frobenius(value: Tensor, true: Tensor) -> float:
@@ -101,47 +125,66 @@ class Referee:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
+        self.rows = compared_rows(inputs)
         self._truths: dict[bool, Truth] = {}
 
     def check(self, contestant: Contestant, call: Call) -> float | None:
-        """Runs the call once; the relative error of smoothed. CheckFailed where anything is off.
+        """Runs the call once; the largest relative error of smoothed and gradients. CheckFailed where anything is off.
 
-        Contestants with random numbers of their own are run with std = 0, which takes them the same way.
+        Contestants with random numbers of their own are run with std = 0, which takes them the same way. Gradients
+        are those of the compared rows: the others are given none.
         """
         noisy = self.inputs.noisy and contestant.ours
-        if noisy or not self.inputs.noisy:
+        with ExitStack() as stack:
+            if self.inputs.noisy and not noisy:
+                stack.enter_context(self.inputs.silenced())
+            if self.inputs.op.trains:
+                stack.enter_context(self.inputs.graded_only_at(self.rows))
             outputs = call()
-        else:
-            with self.inputs.silenced():
-                outputs = call()
-        return self._compare(contestant, outputs, noisy)
+            if noisy not in self._truths:
+                self._truths[noisy] = truth(self.inputs, self.rows, noisy=noisy)
+        error = self._compare(contestant, outputs, self._truths[noisy])
+        if self.inputs.noisy and not noisy and self.inputs.op.trains_table:
+            self._compare_noise(contestant, call())
+        return error
 
-    def _compare(self, contestant: Contestant, outputs: Outputs, noisy: bool) -> float | None:
-        if noisy not in self._truths:
-            self._truths[noisy] = truth(self.inputs, noisy=noisy)
-        true = self._truths[noisy]
+    def _compare_noise(self, contestant: Contestant, outputs: Outputs) -> None:
+        """Its own noise must be the same in the backward pass as in the forward pass.
+
+        Moving x and table by one vector moves `smoothed` by it, whatever the noise: so all gradients of x and table
+        together are the sum of those that came in.
+        """
+        if outputs.grad_x is not None and outputs.grad_embeddings is not None:
+            total = outputs.grad_x.double().sum(0) + outputs.grad_embeddings.double().sum(0)
+            error = frobenius(total, self.inputs.grad.double().sum(0))
+            self._expect(contestant, "noise of the backward (sum of all gradients)", error, SHIFT)
+
+    def _compare(self, contestant: Contestant, outputs: Outputs, true: Truth) -> float | None:
         allowed = (OURS if contestant.ours else THEIRS)[self.inputs.x.dtype]
-
-        def expect(what: str, error: float, bound: float) -> float:
-            if not error <= bound:
-                wrong = f"{what} is off by {error:.3g}, {bound:.3g} is allowed"
-                raise CheckFailed(f"case {self.inputs.case.name!r}, contestant {contestant.name!r}: {wrong}", wrong)
-            return error
-
+        expect = partial(self._expect, contestant)
         if outputs.tokens is not None:
-            found = true.squared_distances.gather(1, outputs.tokens[true.rows, None])[:, 0]
+            found = true.squared_distances.gather(1, outputs.tokens[self.rows, None])[:, 0]
             gap = (found - true.squared_distances.amin(1)) / true.squares
             expect("tokens (distance beyond the nearest's, over ||x||^2)", float(gap.max()), allowed.tie)
         if outputs.distance is not None:
-            error = largest(outputs.distance[true.rows], true.squared_distances.amin(1), true.squares)
+            error = largest(outputs.distance[self.rows], true.squared_distances.amin(1), true.squares)
             expect("distance (over ||x||^2)", error, allowed.tie)
         if outputs.noisy_tokens is not None:
-            gap = true.logits.amax(1) - true.logits.gather(1, outputs.noisy_tokens[true.rows, None])[:, 0]
+            gap = true.logits.amax(1) - true.logits.gather(1, outputs.noisy_tokens[self.rows, None])[:, 0]
             expect("noisy_tokens (logit below the largest)", float(gap.max()), NOISE_TIE)
         if outputs.lse is not None:
-            error = largest(outputs.lse[true.rows], true.lse, true.scale_of_lse)
+            error = largest(outputs.lse[self.rows], true.lse, true.scale_of_lse)
             expect("lse", error, max(allowed.lse, 2 * true.naive_lse))
-        if outputs.smoothed is None:
-            return None
-        error = frobenius(outputs.smoothed[true.rows], true.smoothed)
-        return expect("smoothed", error, max(allowed.smoothed, 2 * true.naive_smoothed))
+        errors = []
+        for what, (exact, naive) in true.means.items():
+            value = getattr(outputs, what)
+            if value is not None:
+                error = frobenius(value[self.rows] if what == "smoothed" else value, exact)
+                errors.append(expect(what, error, max(allowed.smoothed, 2 * naive)))
+        return max(errors, default=None)
+
+    def _expect(self, contestant: Contestant, what: str, error: float, bound: float) -> float:
+        if not error <= bound:
+            wrong = f"{what} is off by {error:.3g}, {bound:.3g} is allowed"
+            raise CheckFailed(f"case {self.inputs.case.name!r}, contestant {contestant.name!r}: {wrong}", wrong)
+        return error

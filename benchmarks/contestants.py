@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 import smoothie_kernels as sk
-from benchmarks import competitors
-from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare
+from benchmarks import chunked, competitors, epilogue
+from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, training
+from benchmarks.registry import OPS
 from smoothie_kernels import dispatch
 
 SEED = 20_250_518
@@ -37,21 +39,33 @@ class Contestant:
 # This package
 
 
-def fused(backend: str = "auto", *, raw: bool = False) -> Mapping[str, Prepare]:
-    def step(inputs: Inputs) -> Call:
-        table = inputs.table if raw else sk.Vocabulary(inputs.table, backend=backend)
+def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -> Mapping[str, Prepare]:
+    def run(inputs: Inputs, x: Tensor, table: Tensor | sk.Vocabulary) -> sk.SmoothieStep:
         std = inputs.std if inputs.noisy else 0
+        return sk.fused_smoothie_step(
+            x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, workspace=workspace, backend=backend
+        )  # fmt: skip
+
+    def prepared(table: Tensor) -> Tensor | sk.Vocabulary:
+        return table if raw else sk.Vocabulary(table, backend=backend)
+
+    def step(inputs: Inputs) -> Call:
+        table = prepared(inputs.table)
 
         def call() -> Outputs:
-            y = sk.fused_smoothie_step(
-                inputs.x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, backend=backend
-            )  # fmt: skip
+            y = run(inputs, inputs.x, table)
             return Outputs(y.smoothed, y.tokens, y.noisy_tokens, y.lse)
 
         return call
 
+    def smoothed(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
+        if inputs.op.trains_table:  # it is another one in every step of an optimiser
+            return lambda x, table: run(inputs, x, prepared(table)).smoothed
+        frozen = prepared(inputs.table)
+        return lambda x, table: run(inputs, x, frozen).smoothed
+
     def nearest(inputs: Inputs) -> Call:
-        table = inputs.table if raw else sk.Vocabulary(inputs.table, backend=backend)
+        table = prepared(inputs.table)
 
         def call() -> Outputs:
             tokens, distance = sk.nearest_token(inputs.x, table, backend=backend)
@@ -59,7 +73,7 @@ def fused(backend: str = "auto", *, raw: bool = False) -> Mapping[str, Prepare]:
 
         return call
 
-    return {"step": step, "nearest": nearest}
+    return {"step": step, "nearest": nearest, **training(smoothed)}
 
 
 def backend_cannot(name: str) -> Callable[[Inputs], str | None]:
@@ -70,25 +84,31 @@ def backend_cannot(name: str) -> Callable[[Inputs], str | None]:
     return reason
 
 
-# The floor: the products of the step at the rate of the machine's GEMM library
+# The floor: the products of an operator at the rate of the machine's GEMM library
 
 
 def products(dtype: torch.dtype | None = None) -> Mapping[str, Prepare]:
     """The products alone, into tensors that exist already; in the inputs' type or a given one."""
 
-    def prepare(inputs: Inputs, count: int) -> Call:
-        x, table = inputs.x.to(dtype or inputs.x.dtype), inputs.table.to(dtype or inputs.x.dtype)
-        scores, smoothed = x.new_empty(len(x), len(table)), torch.empty_like(x)
+    def prepare(inputs: Inputs) -> Call:
+        op, inputs = inputs.op, inputs.to(dtype)
+        x, table = inputs.x, inputs.table
+        operands = (x, inputs.grad.to(x.dtype)) if op.trains else (x,)
+        scores, of_rows = x.new_empty(len(x), len(table)), torch.empty_like(x)
+        of_table = torch.empty_like(table) if op.trains_table else None
 
         def call() -> Outputs:
-            torch.mm(x, table.T, out=scores)
-            if count == 2:
-                torch.mm(scores, table, out=smoothed)
+            for rows in operands:
+                torch.mm(rows, table.T, out=scores)
+                if op.products > 1:
+                    torch.mm(scores, table, out=of_rows)
+                if of_table is not None:
+                    torch.mm(scores.T, rows, out=of_table)
             return Outputs()
 
         return call
 
-    return {"step": lambda inputs: prepare(inputs, 2), "nearest": lambda inputs: prepare(inputs, 1)}
+    return dict.fromkeys(OPS, prepare)
 
 
 CONTESTANTS = {
@@ -100,14 +120,24 @@ CONTESTANTS = {
             Contestant(f"fused[{name}]", fused(name), f"its {name} backend", ours=True, absent=backend_cannot(name))
             for name in dispatch.BACKENDS
         ),
-        Contestant("eager", competitors.dense(False), "PyTorch as the authors of Smoothie write it", tensors_of_n_v=5),
+        Contestant("fused, one kernel", fused(workspace=0), "this package without a workspace, on a GPU", ours=True),
+        Contestant("eager", competitors.dense(), "PyTorch as the authors of Smoothie write it", tensors_of_n_v=6),
         Contestant(
-            "compiled", competitors.dense(True), "the same under torch.compile", compiles=True, tensors_of_n_v=3
+            "eager, float32", competitors.dense(dtype=torch.float32), "the same on float32 copies", tensors_of_n_v=6
+        ),
+        Contestant(
+            "compiled", competitors.dense(compiled=True), "eager under torch.compile", compiles=True, tensors_of_n_v=4
         ),
         Contestant(
             "chunked",
-            {"step": competitors.chunked_step, "nearest": competitors.chunked_nearest},
-            "PyTorch, the vocabulary in chunks",
+            {"step": chunked.step, "nearest": chunked.nearest, **training(chunked.smoothed)},
+            "PyTorch, the vocabulary in chunks; gradients by hand",
+        ),
+        Contestant(
+            "chunked, compiled epilogue",
+            {"step": epilogue.step, **training(epilogue.smoothed)},
+            "library products over blocks of rows, all between them one kernel by torch.compile",
+            compiles=True,
         ),
         Contestant("sdpa", {"step": competitors.sdpa}, "scaled_dot_product_attention with the bias as one more column"),
         Contestant("flex", {"step": competitors.flex}, "FlexAttention with the bias in score_mod", compiles=True),
@@ -116,5 +146,5 @@ CONTESTANTS = {
         ),
     )
 }
-FLOOR = Contestant("products", products(), "the two matrix products alone (the floor)", tensors_of_n_v=1)
+FLOOR = Contestant("products", products(), "the matrix products alone (the floor)", tensors_of_n_v=1)
 FLOAT_FLOOR = Contestant("products, float32", products(torch.float32), "the same in float32", tensors_of_n_v=1)

@@ -1,4 +1,5 @@
-"""One command for a machine with a CUDA GPU: python -m benchmarks.device. Builds, tests, measures, within a time limit.
+"""One command for a machine with a CUDA GPU: python -m benchmarks.device. Builds, tests, measures, looks for bad memory
+accesses, within a time limit.
 
 Needs no network and no package beyond those of the `bench` and `test` extras; where the package with the embedding
 table is missing, the tables are synthetic, and the results say so. Every file is written as soon as its part is done:
@@ -8,6 +9,7 @@ the benchmark's after every case.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -23,8 +25,13 @@ from benchmarks.embeddings import NoEmbeddings, pinned_package
 from benchmarks.machine import ROOT, describe
 
 SECONDS = 530  # for everything
-BUILD_SECONDS, TESTS_SHARE = 150, 0.4  # of what is left when they begin
-LAST_CASE_SECONDS = 60  # no case of the benchmark begins later than this before the end
+BUILD_SECONDS, TESTS_SHARE = 150, 0.35  # of what is left when they begin
+CHECKERS_SECONDS = 120  # are kept for what comes after the benchmark
+LAST_CASE_SECONDS = 35  # no case of the benchmark begins later than this before its end
+MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 60, 40, 25  # starting under a checker is slow
+OFFLINE_SECONDS = 60
+CHECKERS = ("memcheck", "racecheck", "initcheck")
+TOOLKITS = ("/usr/local", "/opt/nvidia", "/opt")  # where CUDA toolkits are, in folders named cuda*
 TAIL = 30  # lines of a part's output that are shown
 
 
@@ -39,11 +46,14 @@ class Parts:
     def left(self) -> float:
         return max(self.end - time.monotonic(), 1.0)
 
-    def run(self, name: str, command: list[str], seconds: float) -> None:
+    def run(self, name: str, command: list[str], seconds: float, **environment: str) -> None:
         log = self.log_stem.with_name(f"{self.log_stem.name}-{name}.txt")
         print(f"== {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
         with log.open("w", encoding="utf-8") as output:
-            part = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            part = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
             try:
                 ended = f"exit code {part.wait(seconds)}"
             except subprocess.TimeoutExpired:
@@ -69,11 +79,15 @@ def main() -> int:
     parts = Parts(arguments.seconds, out / describe("cuda").stem)
     python = sys.executable
     parts.run("build", [python, "setup.py", "build_ext", "--inplace"], min(BUILD_SECONDS, parts.left()))
-    # A new process describes and uses what was just built.
-    parts.run("tests", [python, "-m", "pytest", "tests"], TESTS_SHARE * parts.left())
+    # A new process describes and uses what was just built. The tests that a GPU decides come first.
+    tests = [*sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton*.py")), "tests"]
+    parts.run("tests", [python, "-m", "pytest", *tests], TESTS_SHARE * parts.left())
     measure = [python, "-m", "benchmarks", "run", "--device", "cuda", "--cases", "gpu-*", "--keep-going"]
-    measure += ["--out", str(out), "--deadline", str(int(parts.left() - LAST_CASE_SECONDS)), *embeddings()]
-    parts.run("benchmark", measure, parts.left())
+    seconds = max(parts.left() - CHECKERS_SECONDS, LAST_CASE_SECONDS)
+    measure += ["--out", str(out), "--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
+    parts.run("benchmark", measure, seconds)
+    sanitize(parts, python)
+    offline(parts, python)
     if out != RESULTS.resolve():
         RESULTS.mkdir(exist_ok=True)
         for path in out.glob(f"{parts.log_stem.name}*"):
@@ -81,6 +95,44 @@ def main() -> int:
     for failure in parts.failed:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if parts.failed else 0
+
+
+def sanitize(parts: Parts, python: str) -> None:
+    """As many checkers as there is time for; the first finds the most."""
+    checker = find_compute_sanitizer()
+    if checker is None:
+        print(
+            "== no compute-sanitizer, neither on PATH nor in a CUDA toolkit: memory accesses are not checked",
+            flush=True,
+        )
+        return
+    for tool in CHECKERS:
+        seconds = min(parts.left(), MOST_PER_CHECKER)
+        if seconds < LEAST_PER_CHECKER:
+            print(f"== {tool}: left out, there is no time", flush=True)
+            continue
+        command = [checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
+        command += [python, "-m", "benchmarks.sanitize", "--seconds", str(int(seconds - LAST_CALL_SECONDS))]
+        # A cached block is larger than its tensor: what goes beyond the tensor would not be seen.
+        parts.run(tool, command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def find_compute_sanitizer() -> str | None:
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes += [home for folder in TOOLKITS for home in sorted(Path(folder).glob("cuda*"), reverse=True)]
+    folders = [home / inner for home in homes for inner in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next(
+        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=str(folder)))), None
+    )  # fmt: skip
+
+
+def offline(parts: Parts, python: str) -> None:
+    """What the kernels' compilation for all GPUs says, with the Triton that is here."""
+    module = "smoothie_kernels.backends.triton.offline"
+    if importlib.util.find_spec(module) is None:
+        print(f"== there is no {module}: registers and spills are not listed", flush=True)
+    else:
+        parts.run("offline", [python, "-m", module, "--json"], min(OFFLINE_SECONDS, parts.left()))
 
 
 def embeddings() -> list[str]:

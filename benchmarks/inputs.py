@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from benchmarks.embeddings import Material
-from benchmarks.registry import OPS, Case
+from benchmarks.registry import OPS, Case, Op
 
 SIGMA_MIN, SIGMA_MAX, SHARPNESS = 1.5, 200.0, 9.0
 SPREAD = 0.25  # standard deviation of a row around its token's embedding, whose entries have standard deviation 1
@@ -34,11 +34,16 @@ class Inputs:
     table: Tensor  # [V, D]
     mu: Tensor  # [N] float32: one value per row, as in training
     std: Tensor  # [N] float32
+    grad: Tensor  # [N, D]: the gradient of `smoothed` that the training operators' backward begins with
     note: str  # what the table is
 
     @property
+    def op(self) -> Op:
+        return OPS[self.case.op]
+
+    @property
     def noisy(self) -> bool:
-        return self.case.op == "step" and self.case.std > 0
+        return self.op.noise and self.case.std > 0
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -47,11 +52,11 @@ class Inputs:
 
     @property
     def flop(self) -> int:
-        return OPS[self.case.op].flop(*self.sizes)
+        return self.op.flop(*self.sizes)
 
     @property
     def bytes(self) -> int:
-        return OPS[self.case.op].bytes(*self.sizes, self.x.element_size())
+        return self.op.bytes(*self.sizes, self.x.element_size())
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
@@ -63,9 +68,26 @@ class Inputs:
         finally:
             self.std.copy_(kept)
 
+    @contextmanager
+    def graded_only_at(self, rows: Tensor) -> Iterator[None]:
+        """The gradient is zero but in these rows for a while, which makes the truth affordable."""
+        kept = self.grad.clone()
+        self.grad.zero_()
+        self.grad[rows] = kept[rows]
+        try:
+            yield
+        finally:
+            self.grad.copy_(kept)
+
     def cut(self, n: int, v: int) -> Inputs:
         """The first n rows and v tokens: a small call that loads what a first call loads."""
-        return replace(self, x=self.x[:n], table=self.table[:v].clone(), mu=self.mu[:n], std=self.std[:n])
+        return replace(
+            self, x=self.x[:n], table=self.table[:v].clone(), mu=self.mu[:n], std=self.std[:n], grad=self.grad[:n]
+        )  # fmt: skip
+
+    def to(self, dtype: torch.dtype | None) -> Inputs:
+        """Rows and table in another type; None: as they are. The gradient is shared, so that it can be silenced."""
+        return self if dtype is None else replace(self, x=self.x.to(dtype), table=self.table.to(dtype))
 
 
 class Outputs(NamedTuple):
@@ -76,6 +98,8 @@ class Outputs(NamedTuple):
     noisy_tokens: Tensor | None = None  # [N]
     lse: Tensor | None = None  # [N]
     distance: Tensor | None = None  # [N]
+    grad_x: Tensor | None = None  # [N, D]
+    grad_embeddings: Tensor | None = None  # [V, D]
 
 
 Call = Callable[[], Outputs]
@@ -83,6 +107,33 @@ Call = Callable[[], Outputs]
 
 class Prepare(Protocol):
     def __call__(self, inputs: Inputs) -> Call: ...
+
+
+def training(
+    make: Callable[[Inputs], Callable[[Tensor, Tensor], Tensor]], dtype: torch.dtype | None = None
+) -> Mapping[str, Prepare]:
+    """A contestant's training operators, from its own function of rows and table that gives their mean embeddings."""
+
+    def prepare(inputs: Inputs) -> Call:
+        inputs, trains_table = inputs.to(dtype), inputs.op.trains_table
+        x, table = inputs.x.detach().requires_grad_(), inputs.table.detach().requires_grad_(trains_table)
+        forward = make(inputs)
+
+        def call() -> Outputs:
+            smoothed = forward(x, table)
+            grads = torch.autograd.grad(
+                smoothed, (x, table) if trains_table else (x,), inputs.grad.to(smoothed.dtype)
+            )  # fmt: skip
+            return Outputs(smoothed.detach(), grad_x=grads[0], grad_embeddings=grads[1] if trains_table else None)
+
+        return call
+
+    return {"train": prepare, "train-x": prepare}
+
+
+def grad_mode(case: Case) -> AbstractContextManager[Any]:
+    """As a contestant is run: with gradients where the operator has some, else as without training."""
+    return torch.enable_grad() if OPS[case.op].trains else torch.inference_mode()
 
 
 def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
@@ -95,12 +146,14 @@ def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
     mu, std = (case.mu, case.std) if case.t is None else schedule(case.t)
     tokens = material.tokens.repeat(-(-case.n // len(material.tokens)))[: case.n]
     x = material.table[tokens]
-    x += SPREAD * torch.randn(x.shape, generator=torch.Generator().manual_seed(case.n))
+    generator = torch.Generator().manual_seed(case.n)
+    x += SPREAD * torch.randn(x.shape, generator=generator)
     return Inputs(
         case,
         x.to(device, case.dtype),
         material.table.to(device, case.dtype),
         torch.full((case.n,), mu, device=device),
         torch.full((case.n,), std, device=device),
+        torch.randn(x.shape, generator=generator).to(device, case.dtype),
         material.note,
     )

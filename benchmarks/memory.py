@@ -62,13 +62,13 @@ def _measure(sender: Connection, case: Case, name: str, material: Path, threads:
         sender.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-@torch.inference_mode()
 def _peak_here(case: Case, name: str, material: Path, threads: int) -> Peak | str:
     torch.set_num_threads(threads)
     prepare = CONTESTANTS[name].prepare[case.op]
-    given = inputs.build(case, Material.load(material))
-    prepare(given.cut(2, 64))()
-    return peak_of(lambda: prepare(given)())
+    with inputs.grad_mode(case):
+        given = inputs.build(case, Material.load(material))
+        prepare(given.cut(2, 64))()
+        return peak_of(lambda: prepare(given)())
 
 
 def peak_of(call: Call) -> Peak | str:

@@ -14,17 +14,31 @@ class Op:
     """What an operator must do at least, however it is written."""
 
     products: int  # of N x V x D, each 2 N V D flop: what the floor is made of
-    outputs_of_width_d: int  # outputs of shape (N, D); those of shape (N,) do not count
+    arrays_of_rows: int  # of shape (N, D), read or written; those of shape (N,) do not count
+    tables: int  # of shape (V, D), likewise
+    noise: bool = True
+    trains: tuple[str, ...] = ()  # whose gradients it gives
+
+    @property
+    def trains_table(self) -> bool:
+        return "embeddings" in self.trains
 
     def flop(self, n: int, v: int, d: int) -> int:
         return 2 * self.products * n * v * d
 
     def bytes(self, n: int, v: int, d: int, itemsize: int) -> int:
-        """The table and the rows read once, the outputs written once."""
-        return itemsize * d * (v + n * (1 + self.outputs_of_width_d))
+        """Inputs read once, outputs written once."""
+        return itemsize * d * (v * self.tables + n * self.arrays_of_rows)
 
 
-OPS = {"step": Op(products=2, outputs_of_width_d=1), "nearest": Op(products=1, outputs_of_width_d=0)}
+OPS = {
+    "step": Op(products=2, arrays_of_rows=2, tables=1),
+    "nearest": Op(products=1, arrays_of_rows=1, tables=1, noise=False),
+    # Forward and backward. Beside the step's products: the gradient times the table, and what makes that of x ...
+    "train-x": Op(products=4, arrays_of_rows=4, tables=1, trains=("x",)),
+    # ... and two that make the table's.
+    "train": Op(products=6, arrays_of_rows=4, tables=2, trains=("x", "embeddings")),
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +62,21 @@ class Case:
 OURS = ("fused", "fused, raw table")
 DENSE = ("eager", "compiled", "chunked")
 NO_NOISE = ("sdpa", "flex", "keops")
-BACKENDS = ("fused", "fused[triton]", "fused[reference]")
+EPILOGUE = "chunked, compiled epilogue"
 V_SWEEP = (1024, 4096, 16384, 30522, 65536, 262144)
 
 _STEP = Case("step", "the training step: real table, float32, noise", (*OURS, *DENSE), n=512)
 _QUIET = Case("step-quiet", "the same without noise", ("fused", *DENSE, *NO_NOISE), n=512, std=0)
 _NEAREST = Case("nearest", "the nearest token alone: one product", ("fused", *DENSE), n=512, op="nearest")
+_TRAIN = Case("train", "forward, and backward for x and table", ("fused", *DENSE), n=512, op="train")
+_TRAIN_X = Case("train-x", "forward, and backward for x alone", ("fused", "eager", "chunked"), n=512, op="train-x")
 
 _DEFAULT = (
     _STEP,
     _QUIET,
     _NEAREST,
+    _TRAIN,
+    _TRAIN_X,
     replace(_STEP, name="step-n1", why="one row: the table must be read, and nothing else matters", n=1),
     replace(_STEP, name="step-n8", why="a few rows", n=8),
     Case("step-bf16", "bfloat16 rows and table", ("fused", "eager", "chunked"), n=512, dtype=torch.bfloat16),
@@ -78,35 +96,67 @@ _FULL = (
     replace(_STEP, name="step-bf16-compiled", why="everybody on bfloat16", dtype=torch.bfloat16, group="full"),
     replace(_STEP, name="step-fp16", why="float16 rows and table", dtype=torch.float16, group="full"),
     replace(_QUIET, name="step-quiet-bf16", why="bfloat16 without noise", dtype=torch.bfloat16, group="full"),
+    replace(
+        _STEP,
+        name="step-epilogue",
+        why="what is hard to beat on a GPU",
+        contestants=("fused", "chunked", EPILOGUE),
+        group="full",
+    ),
     *(
         replace(_STEP, name=f"step-t{t}", why="another time of the paper's schedule", t=t, group="full")
         for t in (5e-4, 0.05, 0.5, 0.9995)
     ),
     replace(_NEAREST, name="nearest-n1", why="one row", n=1, group="full"),
     replace(_NEAREST, name="nearest-bf16", why="bfloat16", dtype=torch.bfloat16, group="full"),
+    replace(
+        _TRAIN,
+        name="train-everybody",
+        why="every backend",
+        contestants=(*OURS, "fused[reference]", "chunked", EPILOGUE),
+        group="full",
+    ),
+    *(
+        replace(case, name=f"{case.name}-{name}", why=why, group="full", **changes)
+        for case in (_TRAIN, _TRAIN_X)
+        for name, why, changes in (
+            ("n8", "a few rows", {"n": 8}),
+            ("bf16", "bfloat16", {"dtype": torch.bfloat16, "contestants": ("fused", "eager", "chunked")}),
+            ("d768", "BERT's cased vocabulary and width", {"v": 28_996, "d": 768}),
+        )
+    ),
 )
-_GPU = tuple(
-    Case(
-        f"gpu-{case.name}-n{n}-v{v}-d{d}-{name}",
-        "a GPU",
-        who,
-        n=n,
-        v=v,
-        d=d,
-        dtype=dtype,
-        op=case.op,
-        std=case.std,
-        group="gpu",
-    )
-    for case, who in (
-        (_STEP, (*BACKENDS, *DENSE)),
-        (_QUIET, ("fused", *DENSE, "sdpa", "flex")),
-        (_NEAREST, (*BACKENDS, *DENSE)),
-    )
-    for n in (16384, 4096)
-    for v, d in ((28_996, 768), (30_522, 384))
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-    if case is _STEP or (n == 16384 and name == "bf16")
+
+
+def _on_gpu(case: Case, who: tuple[str, ...], n: int, v: int, d: int, dtype: torch.dtype) -> Case:
+    name = f"gpu-{case.name}-n{n}-v{v}-d{d}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    return replace(case, name=name, why="a GPU", contestants=who, n=n, v=v, d=d, dtype=dtype, group="gpu")
+
+
+# With the hardest competitor, and in both of the forms that a GPU has for ours.
+_BOTH = ("fused", "fused, one kernel", EPILOGUE)
+_SIZES = ((28_996, 768), (30_522, 384))
+# What is wanted first comes first: where time is short, the last cases are left out.
+_GPU = (
+    *(
+        _on_gpu(case, who, 16384, v, d, torch.bfloat16)
+        for v, d in _SIZES
+        for case, who in (
+            (_STEP, (*_BOTH, *DENSE, "eager, float32")),
+            (_QUIET, (*_BOTH, "eager", "sdpa")),
+            (_TRAIN, (*_BOTH, *DENSE, "eager, float32")),
+        )
+    ),
+    *(
+        _on_gpu(case, (*_BOTH, "eager", "chunked", "fused[reference]"), 4096, v, d, torch.float32)
+        for v, d in _SIZES
+        for case in (_STEP, _TRAIN)
+    ),
+    *(_on_gpu(_TRAIN_X, (*_BOTH, "eager", "chunked"), 16384, v, d, torch.bfloat16) for v, d in _SIZES),
+    _on_gpu(_QUIET, ("fused", "compiled", "flex"), 4096, *_SIZES[1], torch.bfloat16),
+    *(_on_gpu(_NEAREST, ("fused", *DENSE), 16384, v, d, torch.bfloat16) for v, d in _SIZES),
+    *(_on_gpu(_STEP, (*_BOTH, "eager"), 4096, v, d, torch.bfloat16) for v, d in _SIZES),
+    *(_on_gpu(_STEP, (*_BOTH, "eager"), 16384, v, d, torch.float32) for v, d in _SIZES),
 )
 
 CASES = {case.name: case for case in (*_DEFAULT, *_SWEEP, *_FULL, *_GPU)}

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.machine import Machine
 
+NOISE_COLUMNS = ("case", "contestant", "with noise", "without", "cost")
 COLUMNS = ("contestant", "time", "spread", "x fused", "efficiency", "memory", "error")
 
 
@@ -40,7 +42,7 @@ class Row:
     gb_per_s: float | None = None  # of what must be read and written at least
     peak_extra_bytes: int | None = None
     peak_process_bytes: int | None = None
-    error: float | None = None  # of smoothed, relative to float64
+    error: float | None = None  # of smoothed, in training of the gradients too: the largest, relative to float64
     note: str = ""  # why it is absent, or why something was not measured
     commit: str = ""
     machine: str = ""
@@ -80,7 +82,8 @@ class Report:
             "",
             *(f"- {line}" for line in machine_lines(machine)),
             "- How numbers are taken: [README](../README.md). "
-            "Efficiency: time of the matrix products alone over time. Error: of smoothed, against float64.",
+            "Efficiency: time of the matrix products alone over time. "
+            "Error: of smoothed and of gradients, the largest, against float64.",
             "",
             *(f"![{name}]({name})" for name in pictures),
         ]
@@ -88,6 +91,15 @@ class Report:
             lines += ["", f"## {name}", "", f"{shape(rows[0])}. Table: {self.tables[name]}.", ""]
             lines += [f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
             lines += [f"| {' | '.join(cells)} |" for cells in map(cells_of, with_ratio(rows))]
+        if costs := noise_costs(self.rows):
+            lines += [
+                "",
+                "## Cost of noise",
+                "",
+                f"| {' | '.join(NOISE_COLUMNS)} |",
+                "| --- | --- | ---: | ---: | ---: |",
+            ]
+            lines += [f"| {' | '.join(cells)} |" for cells in costs]
         return "\n".join(lines) + "\n"
 
     def show(self, console: Console) -> None:
@@ -100,7 +112,13 @@ class Report:
             for column in COLUMNS:
                 table.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
             for row, ratio in with_ratio(rows):
-                table.add_row(*cells_of((row, ratio)), style="bold green" if row.ours else "")
+                table.add_row(*map(escape, cells_of((row, ratio))), style="bold green" if row.ours else "")
+            console.print(table)
+        if costs := noise_costs(self.rows):
+            console.print("\nCost of noise", style="bold")
+            table = Table(*NOISE_COLUMNS, box=SIMPLE_HEAD)
+            for cells in costs:
+                table.add_row(*map(escape, cells))
             console.print(table)
 
 
@@ -122,6 +140,20 @@ def with_ratio(rows: list[Row]) -> list[tuple[Row, float | None]]:
     """Every row with its time over that of the case's first row of ours."""
     fused = next((row.seconds for row in rows if row.ours and row.seconds), None)
     return [(row, row.seconds / fused if fused and row.seconds else None) for row in rows]
+
+
+def noise_costs(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Where a contestant ran a case with and without noise, all else being equal: how much longer it took."""
+
+    def key(row: Row) -> tuple[object, ...]:
+        return row.contestant, row.op, row.n, row.v, row.d, row.dtype
+
+    quiet = {key(row): row.seconds for row in rows if row.seconds and not row.noise and row.op != "nearest"}
+    return [
+        (row.case, row.contestant, duration(row.seconds), duration(without), f"{row.seconds / without - 1:+.0%}")
+        for row in rows
+        if row.seconds and row.noise and not row.contestant.startswith("products") and (without := quiet.get(key(row)))
+    ]
 
 
 def cells_of(row_and_ratio: tuple[Row, float | None]) -> list[str]:

@@ -17,9 +17,10 @@ from benchmarks.machine import Machine
 from benchmarks.registry import Case
 from benchmarks.report import Row
 
-PATIENCE = {"sweep": 0.7}  # seconds of timed runs for each contestant of a case, by group
+PATIENCE = {"sweep": 0.7, "gpu": 0.5}  # seconds of timed runs for each contestant of a case, by group
 USUAL_PATIENCE = 1.5
 USABLE = 0.8  # of the free memory
+WRONG = "wrong: "  # begins the note of a row without time whose results were wrong
 STAGES = 3  # of every contestant in every case, for the progress bar: check, race, memory
 
 Progress = Callable[[str, float], None]  # what is being done, and how many stages are done since last time
@@ -34,10 +35,15 @@ class Suite:
     machine: Machine
     device: str
     repeats: int | None = None
+    keep_going: bool = False  # where a result of ours is wrong, that row says so, instead of CheckFailed
 
-    @torch.inference_mode()
     def run(self, case: Case, progress: Progress = lambda what, stages: None) -> tuple[str, list[Row]]:
         """What the table was, and one row per contestant. CheckFailed where a result is wrong."""
+        torch.compiler.reset()  # beyond eight shapes of one function it would quietly run the function as it is
+        with inputs.grad_mode(case):
+            return self._run(case, progress)
+
+    def _run(self, case: Case, progress: Progress) -> tuple[str, list[Row]]:
         given = inputs.build(case, self.material, self.device)
         rows, calls = self._check_all(given, progress)
         rows = self._race(given, rows, calls, progress)
@@ -63,15 +69,16 @@ class Suite:
                     rows[name] = replace(rows[name], error=referee.check(contestant, call))
                     calls[name] = call
                 except CheckFailed as error:
-                    if contestant.ours:
+                    if contestant.ours and not self.keep_going:
                         raise
-                    reason = f"wrong: {error.what}"  # a competitor's mistake is not ours to time, nor to die of
+                    reason = f"{WRONG}{error.what}"  # a competitor's mistake is not ours to time, nor to die of
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-                    if contestant.ours:
+                    if contestant.ours and not self.keep_going:
                         raise CheckFailed(f"case {case.name!r}, contestant {name!r} raised {reason}") from error
+                    reason = f"{WRONG}{reason}" if contestant.ours else reason
             if reason:
-                rows[name] = replace(rows[name], note=reason if reason.startswith("wrong") else f"absent: {reason}")
+                rows[name] = replace(rows[name], note=reason if reason.startswith(WRONG) else f"absent: {reason}")
         return rows, calls
 
     def _race(self, given: Inputs, rows: dict[str, Row], calls: dict[str, Call], progress: Progress) -> dict[str, Row]:

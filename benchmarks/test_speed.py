@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import inputs
 from benchmarks.check import Referee
@@ -13,7 +12,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.registry import CASES
 
-NAMES = ("step", "step-quiet", "nearest", "step-n1", "step-n8")
+NAMES = ("step", "step-quiet", "nearest", "step-n1", "step-n8", "train", "train-x")
 PAIRS = [(case, name) for case in NAMES for name in CASES[case].contestants if not CONTESTANTS[name].compiles]
 
 
@@ -31,7 +30,7 @@ def test_speed(benchmark: Any, material: Material, case: str, name: str) -> None
     if reason := contestant.absent(given):
         pytest.skip(reason)
     benchmark.group = case
-    with torch.inference_mode():
+    with inputs.grad_mode(given.case):
         call = contestant.prepare[given.case.op](given)
         benchmark.extra_info["error"] = Referee(given).check(contestant, call)  # raises where a result is wrong
         benchmark.pedantic(call, rounds=5, warmup_rounds=1)
