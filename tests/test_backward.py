@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import CASES, inputs
 from conftest import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,27 +10,6 @@ from hypothesis import strategies as st
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
 from smoothie_kernels.testing import check_gradients, relative_error
 
-# id: N, V, D, mu, std, x scale
-CASES = {
-    "even": (32, 256, 64, 0.05, 0.99, 1.0),
-    "ragged": (33, 301, 48, 0.02, 1.0, 1.0),
-    "odd": (7, 131, 37, 0.1, 0.9, 1.0),
-    "one row": (1, 259, 24, 0.3, 0.95, 1.0),
-    "one token": (5, 1, 16, 0.05, 0.99, 1.0),
-    "two tokens": (17, 2, 8, 0.5, 0.5, 1.0),
-    "width 1": (9, 130, 1, 0.5, 0.9, 1.0),
-    "width 3": (18, 127, 3, 0.5, 0.9, 1.0),
-    "many rows": (300, 140, 24, 0.1, 0.9, 1.0),
-    "peaked": (16, 512, 64, 0.684, 0.73, 1.0),
-    "flat": (16, 512, 64, 7e-5, 1.0, 1.0),
-    "no noise": (20, 300, 32, 0.1, 0.0, 1.0),
-    "no distances": (8, 200, 16, 0.0, 1.0, 1.0),
-    "far away": (20, 150, 16, 0.3, 0.9, 1e2),
-    "very far away": (5, 150, 16, 0.684, 0.73, 1e3),
-    "loud": (20, 300, 32, 0.05, 30.0, 1.0),
-    "very loud": (5, 300, 32, 0.05, 1e4, 1.0),
-    "attracted by distance": (5, 90, 16, -0.4, 0.9, 1.0),
-}
 WHERE = {"seed": 3, "offset": 1, "row_offset": 5}
 
 
@@ -38,10 +18,9 @@ class Problem:
 
     def __init__(self, backend, n, v, d, mu=0.05, std=0.99, scale=1.0, x_type=torch.float32, table_type=torch.float32):
         device = device_of(backend)
-        table = torch.randn(v, d)
-        x = scale * (table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d))
+        x, table = inputs(n, v, d, scale, device)
         self.backend, self.mu, self.std = backend, mu, std
-        self.x, self.table = x.to(device, x_type), table.to(device, table_type)
+        self.x, self.table = x.to(x_type), table.to(table_type)
         self.grad_smoothed, self.grad_lse = torch.randn(n, d).to(device, x_type), torch.randn(n, device=device)
         self.eps = noise.gaussian(n, v, backend="reference", **WHERE).to(device)
 

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from smoothie_kernels import noise
 from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
 from smoothie_kernels.backends.triton import forward
+from smoothie_kernels.backends.triton.chunked_kernels import chunk_bwd_kernel, chunk_fwd_kernel
 from smoothie_kernels.backends.triton.launch import (
     OPTIONS,
     PRECISION,
@@ -42,14 +42,6 @@ from smoothie_kernels.backends.triton.launch import (
     triton_type,
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge
-from smoothie_kernels.backends.triton.parts import (
-    keep_first_max,
-    load_row_ids,
-    load_tile,
-    noise_key,
-    normals,
-    score_tile,
-)
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
 
 MAX_ROWS = 4096  # of a block: more do not make the products any faster
@@ -162,7 +154,7 @@ def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> t
 def _launch_fwd(inputs: StepInputs, tokens: slice, tile: Tile, **arguments: Any) -> None:
     tiles = triton.cdiv(len(inputs.x), tile.n) * triton.cdiv(tokens.stop - tokens.start, tile.v)
     with device_of(inputs.x):
-        _chunk_fwd_kernel[tiles,](**_of_both(inputs, tokens, tile), **arguments)
+        chunk_fwd_kernel[tiles,](**_of_both(inputs, tokens, tile), **arguments)
 
 
 def _empty_parts(inputs: StepInputs, tiles: int) -> Parts:
@@ -276,7 +268,7 @@ def _grad_scores(
     weights = workspace[: matrices * n * stride].view(matrices, n, stride)
     row_sums, token_sums = x.new_empty(tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
     with device_of(x):
-        _chunk_bwd_kernel[tiles_n * tiles_v,](
+        chunk_bwd_kernel[tiles_n * tiles_v,](
             **_of_both(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
             best_score_ptr=best_score, log_sum_ptr=log_sum, shift_ptr=shift,
             p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
@@ -352,161 +344,3 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
     else:
         acc.addmm_(a.float(), b.float())
-
-
-# --- kernels
-
-
-@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
-def _chunk_fwd_kernel(
-    x_ptr,  # [N, D]
-    e_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    mu_ptr,  # [N]
-    std_ptr,  # [N], None without noise
-    row_ids_ptr,  # [N], None for row_offset + i
-    seed_ptr,  # []
-    offset_ptr,  # []
-    ref_score_ptr,  # [N]
-    highest_ptr,  # [N]
-    total_ptr,  # [V / BLOCK_V, N]; this and the last four are merge.Parts
-    weights_ptr,  # [N, V], None for total alone
-    best_score_ptr,  # [V / BLOCK_V, N]
-    best_logit_ptr,  # [V / BLOCK_V, N]
-    token_ptr,  # [V / BLOCK_V, N]
-    noisy_token_ptr,  # [V / BLOCK_V, N]
-    N,
-    V,
-    first_token,
-    stride_xn,
-    stride_ev,
-    stride_wn,
-    row_offset,
-    inverse_variance,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
-    tile_v = tl.program_id(0) // tiles_n
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_n, m_v = o_n < N, o_v < V
-
-    scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
-    scores += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
-    nothing, no_token = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.int32)
-    best_score, token = keep_first_max(nothing, no_token, scores, first_token + o_v)
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
-    logits = scale[:, None] * (scores - tl.load(ref_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    if std_ptr is not None:
-        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
-        key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
-        logits += std[:, None] * normals(first_token + tile_v * BLOCK_V, noise_rows, key, BLOCK_V)
-    logits = tl.where(m_v[None, :], logits, -float("inf"))
-    best_logit, noisy_token = keep_first_max(nothing, no_token, logits, first_token + o_v)
-    weights = tl.exp(logits - tl.load(highest_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    at_part = tile_v.to(tl.int64) * N + o_n
-    tl.store(total_ptr + at_part, tl.sum(weights, 1), mask=m_n)
-    if weights_ptr is not None:
-        at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
-        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
-        tl.store(best_score_ptr + at_part, best_score, mask=m_n)
-        tl.store(best_logit_ptr + at_part, best_logit, mask=m_n)
-        tl.store(token_ptr + at_part, token, mask=m_n)
-        tl.store(noisy_token_ptr + at_part, noisy_token, mask=m_n)
-
-
-@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
-def _chunk_bwd_kernel(
-    x_ptr,  # [N, D]
-    grad_ptr,  # [N, D], None where smoothed has no gradient
-    e_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    mu_ptr,  # [N]
-    std_ptr,  # [N], None without noise
-    row_ids_ptr,  # [N], None for row_offset + i
-    seed_ptr,  # []
-    offset_ptr,  # []
-    best_score_ptr,  # [N]
-    log_sum_ptr,  # [N]
-    shift_ptr,  # [N]: grad_lse - delta
-    p_ptr,  # [N, V], None where not needed
-    ds_ptr,  # [N, V]
-    row_sums_ptr,  # [V / BLOCK_V, N]
-    token_sums_ptr,  # [N / BLOCK_N, V]
-    N,
-    V,
-    first_token,
-    stride_xn,
-    stride_gn,
-    stride_ev,
-    stride_wn,
-    row_offset,
-    inverse_variance,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    WEIGHT: tl.constexpr = ds_ptr.dtype.element_ty
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
-    tile_v = tl.program_id(0) // tiles_n
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_n, m_v = o_n < N, o_v < V
-    inside = m_n[:, None] & m_v[None, :]
-
-    scores, grad_weights = _products(
-        x_ptr, stride_xn, grad_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v, D, BLOCK_K, DOT, PRECISION
-    )
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
-    scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
-    logits = scale[:, None] * (scores - tl.load(best_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    if std_ptr is not None:
-        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
-        key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
-        logits += std[:, None] * normals(first_token + tile_v * BLOCK_V, noise_rows, key, BLOCK_V)
-    weights = tl.exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
-    if p_ptr is not None:
-        tl.store(p_ptr + at, weights.to(WEIGHT), mask=inside)
-    shift = tl.load(shift_ptr + o_n, mask=m_n, other=0.0)[:, None]
-    if grad_ptr is not None:
-        grad_scores = scale[:, None] * weights * (grad_weights + shift)
-    else:
-        grad_scores = scale[:, None] * weights * shift
-    grad_scores = tl.where(inside, grad_scores, 0.0).to(WEIGHT)
-    tl.store(ds_ptr + at, grad_scores, mask=inside)
-    # Sums of what the products will read, roundings included.
-    rounded = grad_scores.to(tl.float32)
-    tl.store(row_sums_ptr + tile_v.to(tl.int64) * N + o_n, tl.sum(rounded, 1), mask=m_n)
-    tl.store(token_sums_ptr + tile_n.to(tl.int64) * V + o_v, tl.sum(rounded, 0), mask=m_v)
-
-
-@triton.jit
-def _products(
-    x_ptr, stride_xn, g_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x . E^T and g . E^T, [n, v] each; zero instead of the second where there is no g."""
-    x_e = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
-    g_e = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
-    for first in range(0, D, BLOCK_K):
-        o_k = first + tl.arange(0, BLOCK_K)
-        b_e = tl.trans(load_tile(e_ptr, o_v, m_v, stride_ev, o_k, D).to(DOT))  # [k, v]
-        b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_k, D).to(DOT)  # [n, k]
-        x_e = tl.dot(b_x, b_e, x_e, input_precision=PRECISION)
-        if g_ptr is not None:
-            b_g = load_tile(g_ptr, o_n, m_n, stride_gn, o_k, D).to(DOT)
-            g_e = tl.dot(b_g, b_e, g_e, input_precision=PRECISION)
-    return x_e, g_e

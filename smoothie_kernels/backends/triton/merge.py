@@ -21,10 +21,11 @@ from smoothie_kernels.backends import StepInputs
 from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
 from smoothie_kernels.backends.triton.parts import squared_distance, sum_of_squares
 
-ROWS, PARTS, COLUMNS = 32, 32, 64  # of a program, at a time
+ROWS, PARTS, COLUMNS = 16, 16, 64  # of a program, at a time
 ONE_SUM = {"BLOCK_N": ROWS, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": COLUMNS}
-# Sums of many parts are those of few rows: smaller programs, and the columns shared out between them.
-MANY_SUMS = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 16, "BLOCK_D": 32}
+# Sums of many parts are those of few rows: smaller programs, and the columns shared out between them. With 32 rows, 32
+# parts or half the columns, either form spills 16 to 24 bytes on sm_80 or sm_100.
+MANY_SUMS = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 16, "BLOCK_D": 64}
 
 
 class Parts(NamedTuple):

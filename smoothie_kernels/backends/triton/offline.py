@@ -27,7 +27,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothie_kernels.backends.triton import chunked, forward, merge
+from smoothie_kernels.backends.triton import chunked, chunked_kernels, forward, merge
 from smoothie_kernels.backends.triton.launch import INTERPRETED, OPTIONS
 from smoothie_kernels.backends.triton.tiles import FAMILIES, pick_tile
 
@@ -110,9 +110,9 @@ def _streaming(target: str, dtype: str) -> Iterator[Launch]:
 def _chunked(target: str, dtype: str, width: int) -> Iterator[Launch]:
     size = DTYPES[dtype].itemsize
     forms = {
-        "chunked forward": (chunked._chunk_fwd_kernel, chunked.FORWARD, ()),
-        "chunked backward": (chunked._chunk_bwd_kernel, chunked.BACKWARD, ()),
-        "chunked backward, x alone": (chunked._chunk_bwd_kernel, chunked.BACKWARD, ("p_ptr",)),
+        "chunked forward": (chunked_kernels.chunk_fwd_kernel, chunked.FORWARD, ()),
+        "chunked backward": (chunked_kernels.chunk_bwd_kernel, chunked.BACKWARD, ()),
+        "chunked backward, x alone": (chunked_kernels.chunk_bwd_kernel, chunked.BACKWARD, ("p_ptr",)),
     }
     for name, (kernel, table, none) in forms.items():
         tile = table[target][size]

@@ -87,6 +87,7 @@ _MEAN_FEW_ROWS: dict[str, Rows] = {
         (4, ANY, Tile(16, 16, 32, 512, 8, 3)),  # 219, 32 KiB; v = 32 spills 24 with Triton 3.6
     ),
     "gfx942": (
+        (2, 128, Tile(16, 64, 64, 128, 4, 2)),  # 232, 28 KiB; the next row takes 74 KiB there
         (2, 512, Tile(16, 32, 64, 512, 8, 3)),  # 154, 32 KiB; k = 512 spills 808, so the table is loaded twice
         (2, ANY, Tile(16, 32, 64, 1024, 8, 2)),  # 178, 64 KiB; k = 1,024 spills 2,704
         (4, ANY, Tile(16, 32, 32, 512, 8, 2)),  # 174, 64 KiB
