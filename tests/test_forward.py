@@ -193,9 +193,13 @@ def test_more_than_2_31_elements_of_table():
     dense = torch.randn(v, d)
     table.copy_(dense)
     x = dense + 0.1 * torch.randn(v, d)
-    step = fused_smoothie_step(x, table, 0.3, 0.9, seed=1)
-    expected = fused_smoothie_step(x, dense, 0.3, 0.9, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(step[:4], expected[:4], strict=True))
+
+    def results(table):
+        inputs = x.detach().requires_grad_(), table.detach().requires_grad_()
+        step = fused_smoothie_step(*inputs, 0.3, 0.9, seed=1)
+        return *step[:4], *torch.autograd.grad(step.smoothed.square().sum() + step.lse.sum(), inputs)
+
+    assert all(torch.equal(a, b) for a, b in zip(results(table), results(dense), strict=True))
 
 
 def test_more_than_2_31_pairs_of_row_and_token():
@@ -203,10 +207,12 @@ def test_more_than_2_31_pairs_of_row_and_token():
     if device_of("cpu") != "cpu":
         pytest.skip("a CPU test")
     n, v = 70_400, 30_522
-    x, table = torch.randn(n, 1), torch.randn(v, 1)
+    x, table = torch.randn(n, 1, requires_grad=True), torch.randn(v, 1)
     vocabulary = Vocabulary(table)
     whole = fused_smoothie_step(x, vocabulary, 0.3, 0.0)
     last = fused_smoothie_step(x[-50:], vocabulary, 0.3, 0.0)
+    grads = [torch.autograd.grad(step.smoothed.sum(), x)[0][-50:] for step in (whole, last)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(whole.smoothed[-50:], last.smoothed, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(whole.lse[-50:], last.lse)
     assert torch.equal(whole.tokens[-50:], last.tokens)

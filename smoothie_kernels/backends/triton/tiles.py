@@ -1,6 +1,6 @@
 """Which tile a call gets, and in how many parts it takes the vocabulary: tables, by kind, GPU, type and width.
 
-No tile has been timed: no GPU was at hand. Each is one that compiles for its family without spilling, with Triton 3.6
+No tile has been timed on a GPU yet. Each is one that compiles for its family without spilling, with Triton 3.6
 and 3.9, and within its shared memory. Behind a tile: registers of a thread and KiB of shared memory there, the most of
 all widths tried, with noise, Triton 3.9; then what is wrong with its neighbour (bytes of a thread in memory).
 `make kernels-check` compiles them again.
