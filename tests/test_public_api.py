@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import smoothie_kernels
@@ -73,3 +75,15 @@ def test_doctor_names_every_backend(capsys):
     for name in dispatch.BACKENDS:
         assert f"\n  {name} " in lines
     assert "reference  yes" in lines
+
+
+def test_triton_is_left_alone_until_it_is_asked_for():
+    """Torch may import triton with its compiler; this package's own kernels, which need it, stay where they are."""
+    program = """if True:
+        import sys, torch, smoothie_kernels
+        print("triton" in sys.modules)
+        smoothie_kernels.fused_smoothie_step(torch.randn(3, 4), torch.randn(5, 4), 0.1, 0.9, backend="reference")
+        print(any(name.startswith("smoothie_kernels.backends.triton") for name in sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
