@@ -25,8 +25,8 @@
 namespace smoothie {
 namespace {  // one copy per tier
 
-constexpr int64_t kMemory =
-    32 << 20;  // bytes of packed rows and of their gradients in all threads, where they are many
+// Bytes of packed rows and of their gradients in all threads: where rows are more, they go in several goes.
+constexpr int64_t kMemory = 32 << 20;
 // Rows of one sum in `spread`: out is loaded and stored once for so many. N = 512, V = 30,522, D = 384, two AVX-512
 // threads, all gradients: 64 rows 221 ms, 128 rows 213, 256 rows 207; five products take MKL 202.
 constexpr int64_t kGroupRows = 256;

@@ -61,12 +61,10 @@ def chunk_fwd_kernel(
     nothing, no_token = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.int32)
     best_score, token = keep_first_max(nothing, no_token, scores, first_token + o_v)
     scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
-    logits = scale[:, None] * (scores - tl.load(ref_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    if std_ptr is not None:
-        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
-        key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
-        logits += std[:, None] * normals(first_token + tile_v * BLOCK_V, noise_rows, key, BLOCK_V)
+    logits = _logits(
+        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset,
+        o_n, m_n, first_token + tile_v * BLOCK_V,
+    )  # fmt: skip
     logits = tl.where(m_v[None, :], logits, -float("inf"))
     best_logit, noisy_token = keep_first_max(nothing, no_token, logits, first_token + o_v)
     weights = tl.exp(logits - tl.load(highest_ptr + o_n, mask=m_n, other=0.0)[:, None])
@@ -129,12 +127,10 @@ def chunk_bwd_kernel(
     )
     scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
-    logits = scale[:, None] * (scores - tl.load(best_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    if std_ptr is not None:
-        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
-        key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
-        logits += std[:, None] * normals(first_token + tile_v * BLOCK_V, noise_rows, key, BLOCK_V)
+    logits = _logits(
+        scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset,
+        o_n, m_n, first_token + tile_v * BLOCK_V,
+    )  # fmt: skip
     weights = tl.exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
     at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
     if p_ptr is not None:
@@ -150,6 +146,18 @@ def chunk_bwd_kernel(
     rounded = grad_scores.to(tl.float32)
     tl.store(row_sums_ptr + tile_v.to(tl.int64) * N + o_n, tl.sum(rounded, 1), mask=m_n)
     tl.store(token_sums_ptr + tile_n.to(tl.int64) * V + o_v, tl.sum(rounded, 0), mask=m_v)
+
+
+@triton.jit
+def _logits(scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset, o_n, m_n, first):
+    """scale (scores - ref_score) + std eps, [n, v]; first: the token of the first column."""
+    logits = scale[:, None] * (scores - tl.load(ref_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    if std_ptr is not None:
+        std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
+        key, row_shift = noise_key(seed_ptr, offset_ptr)
+        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
+        logits += std[:, None] * normals(first, noise_rows, key, scores.shape[1])
+    return logits
 
 
 @triton.jit
