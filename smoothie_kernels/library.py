@@ -233,7 +233,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
 
 @step_bwd.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
-    """Reached through torch.autograd.grad(is_grads_batched=True): one call each."""
+    """Reached where torch.autograd.grad is called under torch.func.vmap, as for a Jacobian: one call each."""
     samples = [
         step_bwd(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)

@@ -36,10 +36,11 @@ class Problem:
         found = iter(torch.autograd.grad(outputs, [i for i in inputs if i.requires_grad], grads))
         return [next(found) if i.requires_grad else None for i in inputs]
 
-    def wrong(self, grads, *, smoothed=True, lse=True):
+    def wrong(self, grads, *, smoothed=True, lse=True, cancelled=0.0):
         rows = torch.ones(len(self.x), device=self.x.device)
         incoming = self.grad_smoothed * smoothed, self.grad_lse * lse
-        return check_gradients(grads, self.x, self.table, self.mu * rows, self.std * rows, self.eps, *incoming)
+        given = self.x, self.table, self.mu * rows, self.std * rows, self.eps
+        return check_gradients(grads, *given, *incoming, cancelled=cancelled)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,6 +68,15 @@ def test_types(backend, x_type, table_type):
     grads = problem.grads()
     assert [g.dtype for g in grads] == [x_type, table_type]
     assert problem.wrong(grads) == []
+
+
+def test_rounding_of_the_mean_goes_out_again(backend):
+    """A 16-bit `smoothed` rounds delta; beside what all tokens have in common, x's gradient is small."""
+    problem = Problem(backend, 20, 150, 16, mu=0.02, x_type=torch.bfloat16)
+    problem.table += 8.0
+    problem.x += 8.0
+    grads = problem.grads(table=False, lse=False)
+    assert problem.wrong(grads, lse=False) == []
 
 
 def test_gradcheck():
@@ -236,7 +246,7 @@ def test_no_second_derivative(backend):
     mu=st.sampled_from([7e-5, 0.01, 0.3]), std=st.sampled_from([0.0, 0.8]),
 )  # fmt: skip
 def test_any_shape(n, v, d, seed, mu, std):
-    """The backend that users of a CPU get."""
+    """The backend that users of a CPU get. Sums of one or two columns may come out next to zero."""
     torch.manual_seed(seed)
     problem = Problem("auto", n, v, d, mu, std)
-    assert problem.wrong(problem.grads()) == []
+    assert problem.wrong(problem.grads(), cancelled=0.25) == []

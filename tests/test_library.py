@@ -21,6 +21,7 @@ def test_opcheck(backend):
     torch.library.opcheck(library.step_fwd, args)
     wanted = [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]]
     torch.library.opcheck(library.step_fwd, wanted)
+    assert [o.requires_grad for o in library.step_fwd(*wanted)] == [True, False, False, True, False, False]
     smoothed, _, _, _, best_score, log_sum = library.step_fwd(*args)
     grads = torch.randn_like(x), torch.randn(6, device=DEVICE)
     for incoming in (grads, (grads[0], None), (None, grads[1])):
@@ -164,9 +165,14 @@ def test_batched_gradients(backend):
     x.requires_grad_()
     smoothed = fused_smoothie_step(x, table, 0.3, 0.9, seed=3, backend=backend).smoothed.flatten()
     basis = torch.eye(10, device=x.device)
-    found = torch.autograd.grad(smoothed, x, basis, is_grads_batched=True, retain_graph=True)[0]
-    each = [torch.autograd.grad(smoothed, x, b, retain_graph=True)[0] for b in basis]
-    torch.testing.assert_close(found, torch.stack(each))
+
+    def gradient(grad):
+        return torch.autograd.grad(smoothed, x, grad, retain_graph=True)[0]
+
+    expected = torch.stack([gradient(b) for b in basis])
+    torch.testing.assert_close(torch.func.vmap(gradient)(basis), expected)
+    at_once = torch.autograd.grad(smoothed, x, basis, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(at_once, expected)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
