@@ -75,7 +75,9 @@ def backward(how, grads, needs_x=True, needs_embeddings=True, tile=None):
 def wrong_gradients(how, found, grads):
     smoothed = torch.zeros_like(how.x) if grads.smoothed is None else grads.smoothed
     lse = torch.zeros_like(how.mu) if grads.lse is None else grads.lse
-    return check_gradients(found, how.x, how.embeddings, how.mu, *field(how), smoothed, lse)
+    # P and dS are rounded to bfloat16, like the naive form's: an error of terms, which may cancel in their sum.
+    cancelled = 0.25 if how.x.dtype == how.embeddings.dtype == torch.bfloat16 else 0.0
+    return check_gradients(found, how.x, how.embeddings, how.mu, *field(how), smoothed, lse, cancelled=cancelled)
 
 
 # --- forward
