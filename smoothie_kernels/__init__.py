@@ -2,7 +2,18 @@
 
 from smoothie_kernels import noise
 from smoothie_kernels.ops import NearestToken, SmoothieStep, fused_smoothie_step, nearest_token
+from smoothie_kernels.recall import expected_recall
+from smoothie_kernels.topk import TopK
 from smoothie_kernels.vocabulary import Vocabulary
 
-__all__ = ["NearestToken", "SmoothieStep", "Vocabulary", "fused_smoothie_step", "nearest_token", "noise"]
+__all__ = [
+    "NearestToken",
+    "SmoothieStep",
+    "TopK",
+    "Vocabulary",
+    "expected_recall",
+    "fused_smoothie_step",
+    "nearest_token",
+    "noise",
+]
 __version__ = "0.1.0"

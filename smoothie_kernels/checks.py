@@ -8,6 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton")
+SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
 
 
@@ -66,11 +67,23 @@ def check_x(x: object, embeddings: Tensor) -> None:
         raise TypeError(f"x and embeddings must both be float64 or neither, got {x.dtype} and {embeddings.dtype}")
 
 
-def check_topk(topk: object, recall_target: object) -> None:
-    if topk is not None:
-        raise ValueError(f"topk must be None: top-k is not implemented yet, got {topk!r}")
-    if recall_target != 1.0:
-        raise ValueError(f"recall_target must be 1.0 while topk is None, got {recall_target!r}")
+def check_topk(topk: object, recall_target: object, smooth: object, vocabulary: int) -> int:
+    """`topk` as a number, 0 for None."""
+    if smooth not in SMOOTH:
+        raise ValueError(f"smooth must be one of {', '.join(map(repr, SMOOTH))}, got {smooth!r}")
+    target = _number("recall_target", recall_target)
+    if not 0 < target <= 1:
+        raise ValueError(f"recall_target must be in (0, 1], got {target}")
+    if topk is None:
+        if target != 1:
+            raise ValueError(f"recall_target must be 1.0 where topk is None, got {target}")
+        if smooth != "full":
+            raise ValueError(f"smooth must be 'full' where topk is None, got {smooth!r}")
+        return 0
+    k = _integer("topk", topk, "an int or None")
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"topk must be in [1, V] with V = {vocabulary}, got {k}")
+    return k
 
 
 def check_sigma_min(sigma_min: object) -> None:

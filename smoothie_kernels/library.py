@@ -7,8 +7,9 @@ On a GPU they are not: reading them would make the host wait for the device.
 Autocast changes nothing here: a call takes its inputs in the types that they have, and sums in float32.
 """
 
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.library import custom_op
 
 from smoothie_kernels import checks
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather
 from smoothie_kernels.dispatch import pick_backend
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Average = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Body = TypeVar("Body", bound=Callable[..., Any])
 
 
@@ -69,42 +71,79 @@ def step_fwd(
     sigma_min: float,
     has_noise: bool,
     workspace: int,
+    smooth: str,
+    topk: int,
+    recall_target: float,
     backend: str,
-) -> Six:
+) -> Eight:
     if x.shape[0] == 0:
-        return _empty_step(x)
+        return _empty_step(x, smooth, topk)
     if x.device.type == "cpu":
         checks.check_values("mu", mu)
         checks.check_values("std", std)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
     inputs = _inputs(
-        x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace
+        x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace, smooth,
+        topk, recall_target,
     )  # fmt: skip
     outputs: StepOutputs = pick_backend(backend, x.device, x.dtype).step_fwd(inputs)
+    if smooth == "topk":
+        warn_of_tail(outputs)
     return outputs
 
 
 @step_fwd.register_fake
-def _(x: Tensor, *_: object) -> Six:
-    return _empty_step(x)
+def _(x: Tensor, *rest: Any) -> Eight:
+    return _empty_step(x, *rest[-4:-2])
 
 
-def _empty_step(x: Tensor) -> Six:
-    n = x.shape[0]
+def _empty_step(x: Tensor, smooth: str, topk: int) -> Eight:
+    n, d = x.shape
     tokens = [x.new_empty(n, dtype=torch.int64) for _ in range(2)]
     sums = [x.new_empty(n, dtype=_sum_dtype(x)) for _ in range(3)]
-    return x.new_empty(x.shape), tokens[0], tokens[1], sums[0], sums[1], sums[2]
+    return (
+        x.new_empty(n, d if smooth == "full" else 0), tokens[0], tokens[1], sums[0], sums[1], sums[2],
+        x.new_empty(n, topk, dtype=_sum_dtype(x)), x.new_empty(n, topk, dtype=torch.int64),
+    )  # fmt: skip
 
 
 def _inputs(
     x: Tensor, embeddings: Tensor, bias: Tensor, mu: Tensor, std: Tensor, row_ids: Tensor | None, seed: Tensor,
-    offset: Tensor, row_offset: int, sigma_min: float, has_noise: bool, workspace: int,
+    offset: Tensor, row_offset: int, sigma_min: float, has_noise: bool, workspace: int, smooth: str, topk: int,
+    recall_target: float,
 ) -> StepInputs:  # fmt: skip
     return StepInputs(
         x.contiguous(), embeddings, bias, mu.contiguous(), std.contiguous() if has_noise else None,
         None if row_ids is None else row_ids.contiguous(), row_offset, seed, offset, sigma_min, workspace,
+        smooth == "full", topk, recall_target,
     )  # fmt: skip
+
+
+MUCH = 0.1  # weight of what smooth="topk" leaves out, before it says so
+
+
+class _TailWarning:
+    """Says once what smooth="topk" leaves out. On a GPU only the first call looks, because looking waits for it."""
+
+    looks = True
+
+    def __call__(self, outputs: StepOutputs) -> None:
+        on_gpu = outputs.lse.is_cuda
+        if not self.looks or (on_gpu and torch.cuda.is_current_stream_capturing()):
+            return
+        kept = (outputs.top_logits - outputs.log_sum[:, None]).exp().sum(1)
+        tail = 1 - float(kept.nanmean())
+        if tail > MUCH:
+            warnings.warn(
+                f"smooth='topk' leaves out {tail:.0%} of the weight in the mean over rows: its smoothed embeddings are "
+                "far from those of smooth='full'. topk.tail_mass has it for every row",
+                stacklevel=2,
+            )
+        self.looks = not (tail > MUCH or on_gpu)
+
+
+warn_of_tail = _TailWarning()
 
 
 # --- its gradients
@@ -125,31 +164,58 @@ def step_bwd(
     sigma_min: float,
     has_noise: bool,
     workspace: int,
+    smooth: str,
+    topk: int,
+    recall_target: float,
     backend: str,
     smoothed: Tensor,
     best_score: Tensor,
     log_sum: Tensor,
+    top_tokens: Tensor,  # [N, K]
     grad_smoothed: Tensor | None,  # [N, D]
     grad_lse: Tensor | None,  # [N]
+    grad_top: Tensor | None,  # [N, K]
     needs_x: bool,
     needs_embeddings: bool,
 ) -> tuple[Tensor, Tensor]:  # of x and embeddings; empty where not needed
-    if x.shape[0] == 0 or (grad_smoothed is None and grad_lse is None):
-        no_x, no_embeddings = _empty_grads(x, embeddings, needs_x, needs_embeddings)
-        return no_x.zero_(), no_embeddings.zero_()
+    found = _empty_grads(x, embeddings, needs_x, needs_embeddings)
+    if x.shape[0] == 0 or (grad_smoothed is None and grad_lse is None and grad_top is None):
+        return found[0].zero_(), found[1].zero_()
     inputs = _inputs(
-        x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace
+        x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace, smooth,
+        topk, recall_target,
     )  # fmt: skip
-    grads = Grads(
-        None if grad_smoothed is None else grad_smoothed.contiguous(),
-        None if grad_lse is None else grad_lse.contiguous(),
-    )
     chosen = pick_backend(backend, x.device, x.dtype)
-    grad_x, grad_embeddings = chosen.step_bwd(
-        inputs, Saved(smoothed, best_score, log_sum), grads, needs_x, needs_embeddings
-    )
-    nothing = _empty_grads(x, embeddings, False, False)
-    return nothing[0] if grad_x is None else grad_x, nothing[1] if grad_embeddings is None else grad_embeddings
+    grad_x = grad_embeddings = None
+    if grad_smoothed is not None or grad_lse is not None:
+        grads = Grads(
+            None if grad_smoothed is None else grad_smoothed.contiguous(),
+            None if grad_lse is None else grad_lse.contiguous(),
+        )
+        saved = Saved(smoothed if grad_smoothed is not None else x, best_score, log_sum)
+        grad_x, grad_embeddings = chosen.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
+    if grad_top is not None:
+        of_top = _top_grads(inputs, top_tokens, grad_top, chosen.average, needs_x, needs_embeddings)
+        grad_x, grad_embeddings = (
+            a if b is None else b.to(e.dtype) if a is None else (a + b).to(e.dtype)
+            for a, b, e in zip((grad_x, grad_embeddings), of_top, found, strict=True)
+        )
+    return found[0] if grad_x is None else grad_x, found[1] if grad_embeddings is None else grad_embeddings
+
+
+def _top_grads(
+    inputs: StepInputs, tokens: Tensor, grad: Tensor, average: Average, needs_x: bool, needs_embeddings: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Through scale (x . E_j - ||E_j||^2 / 2 - ||x||^2 / 2) of some tokens j: scale (E_j - x) and scale (x - E_j)."""
+    x, embeddings = inputs.x, inputs.embeddings
+    weights = (inputs.mu / inputs.sigma_min**2)[:, None] * grad  # [N, K]
+    grad_x = grad_embeddings = None
+    if needs_x:
+        grad_x = average(weights, tokens, embeddings, weights.dtype) - weights.sum(1, keepdim=True) * x
+    if needs_embeddings:
+        total = gather.spread(weights, tokens, torch.ones_like(weights[:, :1]), len(embeddings))
+        grad_embeddings = gather.spread(weights, tokens, x, len(embeddings)) - total * embeddings
+    return grad_x, grad_embeddings
 
 
 @step_bwd.register_fake
@@ -161,23 +227,26 @@ def _empty_grads(x: Tensor, embeddings: Tensor, needs_x: bool, needs_embeddings:
     return x.new_empty(x.shape if needs_x else 0), embeddings.new_empty(embeddings.shape if needs_embeddings else 0)
 
 
-STEP_ARGUMENTS = 13  # of step_fwd; step_bwd begins with the same
+STEP_ARGUMENTS = 16  # of step_fwd; step_bwd begins with the same
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
-    smoothed, tokens, noisy_tokens, _, best_score, log_sum = output
-    ctx.mark_non_differentiable(tokens, noisy_tokens, best_score, log_sum)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Eight) -> None:
+    smoothed, tokens, noisy_tokens, _, best_score, log_sum, top_logits, top_tokens = output
+    absent = [o for o in (smoothed, top_logits) if o.shape[1] == 0]
+    ctx.mark_non_differentiable(tokens, noisy_tokens, best_score, log_sum, top_tokens, *absent)
     ctx.set_materialize_grads(False)  # None where the loss does not use an output: its products are left out
     ctx.is_tensor = [isinstance(i, Tensor) for i in inputs]
     ctx.numbers = [i for i in inputs if not isinstance(i, Tensor)]
-    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), smoothed, best_score, log_sum)
+    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), smoothed, best_score, log_sum, top_tokens)
 
 
 def _backward(ctx: Any, grad_smoothed: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
     inputs = [next(tensors) if is_tensor else next(numbers) for is_tensor in ctx.is_tensor]
     needs_x, needs_embeddings = ctx.needs_input_grad[:2]
-    grad_x, grad_embeddings = step_bwd(*inputs, *tensors, grad_smoothed, rest[2], needs_x, needs_embeddings)
+    grad_x, grad_embeddings = step_bwd(
+        *inputs, *tensors, grad_smoothed, rest[2], rest[5], needs_x, needs_embeddings
+    )  # fmt: skip
     return (
         grad_x if needs_x else None,
         grad_embeddings if needs_embeddings else None,
@@ -220,25 +289,105 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
             raise _one_for_all(name)
     flat, samples = list(arguments), info.batch_size
     for position in _PER_ROW:
-        rows, dim = arguments[position], in_dims[position]
-        if rows is not None:
-            rows = rows.expand(samples, *rows.shape) if dim is None else rows.movedim(dim, 0)
-            flat[position] = rows.flatten(0, 1)
+        if arguments[position] is not None:
+            flat[position] = _samples_first(arguments[position], in_dims[position], samples).flatten(0, 1)
     if flat[5] is None:
         row_offset, n = flat[8], flat[0].shape[0] // samples
         flat[5] = torch.arange(row_offset, row_offset + n, device=flat[0].device).repeat(samples)
         flat[8] = 0
-    return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 6
+    return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 8
 
 
-@step_bwd.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
-    """Reached where torch.autograd.grad is called under torch.func.vmap, as for a Jacobian: one call each."""
+def _samples_first(rows: Tensor, dim: int | None, samples: int) -> Tensor:
+    return rows.expand(samples, *rows.shape) if dim is None else rows.movedim(dim, 0)
+
+
+def _one_call_each(
+    backward: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, tuple[int, ...]]:
+    """Reached where torch.autograd.grad is called under torch.func.vmap, as for a Jacobian."""
     samples = [
-        step_bwd(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        backward(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(same) for same in zip(*samples, strict=True)), (0, 0)
+
+
+step_bwd.register_vmap(partial(_one_call_each, step_bwd))
+
+
+# --- means of a few tokens a row
+
+
+@custom_op("smoothie_kernels::average_fwd", mutates_args=())
+@_without_autocast
+def average_fwd(
+    weights: Tensor,  # [N, K]
+    tokens: Tensor,  # [N, K] int64
+    embeddings: Tensor,  # [V, D], rows contiguous
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    if weights.numel() == 0:
+        return _empty_average(tokens, embeddings, dtype).zero_()
+    mean: Tensor = pick_backend(backend, embeddings.device, embeddings.dtype).average(
+        weights.contiguous(), tokens.contiguous(), embeddings, dtype
+    )
+    return mean
+
+
+@average_fwd.register_fake
+def _(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return _empty_average(tokens, embeddings, dtype)
+
+
+def _empty_average(tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    return embeddings.new_empty(tokens.shape[0], embeddings.shape[1], dtype=dtype)
+
+
+@custom_op("smoothie_kernels::average_bwd", mutates_args=())
+@_without_autocast
+def average_bwd(
+    grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, needs_weights: bool, needs_embeddings: bool
+) -> tuple[Tensor, Tensor]:
+    found = _empty_grads(weights, embeddings, False, False)
+    if needs_weights:
+        found = gather.dots(grad, tokens, embeddings, weights.dtype), found[1]
+    if needs_embeddings:
+        found = found[0], gather.spread(weights, tokens, grad, len(embeddings)).to(embeddings.dtype)
+    return found
+
+
+@average_bwd.register_fake
+def _(grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, *needs: Any) -> tuple[Tensor, Tensor]:
+    return _empty_grads(weights, embeddings, *needs)
+
+
+def _save_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _average_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_weights, _, needs_embeddings = ctx.needs_input_grad[:3]
+    grad_weights, grad_embeddings = average_bwd(grad, *ctx.saved_tensors, needs_weights, needs_embeddings)
+    return grad_weights if needs_weights else None, None, grad_embeddings if needs_embeddings else None, None, None
+
+
+average_fwd.register_autograd(_average_backward, setup_context=_save_average)
+average_bwd.register_autograd(_no_second_derivative)
+
+
+@average_fwd.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """As in step_fwd: more rows of one call."""
+    if in_dims[2] is not None:
+        raise _one_for_all("embeddings")
+    weights, tokens = (_samples_first(a, dim, info.batch_size) for a, dim in zip(arguments, in_dims[:2], strict=False))
+    mean: Tensor = average_fwd(weights.flatten(0, 1), tokens.flatten(0, 1), *arguments[2:])
+    return mean.view(info.batch_size, -1, mean.shape[1]), 0
+
+
+average_bwd.register_vmap(partial(_one_call_each, average_bwd))
 
 
 # --- the nearest token, the noise

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import checks, library
+from smoothie_kernels.topk import TopK, largest, smooth_topk, smooth_topk_and_mean
 from smoothie_kernels.vocabulary import Vocabulary, as_vocabulary
 
 
@@ -16,7 +17,7 @@ class SmoothieStep(NamedTuple):
     tokens: Tensor  # (...) int64: the nearest token
     noisy_tokens: Tensor  # (...) int64: the token of the largest noisy logit
     lse: Tensor  # (...) float32: logsumexp of the noisy logits
-    topk: None = None  # reserved for the largest noisy logits
+    topk: TopK | None = None  # the largest noisy logits, where they were asked for
 
 
 class NearestToken(NamedTuple):
@@ -37,8 +38,9 @@ def fused_smoothie_step(
     offset: int | Tensor = 0,
     row_offset: int = 0,
     row_ids: Tensor | None = None,
-    topk: None = None,
+    topk: int | None = None,
     recall_target: float = 1.0,
+    smooth: str = "full",
     workspace: int = 2**28,
     backend: str = "auto",
 ) -> SmoothieStep:
@@ -64,15 +66,29 @@ def fused_smoothie_step(
         offset: 64 bits, the caller's step counter: every offset has a fresh field. An int, or a 0-d int64 tensor.
         row_offset: row i of x (in order of the flattened leading dimensions) has the row id `row_offset + i`.
         row_ids: int64, shape `x.shape[:-1]`: the row ids themselves, in [0, 2**32), instead of `row_offset`.
-        topk: reserved; None.
-        recall_target: reserved; 1.0.
+        topk: how many of the largest noisy logits, in [1, V], or None. They come with the same pass.
+        recall_target: in (0, 1]: the share of them that is found, in expectation over rows. 1.0 is exact. Less lets a
+            backend keep the largest logits of strided buckets of tokens (`expected_recall` says how many it takes);
+            it finds at least that share, and may find all. Which ones are missed depends on the backend.
+        smooth: what `smoothed` is a mean of; without the table's second product unless "full".
+            "full": all tokens.
+            "topk": the top-k tokens, their weights adding up to 1. Warns once where they are less than 90 % of the
+            weight in the mean over rows (on a GPU only the first call looks).
+            "topk+mean": the top-k tokens with their weights in the full softmax, and `tail_mass` times the mean of the
+            table under the weights without noise, to first order in the logits l = mu * D::
+
+                smoothed = exp(values - lse) @ E[indices] + tail_mass * (mean(E) + cov(E, l))
+
+            Biased: it takes the noise of the other tokens for its mean, near tokens among them for a Gaussian tail,
+            and counts the top-k tokens as well. docs/topk.md has its error over the schedule.
         workspace: bytes that a GPU may take for the weights of some rows and tokens at a time, beside inputs and
             outputs; 256 MiB. With 0 the forward keeps them in registers; the backward takes what one tile needs.
         backend: "auto", or "reference", "cpu", "triton" by name.
 
     Returns:
-        SmoothieStep(smoothed, tokens, noisy_tokens, lse, topk=None). Ties go to the lowest token. A row with a
-        non-finite x has NaN in smoothed and lse.
+        SmoothieStep(smoothed, tokens, noisy_tokens, lse, topk). Ties go to the lowest token. A row with a
+        non-finite x has NaN in smoothed and lse. topk is TopK(values, indices, tail_mass), None where topk is:
+        lse is that of all tokens, so tail_mass is exact, to about 1e-6 max(1, std); the first index is noisy_tokens.
 
     Raises:
         TypeError, ValueError: a bad argument, by name, with what was wanted and what came.
@@ -82,8 +98,9 @@ def fused_smoothie_step(
     does not depend on backend, device, threads, or on how rows are split into calls. The same call on the same machine
     gives the same bits, forward and backward.
 
-    Gradients flow to x and embeddings from smoothed and lse; the weights are made again, never stored. mu and std take
-    none, and there is no second derivative. A Vocabulary passes its gradient on to the table that it was made of.
+    Gradients flow to x and embeddings from smoothed, lse, topk.values and topk.tail_mass; the weights are made again,
+    never stored, and the choice of the top-k tokens is taken for constant. mu and std take none, and there is no second
+    derivative. A Vocabulary passes its gradient on to the table that it was made of.
 
     Under torch.autocast the inputs keep their types: bfloat16 rows with a float32 table are fine. torch.compile makes
     no graph break. torch.func.vmap over x, mu, std or row_ids gives every sample the noise of the same row ids; the
@@ -96,15 +113,16 @@ def fused_smoothie_step(
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
-    checks.check_topk(topk, recall_target)
+    k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
     checks.check_sigma_min(sigma_min)
     checks.check_count("workspace", workspace)
     shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    smoothed, tokens, noisy_tokens, lse, *_ = library.step_fwd(
-        x.reshape(rows, x.shape[-1]),
+    flat, weights_of_distances = x.reshape(rows, x.shape[-1]), checks.per_row("mu", mu, x)
+    smoothed, tokens, noisy_tokens, lse, _, log_sum, *top = library.step_fwd(
+        flat,
         vocabulary.embeddings,
         vocabulary.bias,
-        checks.per_row("mu", mu, x),
+        weights_of_distances,
         checks.per_row("std", std, x),
         checks.check_row_ids(row_ids, row_offset, x),
         checks.word("seed", _draw_seed() if seed is None else seed),
@@ -113,9 +131,22 @@ def fused_smoothie_step(
         float(sigma_min),
         not (isinstance(std, int | float) and std == 0),
         workspace,
+        smooth,
+        k,
+        float(recall_target),
         backend,
     )
-    return SmoothieStep(smoothed.view(x.shape), tokens.view(shape), noisy_tokens.view(shape), lse.view(shape))
+    found = None
+    if topk is not None:
+        top_logits, top_tokens = top
+        found, weights = largest(lse, log_sum, top_logits, top_tokens)
+        if smooth == "topk":
+            smoothed = smooth_topk(top_logits, top_tokens, vocabulary, x.dtype, backend)
+        elif smooth == "topk+mean":
+            scale = weights_of_distances / float(sigma_min) ** 2
+            smoothed = smooth_topk_and_mean(found, weights, flat, scale, vocabulary, backend)
+        found = TopK(found.values.view(*shape, k), found.indices.view(*shape, k), found.tail_mass.view(shape))
+    return SmoothieStep(smoothed.view(x.shape), tokens.view(shape), noisy_tokens.view(shape), lse.view(shape), found)
 
 
 def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = "auto") -> NearestToken:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels.ops import SmoothieStep
+from smoothie_kernels.topk import TopK
 
 # Largest relative (Frobenius) error of `smoothed` that needs no comparison with naive arithmetic: a few float32
 # roundings, or the one rounding of a 16-bit result.
@@ -79,6 +80,51 @@ def check_step(
         behind = best - scores.gather(1, got[:, None])[:, 0]
         if not bool((behind <= TIE * best.abs().clamp_min(1.0)).all()):
             wrong.append(f"{name}: behind the best by up to {float(behind.max()):.2e}")
+    return wrong
+
+
+def check_topk(
+    topk: TopK,
+    x: Tensor,
+    embeddings: Tensor,
+    mu: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    sigma_min: float = 1.5,
+    *,
+    recall: float = 1.0,
+) -> list[str]:
+    """What is wrong with `topk`, held against the dense logits in float64; an empty list where nothing is.
+
+    values: 1e-5 of max(|logit|, std, 1), or twice the error of the naive float32 logits; descending. indices: distinct,
+    each with its value; together at least `recall` of the largest logits, in the mean over rows, but for ties.
+    tail_mass: the bound of values, as that is a weight's relative error.
+    """
+
+    def logits_in(dtype: torch.dtype) -> Tensor:
+        return dense_logits(x.to(dtype), embeddings.to(dtype), mu.to(dtype), std.to(dtype), eps.to(dtype), sigma_min)[1]
+
+    logits, n, k = logits_in(torch.float64), *topk.values.shape
+    naive = (logits_in(torch.float64 if x.dtype == torch.float64 else torch.float32) - logits).abs()
+    of_tokens = logits.gather(1, topk.indices)
+    relative = 1e-5 if x.dtype != torch.float64 else 1e-7  # float64 reference, float32 field
+    bound = (relative * of_tokens.abs().maximum(std.double()[:, None]).clamp_min(1)).clamp_min(
+        NAIVE_MARGIN * float(naive.max())
+    )
+    wrong = []
+    if bool(((topk.values.double() - of_tokens).abs() > bound).any()) or bool(topk.values.isnan().any()):
+        wrong.append(f"values: off by up to {float((topk.values.double() - of_tokens).abs().max()):.2e}")
+    if bool((topk.values.diff(dim=1) > 0).any()):
+        wrong.append("values: not descending")
+    if any(len(row.unique()) != k for row in topk.indices):
+        wrong.append("indices: not distinct")
+    smallest = logits.topk(k).values[:, -1:]
+    found = float((of_tokens >= smallest - 2 * bound).double().mean()) if n else 1.0
+    if found < recall:
+        wrong.append(f"indices: recall {found:.4f} < {recall}")
+    tail = 1 - logits.softmax(1).gather(1, topk.indices).sum(1)
+    if bool(((topk.tail_mass.double() - tail).abs() > 2 * bound.amax(1)).any()):
+        wrong.append(f"tail_mass: off by up to {float((topk.tail_mass.double() - tail).abs().max()):.2e}")
     return wrong
 
 

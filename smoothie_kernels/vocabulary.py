@@ -7,6 +7,8 @@ from torch import Tensor
 
 from smoothie_kernels import checks, library
 
+BLOCK = 1024  # tokens at a time
+
 
 class Vocabulary:
     """An embedding table with what the kernels need of it: build it once, pass it for `embeddings` to every call.
@@ -30,6 +32,7 @@ class Vocabulary:
     embeddings: Tensor  # (V, D)
     bias: Tensor  # (V,)
     version: int  # of the table's contents, as PyTorch counts them
+    _moments: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
         checks.check_backend(backend)
@@ -46,6 +49,25 @@ class Vocabulary:
         moved.embeddings, moved.bias = self.embeddings.to(device), self.bias.to(device)
         moved.version = _version(moved.embeddings)
         return moved
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """mean(E), (D,), and the covariance of (E, -||E||^2 / 2) with E over all tokens, (D + 1, D); kept, unless
+        the table takes a gradient. float32, or float64 for a float64 table."""
+        if self._moments is not None:
+            return self._moments
+        v, dtype = len(self), self.bias.dtype
+        blocks = [slice(first, first + BLOCK) for first in range(0, v, BLOCK)]
+        mean = torch.stack([self.embeddings[b].to(dtype).sum(0) for b in blocks]).sum(0) / v
+        mean_square = mean.square().sum()
+        covariance = mean.new_zeros(len(mean) + 1, len(mean))
+        for block in blocks:
+            table = self.embeddings[block].to(dtype)
+            # Any constant does beside the halved squares, because the other factor adds up to zero.
+            squares = (mean_square - table.square().sum(1, keepdim=True)) / 2
+            covariance = covariance + torch.cat((table - mean, squares), 1).T @ (table - mean) / v
+        if not mean.requires_grad:
+            self._moments = mean, covariance
+        return mean, covariance
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]

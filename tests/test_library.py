@@ -12,21 +12,29 @@ def step_args(backend="auto"):
     rows = torch.ones(6, device=DEVICE)
     seed = torch.tensor(3)
     x, bias = table[:6] + 0.1, Vocabulary(table).bias
-    return x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, torch.tensor(0), 0, 1.5, True, 2**28, backend
+    return (
+        x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, torch.tensor(0), 0, 1.5, True, 2**28,
+        "full", 0, 1.0, backend,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck(backend):
     x, table, bias, *_ = args = step_args(backend)
     torch.library.opcheck(library.step_fwd, args)
+    torch.library.opcheck(library.step_fwd, [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]])
+    args = (*args[:-3], 4, *args[-2:])  # the four largest logits
     wanted = [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]]
     torch.library.opcheck(library.step_fwd, wanted)
-    assert [o.requires_grad for o in library.step_fwd(*wanted)] == [True, False, False, True, False, False]
-    smoothed, _, _, _, best_score, log_sum = library.step_fwd(*args)
-    grads = torch.randn_like(x), torch.randn(6, device=DEVICE)
-    for incoming in (grads, (grads[0], None), (None, grads[1])):
+    differentiable = [True, False, False, True, False, False, True, False]
+    assert [o.requires_grad for o in library.step_fwd(*wanted)] == differentiable
+    smoothed, _, _, _, best_score, log_sum, _, top_tokens = library.step_fwd(*args)
+    grads = torch.randn_like(x), torch.randn(6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
+    for used in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)):
+        incoming = [grad if use else None for grad, use in zip(grads, used, strict=True)]
         for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(library.step_bwd, (*args, smoothed, best_score, log_sum, *incoming, *needs))
+            saved = smoothed, best_score, log_sum, top_tokens
+            torch.library.opcheck(library.step_bwd, (*args, *saved, *incoming, *needs))
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, backend))
     torch.library.opcheck(library.column_bias, (table, True, backend))
     like = x.new_empty(6, 0)

@@ -12,8 +12,8 @@ from smoothie_kernels import cli, dispatch
 PACKAGE = Path(smoothie_kernels.__file__).parent
 # A module may import only what stands left of it here. Backends are loaded by name, when they are needed; what they
 # take and give is in backends/__init__.py.
-LAYERS = ["dispatch", "checks", "library", "noise", "vocabulary", "ops", "testing", "cli"]
-BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "nearest_fwd", "gaussian"}
+LAYERS = ["recall", "dispatch", "checks", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
+BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "nearest_fwd", "gaussian"}
 
 
 def parameters(function):
@@ -21,9 +21,12 @@ def parameters(function):
 
 
 def test_names():
-    expected = {"NearestToken", "SmoothieStep", "Vocabulary", "fused_smoothie_step", "nearest_token", "noise"}
-    assert set(smoothie_kernels.__all__) == expected
+    assert set(smoothie_kernels.__all__) == {
+        "NearestToken", "SmoothieStep", "TopK", "Vocabulary", "expected_recall", "fused_smoothie_step",
+        "nearest_token", "noise",
+    }  # fmt: skip
     assert smoothie_kernels.SmoothieStep._fields == ("smoothed", "tokens", "noisy_tokens", "lse", "topk")
+    assert smoothie_kernels.TopK._fields == ("values", "indices", "tail_mass")
     assert smoothie_kernels.NearestToken._fields == ("tokens", "distance")
 
 
@@ -32,7 +35,10 @@ def test_signatures():
     assert parameters(smoothie_kernels.fused_smoothie_step) == [
         ("x", none), ("embeddings", none), ("mu", none), ("std", none), ("sigma_min", 1.5), ("seed", None),
         ("offset", 0), ("row_offset", 0), ("row_ids", None), ("topk", None), ("recall_target", 1.0),
-        ("workspace", 2**28), ("backend", "auto"),
+        ("smooth", "full"), ("workspace", 2**28), ("backend", "auto"),
+    ]  # fmt: skip
+    assert parameters(smoothie_kernels.expected_recall) == [
+        ("V", none), ("K", none), ("buckets", none), ("keep", none),
     ]  # fmt: skip
     assert parameters(smoothie_kernels.nearest_token) == [("x", none), ("embeddings", none), ("backend", "auto")]
     assert parameters(smoothie_kernels.noise.gaussian)[:6] == [
@@ -66,7 +72,7 @@ def test_imports_go_downward():
         allowed = set(LAYERS[:position]) | ({"backends"} if name in ("library", "cli") else set())
         assert imported(PACKAGE / f"{name}.py") <= allowed, name
     for path in (PACKAGE / "backends").rglob("*.py"):
-        assert imported(path) <= {"noise", "backends"}, path
+        assert imported(path) <= {"noise", "recall", "backends"}, path
 
 
 def test_doctor_names_every_backend(capsys):

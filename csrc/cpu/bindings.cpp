@@ -77,12 +77,14 @@ Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, con
 
 void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
-              std::string tier_name, Tensor smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse, Tensor best_score,
-              Tensor log_sum) {
+              std::string tier_name, std::optional<Tensor> smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse,
+              Tensor best_score, Tensor log_sum, Tensor top_logits, Tensor top_tokens) {
   auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min);
-  p.smoothed = pointer<void>(smoothed);
+  p.smoothed = pointer_or_null<void>(smoothed);
   p.tokens = pointer<int64_t>(tokens), p.noisy_tokens = pointer<int64_t>(noisy_tokens);
   p.lse = pointer<float>(lse), p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
+  p.topk = top_logits.size(1);
+  p.top_logits = pointer<float>(top_logits), p.top_tokens = pointer<int64_t>(top_tokens);
   tier(tier_name).step_fwd(p, torch_threads());
 }
 
@@ -97,6 +99,15 @@ void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
   p.grad_smoothed = pointer_or_null<void>(grad_smoothed), p.grad_lse = pointer_or_null<float>(grad_lse);
   p.grad_x = pointer_or_null<void>(grad_x), p.grad_table = pointer_or_null<float>(grad_embeddings);
   tier(tier_name).step_bwd(p, torch_threads());
+}
+
+void average(Tensor weights, Tensor tokens, Tensor embeddings, std::string tier_name, Tensor out) {
+  smoothie::AverageParams p{};
+  p.weights = pointer<float>(weights), p.tokens = pointer<int64_t>(tokens);
+  p.table = pointer<void>(embeddings), p.table_dtype = dtype_of(embeddings), p.table_stride = embeddings.stride(0);
+  p.out = pointer<void>(out), p.out_dtype = dtype_of(out);
+  p.n_rows = weights.size(0), p.k = weights.size(1), p.width = embeddings.size(1);
+  tier(tier_name).average(p, torch_threads());
 }
 
 void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, std::string tier_name, Tensor tokens, Tensor distance) {
@@ -130,14 +141,16 @@ std::string supported_tiers() {
 STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
   m.def(
       "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, int offset, float sigma_min, str tier, Tensor(a!) smoothed, Tensor(b!) tokens, "
-      "Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum) -> ()");
+      "int seed, int offset, float sigma_min, str tier, Tensor(a!)? smoothed, Tensor(b!) tokens, "
+      "Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, Tensor(g!) top_logits, "
+      "Tensor(h!) top_tokens) -> ()");
   m.def(
       "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
       "int seed, int offset, float sigma_min, str tier, Tensor smoothed, Tensor best_score, Tensor log_sum, "
       "Tensor? grad_smoothed, Tensor? grad_lse, Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
   m.def(
       "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, str tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
+  m.def("average(Tensor weights, Tensor tokens, Tensor embeddings, str tier, Tensor(a!) out) -> ()");
   m.def("column_bias(Tensor embeddings, str tier, Tensor(a!) bias) -> ()");
   m.def("gaussian(Tensor? row_ids, int row_offset, int seed, int offset, str tier, Tensor(a!) out) -> ()");
   m.def("supported_tiers() -> str");
@@ -146,6 +159,7 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cpu, CPU, m) {
   m.impl("step_fwd", TORCH_BOX(&step_fwd));
   m.impl("step_bwd", TORCH_BOX(&step_bwd));
+  m.impl("average", TORCH_BOX(&average));
   m.impl("nearest_fwd", TORCH_BOX(&nearest_fwd));
   m.impl("column_bias", TORCH_BOX(&column_bias));
   m.impl("gaussian", TORCH_BOX(&gaussian));

@@ -47,6 +47,7 @@ struct Avx2 {
   static F greater_or_second(F a, F b) { return _mm256_max_ps(a, b); }  // a > b ? a : b
   static F sqrt(F v) { return _mm256_sqrt_ps(v); }
   static Mask greater(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+  static uint32_t bits(Mask m) { return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }  // bit i: lane i
   static Mask negative(I v) { return v; }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(m)); }
   static I select(Mask m, I yes, I no) { return as_int(select(m, as_float(yes), as_float(no))); }

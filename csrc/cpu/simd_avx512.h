@@ -51,6 +51,7 @@ struct Avx512 {
   static F greater_or_second(F a, F b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
   static F sqrt(F v) { return _mm512_sqrt_ps(v); }
   static Mask greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static uint32_t bits(Mask m) { return m; }  // bit i: lane i
   static Mask negative(I v) { return _mm512_movepi32_mask(v); }
   static F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m, yes); }
   static I select(Mask m, I yes, I no) { return _mm512_mask_mov_epi32(no, m, yes); }

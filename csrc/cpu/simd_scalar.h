@@ -67,6 +67,7 @@ struct Scalar {
   static F greater_or_second(F a, F b) { return select(a > b, a, b); }
   static F sqrt(F v) { return F{std::sqrt(v[0]), std::sqrt(v[1]), std::sqrt(v[2]), std::sqrt(v[3])}; }
   static Mask greater(F a, F b) { return a > b; }
+  static uint32_t bits(Mask m) { return uint32_t((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8)); }  // bit i: lane i
   static Mask negative(I v) { return v >> 31; }
   static F select(Mask m, F yes, F no) { return as_float(select(m, as_int(yes), as_int(no))); }
   static I select(Mask m, I yes, I no) { return (m & yes) | (~m & no); }

@@ -9,6 +9,6 @@ static bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-const Tier kTierAvx2{"avx2", supported, step_fwd<Avx2>, step_bwd<Avx2>, bias<Avx2>, gaussian<Avx2>};
+const Tier kTierAvx2{"avx2", supported, step_fwd<Avx2>, step_bwd<Avx2>, average<Avx2>, bias<Avx2>, gaussian<Avx2>};
 
 }  // namespace smoothie

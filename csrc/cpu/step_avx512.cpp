@@ -9,6 +9,7 @@ static bool supported() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-const Tier kTierAvx512{"avx512", supported, step_fwd<Avx512>, step_bwd<Avx512>, bias<Avx512>, gaussian<Avx512>};
+const Tier kTierAvx512{"avx512",        supported,    step_fwd<Avx512>, step_bwd<Avx512>,
+                       average<Avx512>, bias<Avx512>, gaussian<Avx512>};
 
 }  // namespace smoothie

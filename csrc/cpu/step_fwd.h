@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "sweep.h"
+#include "top.h"
 
 namespace smoothie {
 namespace {  // one copy per tier
@@ -70,29 +71,40 @@ template <class S>
 struct Partial {
   Buffer<float> ot;           // [panel][D][lanes of the panel]
   Buffer<RowState<S>> state;  // [vector of rows]
+  Buffer<TopRows<S>> top;     // [vector of rows]
+  Buffer<TopKey> keys;        // [vector of rows][lane][room]
 
-  Partial(int64_t vectors, int64_t width) : ot(vectors * S::kLanes * width), state(vectors) {}
+  Partial(int64_t vectors, int64_t width, int64_t k, int64_t room)
+      : ot(vectors * S::kLanes * width),
+        state(vectors),
+        top(k ? vectors : 0),
+        keys(k ? vectors * S::kLanes * room : 0) {
+    for (int64_t i = 0; i < (k ? vectors : 0); ++i)
+      top[i].k = k, top[i].room = room, top[i].keys = keys + i * S::kLanes * room;
+  }
 };
 
 template <class S>
 struct Scratch {
-  Buffer<float> xt;    // [panel][D][lanes of the panel]
-  Buffer<float> p;     // [kTile][lanes of the panel]
-  Buffer<float> eps;   // [kTile][kLanes]
-  Buffer<float> row;   // [D]
-  Buffer<float> row2;  // [D]
-  Buffer<float> tile;  // [kTile][D, padded], only where the table is not fp32
+  Buffer<float> xt;     // [panel][D][lanes of the panel]
+  Buffer<float> p;      // [kTile][lanes of the panel]
+  Buffer<float> eps;    // [kTile][kLanes]
+  Buffer<float> row;    // [D]
+  Buffer<float> row2;   // [D]
+  Buffer<float> tile;   // [kTile][D, padded], only where the table is not fp32
+  Buffer<TopKey> keys;  // of a row, all splits
 
-  Scratch(int64_t vectors, int64_t width, int64_t tile_size)
+  Scratch(int64_t vectors, int64_t width, int64_t tile_size, int64_t key_count)
       : xt(vectors * S::kLanes * width),
         p(kTile * 2 * S::kLanes),
         eps(kTile * S::kLanes),
         row(width),
         row2(width),
-        tile(tile_size) {}
+        tile(tile_size),
+        keys(key_count) {}
 };
 
-template <class S, bool kLogits, bool kNoise>
+template <class S, bool kLogits, bool kNoise, bool kTop>
 class Step {
  public:
   static constexpr int kLanes = S::kLanes, kPanel = 2 * S::kLanes;
@@ -115,9 +127,10 @@ class Step {
     const int64_t vectors = 2 * ceil_div(plan_.panels, plan_.blocks);
     std::vector<Scratch<S>> scratch;
     std::vector<Partial<S>> partials;
-    for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(vectors, p_.width, tile_room(p_));
+    for (int64_t i = 0; i < workers; ++i)
+      scratch.emplace_back(vectors, p_.width, tile_room(p_), top_room(p_.topk, p_.n_vocab) * plan_.splits);
     for (int64_t i = 0; i < (plan_.splits == 1 ? workers : tasks); ++i)
-      partials.emplace_back(vectors, smoothed_width());
+      partials.emplace_back(vectors, smoothed_width(), p_.topk, top_room(p_.topk, p_.n_vocab));
 
     share(threads_, tasks, [&](int64_t worker, int64_t task) {
       const int64_t block = task / plan_.splits, split = task % plan_.splits;
@@ -134,7 +147,7 @@ class Step {
 
  private:
   int64_t first_panel(int64_t block) const { return block * plan_.panels / plan_.blocks; }
-  int64_t smoothed_width() const { return kLogits ? p_.width : 0; }
+  int64_t smoothed_width() const { return p_.smoothed ? p_.width : 0; }
   int64_t row(int64_t i) const { return rows_ ? rows_[i] : i; }
   // Calls body(panel in block, its first row, how many rows) for the panels of a block.
   template <class Body>
@@ -147,11 +160,12 @@ class Step {
   void pack(int64_t block, Scratch<S>& s, Partial<S>& partial) const {
     for_panels(block, [&](int64_t panel, int64_t first, int64_t count) {
       const int64_t lanes = layout_.vectors_of(count) * kLanes, start = panel * p_.width * kPanel;
-      if (kLogits) std::memset(partial.ot + start, 0, size_t(p_.width * lanes) * sizeof(float));
+      if (p_.smoothed) std::memset(partial.ot + start, 0, size_t(p_.width * lanes) * sizeof(float));
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t i = layout_.row_of(lane);  // lanes behind the last row hold a row of zeros
         const RowConstants constants = kLogits && i < count ? constants_of(row(first + i)) : RowConstants{};
         partial.state[panel * 2 + lane / kLanes].begin(lane % kLanes, constants);
+        if (kTop) partial.top[panel * 2 + lane / kLanes].begin(lane % kLanes, i < count && layout_.lane_of(i) == lane);
       }
       const auto row_in_fp32 = [&](int64_t i) -> const float* {
         widen<S>(at(p_.x, p_.x_dtype, row(first + i) * p_.width), p_.x_dtype, p_.width, s.row);
@@ -184,11 +198,12 @@ class Step {
   void one_panel(int64_t panel, const Tile& tile, Scratch<S>& s, Partial<S>& partial) const {
     const int64_t start = panel * p_.width * kPanel;
     score<S, kVectors, kGroup>(tile.rows, tile.stride, p_.bias + tile.first, s.xt + start, p_.width, tile.count, s.p);
-    for (int n = 0; n < kVectors; ++n)
-      weigh<S, kLogits, kNoise>(s.p + n * kLanes, kVectors * kLanes, tile.first, tile.count, keys_, s.eps,
-                                partial.state[panel * 2 + n]);
-    if constexpr (kLogits)
-      gather<S, kVectors, kGroup>(tile.rows, tile.stride, s.p, p_.width, tile.count, partial.ot + start);
+    for (int n = 0; n < kVectors; ++n) {
+      weigh<S, kLogits, kNoise, kTop>(s.p + n * kLanes, kVectors * kLanes, tile.first, tile.count, keys_, s.eps,
+                                      partial.state[panel * 2 + n]);
+      if constexpr (kTop) keep_largest<S>(s.eps, tile.first, tile.count, partial.top[panel * 2 + n]);
+    }
+    if (p_.smoothed) gather<S, kVectors, kGroup>(tile.rows, tile.stride, s.p, p_.width, tile.count, partial.ot + start);
   }
 
   // Merges the splits of a block in their order (the same sums in every run) and writes its rows.
@@ -199,6 +214,8 @@ class Step {
         const int64_t vector = panel * 2 + layout_.lane_of(i) / kLanes, lane = layout_.lane_of(i) % kLanes;
         const int64_t r = row(first + i);
         RowState<S>& total = parts[0].state[vector];
+        if constexpr (kTop)
+          for (int64_t k = 0; k < plan_.splits; ++k) parts[k].top[vector].best(lane, parts[k].state[vector]);
         double sum = double(total.sum[lane]) + total.sum_low[lane];
         for (int64_t k = 1; k < plan_.splits; ++k) {
           const RowState<S>& part = parts[k].state[vector];
@@ -209,9 +226,10 @@ class Step {
             total.best_logit[lane] = part.best_logit[lane], total.noisy_token[lane] = part.noisy_token[lane];
         }
         p_.tokens[r] = total.token[lane];
-        if (kLogits)
+        if (kLogits) {
           finish_logits(parts, panel * p_.width * kPanel, i, lanes, r, total, lane, sum);
-        else
+          if (kTop && references_[r].done) finish_top(parts, vector, lane, r, s.keys);
+        } else
           p_.distance[r] = distance(r, total.token[lane], s);
       }
     });
@@ -236,11 +254,31 @@ class Step {
     p_.best_score[r] = float(nearest);
     p_.log_sum[r] = fits ? float(log_sum + scale * (double(ref.score) - nearest)) : kNaN;
     const float inverse = fits ? float(1.0 / sum) : kNaN;
-    for (int64_t d = 0; d < p_.width; ++d) {
+    for (int64_t d = 0; d < smoothed_width(); ++d) {
       const int64_t at = start + layout_.element(i, d, lanes);
       float value = parts[0].ot[at];
       for (int64_t k = 1; k < plan_.splits; ++k) value += parts[k].ot[at];
       narrow(value * inverse, p_.x_dtype, p_.smoothed, r * p_.width + d);
+    }
+  }
+
+  void finish_top(Partial<S>* parts, int64_t vector, int64_t lane, int64_t r, TopKey* keys) const {
+    int64_t count = 0;
+    for (int64_t k = 0; k < plan_.splits; ++k) {
+      const TopRows<S>& part = parts[k].top[vector];
+      std::memcpy(keys + count, part.keys + lane * part.room, size_t(part.count[lane]) * sizeof(TopKey));
+      count += part.count[lane];
+    }
+    const bool known = !std::isnan(p_.lse[r]) && count >= p_.topk;
+    if (known) {
+      keep_best(keys, p_.topk, &count);
+      std::sort(keys, keys + count, std::greater<TopKey>());
+    }
+    const Reference& ref = references_[r];
+    const double moved = ref.logit + score_scale(p_, r) * (double(ref.score) - p_.best_score[r]);
+    for (int64_t k = 0; k < p_.topk; ++k) {
+      p_.top_logits[r * p_.topk + k] = known ? float(logit_of(keys[k]) + moved) : kNaN;
+      p_.top_tokens[r * p_.topk + k] = known ? column_of(keys[k]) : k;
     }
   }
 
@@ -262,7 +300,7 @@ class Step {
   Layout<S> layout_;
 };
 
-template <class S, bool kNoise>
+template <class S, bool kNoise, bool kTop>
 void step_with_logits(const StepParams& p, const Threads& threads) {
   Buffer<Reference> references(p.n_rows);
   half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, [&](int64_t i, double half_square) {
@@ -272,7 +310,7 @@ void step_with_logits(const StepParams& p, const Threads& threads) {
   Buffer<int64_t> rows(p.n_rows);
   int64_t n_rows = p.n_rows;
   for (int pass = 0; n_rows > 0; ++pass) {
-    Step<S, true, kNoise>(p, threads, pass == 0 ? nullptr : static_cast<int64_t*>(rows), n_rows, references, pass)
+    Step<S, true, kNoise, kTop>(p, threads, pass == 0 ? nullptr : static_cast<int64_t*>(rows), n_rows, references, pass)
         .run();
     n_rows = 0;
     for (int64_t i = 0; i < p.n_rows; ++i)
@@ -284,11 +322,11 @@ template <class S>
 void step_fwd(const StepParams& p, const Threads& threads) {
   if (p.n_rows == 0) return;
   if (!p.mu)
-    Step<S, false, false>(p, threads, nullptr, p.n_rows, nullptr, 0).run();
+    Step<S, false, false, false>(p, threads, nullptr, p.n_rows, nullptr, 0).run();
   else if (p.std)
-    step_with_logits<S, true>(p, threads);
+    p.topk ? step_with_logits<S, true, true>(p, threads) : step_with_logits<S, true, false>(p, threads);
   else
-    step_with_logits<S, false>(p, threads);
+    p.topk ? step_with_logits<S, false, true>(p, threads) : step_with_logits<S, false, false>(p, threads);
 }
 
 }  // namespace

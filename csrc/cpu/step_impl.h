@@ -1,6 +1,7 @@
 // All that one tier does.
 #pragma once
 
+#include "average.h"
 #include "step_bwd.h"
 #include "step_fwd.h"
 #include "sweep.h"

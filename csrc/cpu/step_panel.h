@@ -142,8 +142,9 @@ struct Best {
 };
 
 // The scores p[v][lanes] of one vector of rows become weights; statistics go to `rows`. first_column is even, eps is
-// room for kTile columns of noise.
-template <class S, bool kLogits, bool kNoise>
+// room for kTile columns of noise; where kTop it ends up with the logits, and their largest is left to whoever keeps
+// more of them.
+template <class S, bool kLogits, bool kNoise, bool kTop>
 void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys, float* eps,
            RowState<S>& rows) {
   using F = typename S::F;
@@ -161,7 +162,10 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
     if constexpr (kLogits) {
       F logit = S::fma(scale, S::sub(score, ref_score), shift);
       if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
-      noisy.take(logit, column);
+      if constexpr (kTop)
+        S::store(eps, logit);
+      else
+        noisy.take(logit, column);
       const F weight = exp<S>(logit);
       sum = S::add(sum, weight);
       S::store(p, weight);

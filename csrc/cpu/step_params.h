@@ -23,13 +23,16 @@ struct StepInputs {
 };
 
 struct StepParams : StepInputs {
-  void* smoothed;         // [N, D] contiguous, x_dtype
+  void* smoothed;         // [N, D] contiguous, x_dtype    nullptr: not wanted
   int64_t* tokens;        // [N]
   int64_t* noisy_tokens;  // [N]
   float* lse;             // [N]
   float* best_score;      // [N]    x_i . E_tokens_i - ||E_tokens_i||^2 / 2
   float* log_sum;         // [N]    lse - scale (best_score - ||x_i||^2 / 2)
   float* distance;        // [N]    nearest token only: ||x_i - E_tokens_i||^2
+  int64_t topk;           // K, 0 for none
+  float* top_logits;      // [N, K] scale (score - best_score) + std eps, descending; NaN where lse is
+  int64_t* top_tokens;    // [N, K] of equal logits the lowest first
 };
 
 struct StepBwdParams : StepInputs {
@@ -40,6 +43,15 @@ struct StepBwdParams : StepInputs {
   const float* grad_lse;      // [N]                           nullptr: zero
   void* grad_x;               // [N, D] contiguous, x_dtype    nullptr: not needed
   float* grad_table;          // [V, D] contiguous             nullptr: not needed
+};
+
+struct AverageParams {
+  const float* weights;   // [N, K]
+  const int64_t* tokens;  // [N, K]
+  const void* table;      // [V, D] unit inner stride, table_dtype
+  void* out;              // [N, D] contiguous, out_dtype
+  int64_t n_rows, k, width, table_stride;
+  DType table_dtype, out_dtype;
 };
 
 // Runs body(context, i) for i in [0, count), on as many threads as the host program lends.
@@ -54,6 +66,7 @@ struct Tier {
   bool (*supported)();
   void (*step_fwd)(const StepParams&, const Threads&);
   void (*step_bwd)(const StepBwdParams&, const Threads&);
+  void (*average)(const AverageParams&, const Threads&);
   void (*bias)(const void* table, DType dtype, int64_t table_stride, int64_t n_vocab, int64_t width, float* bias,
                const Threads&);
   void (*gaussian)(const int64_t* row_ids, int64_t row_offset, int64_t n_rows, int64_t n_cols, uint32_t key,

@@ -6,6 +6,7 @@ namespace smoothie {
 
 static bool supported() { return true; }
 
-const Tier kTierScalar{"scalar", supported, step_fwd<Scalar>, step_bwd<Scalar>, bias<Scalar>, gaussian<Scalar>};
+const Tier kTierScalar{"scalar",        supported,    step_fwd<Scalar>, step_bwd<Scalar>,
+                       average<Scalar>, bias<Scalar>, gaussian<Scalar>};
 
 }  // namespace smoothie

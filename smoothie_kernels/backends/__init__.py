@@ -1,10 +1,12 @@
-"""One module per backend, each with the same six functions:
+"""One module per backend, each with the same seven functions:
 
 supports(device_type, dtype) -> why not, or None
 column_bias(embeddings) -> [V]
 step_fwd(inputs) -> StepOutputs
 step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
     -> gradients of x [N, D] and embeddings [V, D], None where not needed
+average(weights, tokens, embeddings, dtype)
+    -> [N, D] in dtype, the sums of weights [N, K] times the embeddings of tokens [N, K]
 nearest_fwd(x, embeddings, bias) -> tokens [N], distance [N]
 gaussian(out, row_ids, row_offset, seed, offset) -> out
 """
@@ -28,6 +30,9 @@ class StepInputs(NamedTuple):
     offset: Tensor  # []
     sigma_min: float
     workspace: int  # bytes that a backend may take for weights of some rows and tokens
+    mean: bool = True  # whether smoothed is wanted
+    topk: int = 0  # how many of the largest logits
+    recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
 
 
 class StepOutputs(NamedTuple):
@@ -39,12 +44,14 @@ class StepOutputs(NamedTuple):
         P_ij = exp(scale_i (score_ij - best_score_i) + std_i eps_ij - log_sum_i),   scale = mu / sigma_min^2
     """
 
-    smoothed: Tensor  # [N, D]
+    smoothed: Tensor  # [N, D], [N, 0] where it is not wanted
     tokens: Tensor  # [N] int64
     noisy_tokens: Tensor  # [N] int64
     lse: Tensor  # [N]
     best_score: Tensor  # [N]
     log_sum: Tensor  # [N]: lse - scale (best_score - ||x||^2 / 2)
+    top_logits: Tensor  # [N, K]: scale (score - best_score) + std eps, descending; NaN where lse is
+    top_tokens: Tensor  # [N, K] int64: of equal logits the lowest first
 
 
 class Saved(NamedTuple):

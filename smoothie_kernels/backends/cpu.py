@@ -52,9 +52,11 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     n = inputs.x.shape[0]
     tokens, noisy_tokens = (torch.empty(n, dtype=torch.int64) for _ in range(2))
     lse, best_score, log_sum = (torch.empty(n) for _ in range(3))
-    outputs = StepOutputs(torch.empty_like(inputs.x), tokens, noisy_tokens, lse, best_score, log_sum)
-    _ops().step_fwd(*_arguments(inputs), *outputs)
-    return outputs
+    smoothed = torch.empty_like(inputs.x) if inputs.mean else None
+    top = torch.empty(n, inputs.topk), torch.empty(n, inputs.topk, dtype=torch.int64)
+    rest = (tokens, noisy_tokens, lse, best_score, log_sum, *top)
+    _ops().step_fwd(*_arguments(inputs), smoothed, *rest)
+    return StepOutputs(inputs.x.new_empty(n, 0) if smoothed is None else smoothed, *rest)
 
 
 def step_bwd(
@@ -73,6 +75,12 @@ def _arguments(inputs: StepInputs) -> tuple[object, ...]:
         inputs.x, inputs.embeddings, inputs.bias, inputs.mu, std, inputs.row_ids, inputs.row_offset,
         int(inputs.seed), int(inputs.offset), inputs.sigma_min, tier(),
     )  # fmt: skip
+
+
+def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(len(tokens), embeddings.shape[1], dtype=dtype)
+    _ops().average(weights, tokens, embeddings, tier(), out)
+    return out
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

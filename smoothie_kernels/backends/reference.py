@@ -8,6 +8,10 @@ from torch import Tensor
 
 from smoothie_kernels import noise
 from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends.gather import average
+from smoothie_kernels.recall import Buckets, pick_buckets
+
+__all__ = ["average", "column_bias", "gaussian", "nearest_fwd", "step_bwd", "step_fwd", "supports"]
 
 CHUNK = 4096  # tokens at a time
 
@@ -37,26 +41,73 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     rows, scale, ids = _rows(inputs)
     nearest = rows.new_full((len(rows),), -torch.inf)  # running maximum of the scores
     highest = nearest.clone()  # and of the logits, beside that of the nearest token without noise
-    total, smoothed = torch.zeros_like(highest), torch.zeros_like(rows)
+    total, smoothed = torch.zeros_like(highest), torch.zeros_like(rows if inputs.mean else rows[:, :0])
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
     noisy_tokens = tokens.clone()
+    kept = _Kept(inputs, rows)
     for first in range(0, embeddings.shape[0], CHUNK):
         table = embeddings[first : first + CHUNK].to(dtype)
         scores = rows @ table.T + inputs.bias[first : first + CHUNK]
+        eps = _noise(inputs, ids, first, len(table))
         before = nearest
         nearest, tokens = _keep_first_max(nearest, tokens, scores, first)
         highest = highest + torch.where(highest > -torch.inf, scale * (before - nearest), 0)
-        logits = scale[:, None] * (scores - nearest[:, None]) + _noise(inputs, ids, first, len(table))
+        logits = scale[:, None] * (scores - nearest[:, None]) + eps
+        kept.take(scores, eps, nearest, first)
         new_highest, noisy_tokens = _keep_first_max(highest, noisy_tokens, logits, first)
         # An all -inf (or NaN) row must come out as NaN, not fail: subtract the maximum only where it is finite.
         shift = torch.where(new_highest.isfinite(), new_highest, 0)
         rescale, weights = (highest - shift).exp(), (logits - shift[:, None]).exp()
         total = total * rescale + weights.sum(1)
-        smoothed = smoothed * rescale[:, None] + weights @ table
+        if inputs.mean:
+            smoothed = smoothed * rescale[:, None] + weights @ table
         highest = new_highest
     log_sum = torch.where(highest.isfinite(), highest, 0) + total.log()
     lse = log_sum + scale * (nearest - rows.square().sum(1) / 2)
-    return StepOutputs((smoothed / total[:, None]).to(x.dtype), tokens, noisy_tokens, lse, nearest, log_sum)
+    top = kept.largest(nearest, log_sum)
+    return StepOutputs((smoothed / total[:, None]).to(x.dtype), tokens, noisy_tokens, lse, nearest, log_sum, *top)
+
+
+class _Kept:
+    """The largest logits so far of every bucket; exact is one bucket that keeps K."""
+
+    def __init__(self, inputs: StepInputs, rows: Tensor) -> None:
+        v, self.k = inputs.embeddings.shape[0], inputs.topk
+        self.buckets, self.keep = pick_buckets(v, self.k, inputs.recall_target) or Buckets(1, self.k)
+        self.scale = (inputs.mu / inputs.sigma_min**2)[:, None, None]
+        # [N, so many of a bucket, buckets]. Scores and noise apart: logits relative to a moving score would drift.
+        self.scores = rows.new_empty(len(rows), 0, self.buckets)
+        self.noise, self.tokens = self.scores, self.scores.long()
+
+    def take(self, scores: Tensor, eps: Tensor | float, nearest: Tensor, first: int) -> None:
+        if self.k == 0:
+            return
+        ahead, behind = first % self.buckets, -(first + scores.shape[1]) % self.buckets
+
+        def of_buckets(values: Tensor, padding: float) -> Tensor:
+            padded = torch.nn.functional.pad(values, (ahead, behind), value=padding)
+            return padded.view(len(values), -1, self.buckets)
+
+        tokens = torch.arange(first, first + scores.shape[1], device=scores.device).expand(scores.shape)
+        self.scores = torch.cat((self.scores, of_buckets(scores, -torch.inf)), 1)
+        self.noise = torch.cat((self.noise, of_buckets(torch.zeros_like(scores) + eps, 0.0)), 1)
+        self.tokens = torch.cat((self.tokens, of_buckets(tokens, 0)), 1)  # in order: a stable sort keeps the lowest
+        order = self._logits(nearest).argsort(stable=True, dim=1, descending=True)[:, : self.keep]
+        self.scores, self.noise, self.tokens = (a.gather(1, order) for a in (self.scores, self.noise, self.tokens))
+
+    def _logits(self, nearest: Tensor) -> Tensor:
+        relative = self.scale * (self.scores - nearest[:, None, None]) + self.noise
+        return torch.where(self.scores == -torch.inf, -torch.inf, relative)  # padding, whatever the sign of scale
+
+    def largest(self, nearest: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        logits, tokens = self._logits(nearest).flatten(1), self.tokens.flatten(1)
+        if self.buckets > 1:
+            tokens, order = tokens.sort(1)
+            logits = logits.gather(1, order)
+        logits, order = logits.sort(stable=True, dim=1, descending=True)
+        tokens, unknown = tokens.gather(1, order)[:, : self.k], log_sum.isnan()[:, None]
+        lowest = torch.arange(self.k, device=tokens.device)
+        return logits[:, : self.k].masked_fill(unknown, torch.nan), torch.where(unknown, lowest, tokens)
 
 
 def step_bwd(

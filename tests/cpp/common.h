@@ -1,9 +1,11 @@
 // What the C++ tests share: checks, threads, numbers of the three types, problems, and how the forward is called.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
@@ -16,6 +18,7 @@
 
 namespace {
 
+using smoothie::AverageParams;
 using smoothie::DType;
 using smoothie::StepParams;
 using smoothie::Threads;
@@ -174,6 +177,7 @@ struct Problem {
     params.row_offset = c.row_ids == 1 ? 4294967296 - c.n : 0;
     params.row_ids = c.row_ids == 2 ? row_ids.get() : nullptr;
     params.sigma_min = 1.5f;
+    params.topk = 1 + (7 * c.n + 3 * c.d) % c.v;
     const auto key = smoothie::noise_key(1234, 7);
     params.noise_key = key.key, params.noise_row_shift = key.row_shift;
   }
@@ -191,16 +195,21 @@ struct Result {
   Matrix smoothed;
   std::unique_ptr<int64_t[]> tokens, noisy_tokens;
   std::unique_ptr<float[]> lse, best_score, log_sum;
+  std::unique_ptr<float[]> top_logits;
+  std::unique_ptr<int64_t[]> top_tokens;
 };
 
-Result run(const Tier& tier, StepParams params, int n_threads) {
+Result run(const Tier& tier, StepParams params, int n_threads, bool mean = true) {
   Result r{Matrix(params.x_dtype, params.n_rows, params.width),
            array<int64_t>(params.n_rows, -7),
            array<int64_t>(params.n_rows, -7),
            array<float>(params.n_rows, kNan),
            array<float>(params.n_rows, kNan),
-           array<float>(params.n_rows, kNan)};
-  params.smoothed = r.smoothed.data;
+           array<float>(params.n_rows, kNan),
+           array<float>(params.n_rows * params.topk, kNan),
+           array<int64_t>(params.n_rows * params.topk, -7)};
+  params.smoothed = mean ? r.smoothed.data : nullptr;
+  params.top_logits = r.top_logits.get(), params.top_tokens = r.top_tokens.get();
   params.tokens = r.tokens.get(), params.noisy_tokens = r.noisy_tokens.get();
   params.lse = r.lse.get(), params.best_score = r.best_score.get(), params.log_sum = r.log_sum.get();
   tier.step_fwd(params, threads(n_threads));

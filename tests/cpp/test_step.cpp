@@ -111,6 +111,30 @@ void test_field(const Tier& tier) {
 
 // --- The step
 
+// Row i's largest logits, relative to `reference`: those of their tokens, in order, and none of the others is larger.
+void check_top(const Result& r, int64_t i, int64_t k, const std::vector<double>& logit, double reference,
+               double bound) {
+  std::vector<double> sorted(logit);
+  std::sort(sorted.begin(), sorted.end(), std::greater<double>());
+  std::vector<char> seen(logit.size(), 0);
+  for (int64_t rank = 0; rank < k; ++rank) {
+    const float value = r.top_logits[size_t(i * k + rank)];
+    const int64_t token = r.top_tokens[size_t(i * k + rank)];
+    CHECK_WITHIN(token, 0, double(logit.size() - 1));
+    if (failures) return;
+    CHECK_EQUAL(seen[size_t(token)], 0);
+    seen[size_t(token)] = 1;
+    const double wanted = logit[size_t(token)] - reference;
+    CHECK_CLOSE(value, wanted, bound + 4 * kEps * std::fabs(wanted));
+    CHECK_WITHIN(logit[size_t(token)], sorted[size_t(rank)] - bound, sorted[size_t(rank)] + bound);
+    if (rank > 0) {
+      const float before = r.top_logits[size_t(i * k + rank - 1)];
+      CHECK_EQUAL(before >= value, true);
+    }
+  }
+  if (k > 0) CHECK_EQUAL(r.top_tokens[size_t(i * k)], r.noisy_tokens[size_t(i)]);
+}
+
 void check_result(const Problem& problem, const Result& r, const float* eps) {
   const StepParams& p = problem.params;
   const double s2 = double(p.sigma_min) * p.sigma_min;
@@ -165,6 +189,7 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
     if (failures) return;  // a token outside the table cannot be looked up
     CHECK_CLOSE(score[size_t(r.tokens[size_t(i)])], best_score, logit_bound(1 / s2, x2, table2, 0.0));
     CHECK_CLOSE(logit[size_t(r.noisy_tokens[size_t(i)])], best_logit, 2 * bound);
+    check_top(r, i, p.topk, logit, mu * best_score, 2 * bound);
   }
 }
 
@@ -197,6 +222,21 @@ void test_case(const Tier& tier, const Case& c, const std::vector<int>& thread_c
       const Result shared = run(tier, p, n_threads);
       check_same(problem, shared, alone, 1e-6);
       check_same(problem, run(tier, p, n_threads), shared, 0);  // every run gives the same bits
+      const int64_t k = p.topk;
+      for (int64_t i = 0; i < c.n * k; ++i) {
+        CHECK_CLOSE(shared.top_logits[size_t(i)], alone.top_logits[size_t(i)],
+                    1e-6 * (1 + std::fabs(alone.top_logits[size_t(i)])));
+        CHECK_EQUAL(shared.top_tokens[size_t(i)], alone.top_tokens[size_t(i)]);
+      }
+      const Result without_mean = run(tier, p, n_threads, false);
+      for (int64_t i = 0; i < c.n * k; ++i) {
+        CHECK_EQUAL(without_mean.top_logits[size_t(i)], shared.top_logits[size_t(i)]);
+        CHECK_EQUAL(without_mean.top_tokens[size_t(i)], shared.top_tokens[size_t(i)]);
+      }
+      for (int64_t i = 0; i < c.n; ++i) CHECK_EQUAL(without_mean.lse[size_t(i)], shared.lse[size_t(i)]);
+      p.topk = 0;
+      check_same(problem, run(tier, p, n_threads), shared, 0);
+      p.topk = k;
     }
   }
   const Result with_logits = run(tier, p, 1);
@@ -266,6 +306,8 @@ void test_not_finite(const Tier& tier) {
       for (int64_t i = 0; i < 40; ++i) {
         CHECK_WITHIN(r.tokens[size_t(i)], 0, 299.0);
         CHECK_WITHIN(r.noisy_tokens[size_t(i)], 0, 299.0);
+        const int64_t k = problem.params.topk;
+        for (int64_t rank = 0; rank < k; ++rank) CHECK_WITHIN(r.top_tokens[size_t(i * k + rank)], 0, 299.0);
         if (i % 13 == 0) continue;
         CHECK_EQUAL(r.tokens[size_t(i)], clean.tokens[size_t(i)]);
         CHECK_EQUAL(r.noisy_tokens[size_t(i)], clean.noisy_tokens[size_t(i)]);
@@ -290,8 +332,50 @@ void test_ties(const Tier& tier) {
         CHECK_WITHIN(r.tokens[size_t(i)], 0, double(period - 1));
         // Where mu is zero all logits are equal.
         CHECK_EQUAL(r.noisy_tokens[size_t(i)], problem.mu[size_t(i)] == 0.0f ? 0 : r.tokens[size_t(i)]);
+        const int64_t k = problem.params.topk;
+        for (int64_t rank = 0; rank < k; ++rank) {
+          const int64_t token = r.top_tokens[size_t(i * k + rank)], equal = rank < 700 / period ? rank * period : -1;
+          if (problem.mu[size_t(i)] == 0.0f)
+            CHECK_EQUAL(token, rank);
+          else if (equal >= 0)
+            CHECK_EQUAL(token, r.tokens[size_t(i)] + equal);
+        }
       }
     }
+}
+
+// --- Means of a few tokens
+
+void test_average(const Tier& tier) {
+  std::mt19937 random(5);
+  int count = 0;
+  for (int64_t n : {1, 7, 40})
+    for (int64_t d : {1, 3, 16, 50, 200, 213})
+      for (int64_t k : {1, 2, 9}) {
+        const DType table_dtype = kDTypes[count % 3], out_dtype = kDTypes[count / 3 % 3];
+        Matrix table(table_dtype, 33, d, count % 4 == 1 ? 5 : 0, count % 5 == 2), out(out_dtype, n, d);
+        table.fill(random, 1.0);
+        const auto weights = array<float>(n * k, 0.0f);
+        const auto tokens = array<int64_t>(n * k, 0);
+        for (int64_t i = 0; i < n * k; ++i) {
+          weights[size_t(i)] = float(random() % 1000) / 500.0f - 1.0f;
+          tokens[size_t(i)] = int64_t(random() % 33);
+        }
+        const AverageParams p{weights.get(), tokens.get(), table.data, out.data, n, k, d,
+                              table.stride,  table_dtype,  out_dtype};
+        tier.average(p, threads(1 + count % 3));
+        context = std::string(tier.name) + " average, D " + std::to_string(d) + " K " + std::to_string(k);
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t j = 0; j < d; ++j) {
+            double sum = 0.0, size = 0.0;
+            for (int64_t q = i * k; q < (i + 1) * k; ++q) {
+              const double term = weights[size_t(q)] * table.get(tokens[size_t(q)], j);
+              sum += term, size += std::fabs(term);
+            }
+            CHECK_CLOSE(out.get(i, j), sum, half_step(out_dtype, sum) + double(k + 1) * kEps * size);
+          }
+        ++count;
+      }
 }
 
 // --- Rounding
@@ -340,6 +424,7 @@ int main() {
     test_far(*tier);
     test_not_finite(*tier);
     test_ties(*tier);
+    test_average(*tier);
     test_gradients(*tier);
     std::printf("%s: %s\n", tier->name, failures == before ? "passed" : "FAILED");
   }

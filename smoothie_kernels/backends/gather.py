@@ -1,0 +1,45 @@
+"""Products of K tokens a row with the table, in plain PyTorch: for any device and type, forward and backward.
+
+What rows of the table they read goes through `ROOM` bytes at a time. Sums have a fixed order: no atomics.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ROOM = 2**26
+
+
+def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_k weights[i, k] embeddings[tokens[i, k]], [N, D] in dtype; summed in the type of weights."""
+    out = embeddings.new_empty(len(tokens), embeddings.shape[1], dtype=dtype)
+    for rows in _blocks(tokens, embeddings):
+        out[rows] = (weights[rows, None] @ embeddings[tokens[rows]].to(weights.dtype))[:, 0].to(dtype)
+    return out
+
+
+def dots(vectors: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """vectors[i] . embeddings[tokens[i, k]], [N, K] in dtype."""
+    out = embeddings.new_empty(tokens.shape, dtype=dtype)
+    for rows in _blocks(tokens, embeddings):
+        out[rows] = (embeddings[tokens[rows]].to(dtype) @ vectors[rows, :, None].to(dtype))[..., 0]
+    return out
+
+
+def spread(weights: Tensor, tokens: Tensor, vectors: Tensor, vocabulary: int) -> Tensor:
+    """out[j] = sum of weights[i, k] vectors[i] over all tokens[i, k] = j, [V, D] in the type of weights."""
+    by_token = tokens.flatten().argsort(stable=True)
+    starts = torch.searchsorted(tokens.flatten()[by_token], torch.arange(vocabulary, device=tokens.device))
+    rows = by_token // max(1, tokens.shape[1])
+    return functional.embedding_bag(
+        rows, vectors.to(weights.dtype), starts, mode="sum", per_sample_weights=weights.flatten()[by_token]
+    )
+
+
+def _blocks(tokens: Tensor, embeddings: Tensor) -> Iterator[slice]:
+    n, k = tokens.shape
+    size = max(1, ROOM // (4 * max(1, k) * embeddings.shape[1]))
+    for first in range(0, n, size):
+        yield slice(first, min(n, first + size))
