@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks list | run | compare."""
+"""Command line: python -m benchmarks list | run | recall | compare."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from benchmarks import compare, machine, pictures, registry
+from benchmarks import compare, machine, pictures, recall, recall_report, registry
 from benchmarks.check import CheckFailed
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.embeddings import NoEmbeddings, load_material, synthetic
+from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.report import Report
 from benchmarks.suite import STAGES, WRONG, Suite
 
@@ -37,7 +37,8 @@ def main() -> int:
             before, after = compare.find((arguments.before, arguments.after))
             compare.show(Report.load(before), Report.load(after), console)
             return 0
-        return run(arguments, console, errors)
+        prepare(arguments)
+        return (measure_recall if arguments.command == "recall" else run)(arguments, console, errors)
     except (NoEmbeddings, compare.NoResult, ValueError) as error:
         errors.print(f"benchmarks: {error}", style="bold red")
         return 2
@@ -55,15 +56,20 @@ def parse() -> argparse.Namespace:
     run = commands.add_parser("run", help="check, measure, report")
     run.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
     run.add_argument("--full", action="store_true", help="more shapes, types and times of the schedule")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
     run.add_argument("--repeats", type=int, help="timed runs of every contestant; by default about 1.5 seconds of them")
-    run.add_argument("--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'")
-    run.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
     run.add_argument(
         "--keep-going", action="store_true", help="a wrong result of ours costs it its time alone; write as we go"
     )
     run.add_argument("--deadline", type=float, help="seconds after which no further case begins")
+    of_top = commands.add_parser("recall", help="top-k: what is found, how much it weighs, how far its mean is off")
+    of_top.add_argument("--docs", type=Path, help=f"folder of {recall_report.PAGE}, which gets pictures and tables")
+    for each in (run, of_top):
+        each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        each.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
+        each.add_argument(
+            "--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'"
+        )
+        each.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
     of_two = commands.add_parser("compare", help="two results: .json files, or git refs that have a result file")
     of_two.add_argument("before")
     of_two.add_argument("after")
@@ -71,11 +77,14 @@ def parse() -> argparse.Namespace:
 
 
 def list_cases(console: Console) -> None:
-    table = Table(Column("case", overflow="fold"), "group", "N", "V", "D", "type", "noise", "what for", box=SIMPLE_HEAD)
+    table = Table(
+        Column("case", overflow="fold"), "group", "N", "V", "D", "K", "type", "noise", "what for", box=SIMPLE_HEAD
+    )
     for case in registry.CASES.values():
         sizes = (f"{case.n:,}", *("table" if size is None else f"{size:,}" for size in (case.v, case.d)))
         noise = "" if not registry.OPS[case.op].noise else f"t = {case.t}" if case.t else str(case.std)
-        table.add_row(case.name, case.group, *sizes, str(case.dtype).removeprefix("torch."), noise, case.why)
+        k = str(case.k) if case.op == "topk" else ""
+        table.add_row(case.name, case.group, *sizes, k, str(case.dtype).removeprefix("torch."), noise, case.why)
     console.print(table)
     console.print("Without --cases, `run` takes the groups default and sweep; --full adds full.\n")
     table = Table("contestant", "what", box=SIMPLE_HEAD)
@@ -84,15 +93,46 @@ def list_cases(console: Console) -> None:
     console.print(table)
 
 
-def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
-    start = time.monotonic()
-    cases = registry.select(filter(None, arguments.cases.split(",")), full=arguments.full)
+def prepare(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+
+
+def read_material(arguments: argparse.Namespace, console: Console) -> Material:
     console.print("reading the embedding table and the text ...")
-    material = synthetic(*SYNTHETIC) if arguments.embeddings == "synthetic" else load_material(arguments.embeddings)
+    return synthetic(*SYNTHETIC) if arguments.embeddings == "synthetic" else load_material(arguments.embeddings)
+
+
+def measure_recall(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    start = time.monotonic()
+    if arguments.docs and not (arguments.docs / recall_report.PAGE).is_file():
+        raise ValueError(f"--docs {arguments.docs}: there is no {recall_report.PAGE}")
+    material, plan = read_material(arguments, console), recall.Plan()
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=plan.parts)
+        result = recall.measure(
+            material, machine.describe(arguments.device), arguments.device, plan,
+            lambda what, parts: bar.update(task, advance=parts, description=what),
+        )  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    drawn = recall_report.draw(result, arguments.out / recall_report.stem_of(result))
+    written = recall_report.save(result, arguments.out)
+    recall_report.show(result, console)
+    if arguments.docs:
+        written += recall_report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
+    tell(written, drawn, console)
+    for failure in result.failures():
+        errors.print(f"red: {failure}", style="bold red")
+    console.print(f"took {time.monotonic() - start:.0f} s")
+    return 1 if result.failures() else 0
+
+
+def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    start = time.monotonic()
+    cases = registry.select(filter(None, arguments.cases.split(",")), full=arguments.full)
+    material = read_material(arguments, console)
     report = Report(machine.describe(arguments.device), {}, [])
     failed = 0
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
@@ -135,11 +175,14 @@ def publish(report: Report, folder: Path, console: Console) -> None:
     drawn = pictures.draw(report.rows, folder / report.machine.stem)
     written = report.save(folder)
     report.show(console)
+    tell(written, drawn, console)
+
+
+def tell(written: list[Path], drawn: list[Path] | str, console: Console) -> None:
+    """What files there are, and why there are no pictures."""
     if isinstance(drawn, str):
         console.print(f"no pictures: {drawn}")
-    else:
-        written += drawn
-    for path in written:
+    for path in [*written, *(drawn if isinstance(drawn, list) else [])]:
         console.print(f"written: {path}", soft_wrap=True)
 
 

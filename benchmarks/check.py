@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ THEIRS = {
     torch.bfloat16: Tolerance(3e-2, 2e-2),  # scores around ||x||^2 / 2 are rounded to 8 bits before the softmax
     torch.float16: Tolerance(1e-2, 5e-3),
 }
+MISSED = 0.05  # by so much may recall be below its target; `python -m benchmarks recall` has the narrow bound
 NOISE_TIE = 1e-4  # backends may differ by 5e-5 in a normal
 SHIFT = 2e-3  # bfloat16 gives 5e-5; another noise in the backward than in the forward 1e-2 or more
 
@@ -56,6 +58,7 @@ class Truth:
     squares: Tensor  # [R] ||x||^2
     squared_distances: Tensor  # [R, V]
     logits: Tensor  # [R, V]
+    naive_logits: Tensor  # [R, V]: of the dense step in the inputs' type, with the same noise
     lse: Tensor  # [R]
     scale_of_lse: Tensor  # [R]
     naive_lse: float  # error of the dense step in the inputs' type, with the same noise
@@ -92,7 +95,8 @@ def truth(inputs: Inputs, rows: Tensor, *, noisy: bool) -> Truth:
         means |= {name: (exact[name], frobenius(naive_gradients[name], exact[name])) for name in exact}
     scale = lse.abs().clamp_min(1)
     return Truth(
-        squares[:, 0], squared_distances, logits, lse, scale, largest(naive_logits.logsumexp(1), lse, scale), means
+        squares[:, 0], squared_distances, logits, naive_logits, lse, scale,
+        largest(naive_logits.logsumexp(1), lse, scale), means,
     )  # fmt: skip
 
 
@@ -109,6 +113,25 @@ def gradients(inputs: Inputs, rows: Tensor, eps: Tensor | None, dtype: torch.dty
     found = dict(zip(leaves, torch.autograd.grad(smoothed, tuple(leaves.values()), grad), strict=True))
     found["grad_x"] = torch.zeros_like(inputs.x, dtype=dtype).index_copy_(0, rows, found["grad_x"])
     return found
+
+
+def mean_of_top(inputs: Inputs, rows: Tensor, true: Truth, indices: Tensor, smooth: str) -> tuple[Tensor, float]:
+    """The mean embedding that goes with these top-k tokens [R, K], in float64, and the relative error of naive's."""
+    x, table, exact, naive = inputs.x[rows], inputs.table, true.logits, true.naive_logits
+    if smooth == "topk":
+        mean, of_naive = (
+            (logits.gather(1, indices).softmax(1).to(dtype)[:, None] @ table[indices].to(dtype))[:, 0]
+            for logits, dtype in ((exact, torch.float64), (naive, x.dtype))
+        )
+        return mean, frobenius(of_naive, mean)
+    weights = exact.softmax(1).gather(1, indices)
+    kept = (weights[:, None] @ table[indices].double())[:, 0]
+    quiet = -inputs.mu[rows, None].double() * true.squared_distances / (2 * SIGMA_MIN**2)
+    quiet -= quiet.mean(1, keepdim=True)
+    others = torch.zeros_like(kept)  # mean(E) + cov(E, quiet)
+    for part, logits in zip(torch.split(table, CHUNK), torch.split(quiet, CHUNK, 1), strict=True):
+        others.addmm_((1 + logits) / len(table), part.double())
+    return kept + (1 - weights.sum(1, keepdim=True)) * others, true.means["smoothed"][1]
 
 
 def frobenius(value: Tensor, true: Tensor) -> float:
@@ -175,13 +198,39 @@ class Referee:
         if outputs.lse is not None:
             error = largest(outputs.lse[self.rows], true.lse, true.scale_of_lse)
             expect("lse", error, max(allowed.lse, 2 * true.naive_lse))
+        means = true.means
+        if outputs.top_values is not None and outputs.top_indices is not None:
+            values, indices = outputs.top_values[self.rows].double(), outputs.top_indices[self.rows]
+            self._compare_top(contestant, values, indices, true, allowed.tie)
+            means = {"smoothed": mean_of_top(self.inputs, self.rows, true, indices, contestant.smooth)}
         errors = []
-        for what, (exact, naive) in true.means.items():
+        for what, (exact, naive) in means.items():
             value = getattr(outputs, what)
             if value is not None:
                 error = frobenius(value[self.rows] if what == "smoothed" else value, exact)
                 errors.append(expect(what, error, max(allowed.smoothed, 2 * naive)))
         return max(errors, default=None)
+
+    def _compare_top(self, contestant: Contestant, values: Tensor, indices: Tensor, true: Truth, tie: float) -> None:
+        """There are K, each value is its token's logit, no token comes twice, none or few of the largest are missed."""
+        expect = partial(self._expect, contestant)
+        expect("top_values (their number)", float(abs(values.shape[1] - self.inputs.k)), 0.0)
+        # What a logit may be off by: its noise, and its distance.
+        allowed = NOISE_TIE + tie * true.squares * self.inputs.mu[self.rows].double() / (2 * SIGMA_MIN**2)
+        of_indices, of_largest = true.logits.gather(1, indices), true.logits.topk(values.shape[1]).values
+        error = largest(values, of_indices, allowed[:, None])
+        expect("top_values (from the logits of top_indices, over what is allowed)", error, 1.0)
+        expect("top_values (rise within a row)", float(values.diff(dim=1).amax()) if values.shape[1] > 1 else 0.0, 0.0)
+        repeated = indices.sort(1).values.diff(dim=1) == 0
+        expect("top_indices (tokens that come twice)", float(repeated.sum()), 0.0)
+        if contestant.recall_target == 1:
+            error = largest(values, of_largest, allowed[:, None])
+            expect("top_values (from the largest logits, over what is allowed)", error, 1.0)
+            return
+        missed = (of_indices < (of_largest[:, -1] - allowed)[:, None]).double().mean()
+        may_miss = 1 - contestant.recall_target
+        deviation = math.sqrt(may_miss * (1 - may_miss) / values.numel())
+        expect("top_indices (share that is not of the largest)", float(missed), may_miss + max(MISSED, 4 * deviation))
 
     def _expect(self, contestant: Contestant, what: str, error: float, bound: float) -> float:
         if not error <= bound:

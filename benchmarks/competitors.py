@@ -48,6 +48,19 @@ def dense_nearest(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, distance * (-2 * SIGMA_MIN**2)
 
 
+def dense_topk(
+    x: Tensor, table: Tensor, mu: Tensor, std: Tensor, noisy: bool, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mean of the top-k tokens, the nearest token, and the top-k."""
+    distances = dense_distances(x, table)
+    logits = mu[:, None] * distances
+    if noisy:
+        logits = logits + std[:, None] * torch.randn_like(logits)
+    values, indices = logits.topk(k)
+    weights = values.softmax(-1).to(table.dtype)
+    return (weights[:, None] @ table[indices])[:, 0], distances.argmax(-1), values, indices
+
+
 def dense(*, compiled: bool = False, dtype: torch.dtype | None = None) -> Mapping[str, Prepare]:
     """The dense form, compiled or not, in the inputs' type or a given one."""
 
@@ -71,7 +84,18 @@ def dense(*, compiled: bool = False, dtype: torch.dtype | None = None) -> Mappin
 
         return call
 
-    return {"step": step, "nearest": nearest, **training(smoothed, dtype)}
+    def topk(inputs: Inputs) -> Call:
+        inputs, run = inputs.to(dtype), program(dense_topk)
+
+        def call() -> Outputs:
+            smoothed, tokens, values, indices = run(
+                inputs.x, inputs.table, inputs.mu, inputs.std, inputs.noisy, inputs.k
+            )  # fmt: skip
+            return Outputs(smoothed, tokens, top_values=values, top_indices=indices)
+
+        return call
+
+    return {"step": step, "nearest": nearest, "topk": topk, **training(smoothed, dtype)}
 
 
 # Attention and kernel libraries: without noise, and without the nearest token

@@ -6,6 +6,7 @@ once per table (column norms, padded copies, compilation) may be done while maki
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ import smoothie_kernels as sk
 from benchmarks import chunked, competitors, epilogue
 from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, training
 from benchmarks.registry import OPS
-from smoothie_kernels import dispatch
+from smoothie_kernels import dispatch, library
+from smoothie_kernels.backends import StepOutputs
 
 SEED = 20_250_518
 
@@ -31,6 +33,8 @@ class Contestant:
     prepare: Mapping[str, Prepare]  # by operator
     what: str
     ours: bool = False
+    recall_target: float = 1.0  # of the top-k that it gives
+    smooth: str = "topk"  # what its mean embedding is of where it gives a top-k, as fused_smoothie_step calls it
     compiles: bool = False  # its first call compiles a program, whose memory is not the step's
     tensors_of_n_v: int = 0  # of four-byte elements that it holds at once, so that it can be left out where memory ends
     absent: Callable[[Inputs], str | None] = field(default=never)  # why it cannot take part, or None
@@ -73,7 +77,57 @@ def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -
 
         return call
 
-    return {"step": step, "nearest": nearest, **training(smoothed)}
+    return {"step": step, "nearest": nearest, "topk": step, **training(smoothed)}
+
+
+def top_k(recall_target: float, smooth: str = "topk") -> Mapping[str, Prepare]:
+    def prepare(inputs: Inputs) -> Call:
+        # The benchmark's usual time has more weight in the tail than that, and the report is no place to say so.
+        warnings.filterwarnings("ignore", "smooth='topk' leaves out")
+        table, std = sk.Vocabulary(inputs.table), inputs.std if inputs.noisy else 0
+
+        def call() -> Outputs:
+            y = sk.fused_smoothie_step(
+                inputs.x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, topk=inputs.k,
+                recall_target=recall_target, smooth=smooth,
+            )  # fmt: skip
+            assert y.topk is not None
+            return Outputs(
+                y.smoothed, y.tokens, y.noisy_tokens, y.lse, top_values=y.topk.values, top_indices=y.topk.indices
+            )
+
+        return call
+
+    return {"topk": prepare}
+
+
+def without_mean(
+    inputs: Inputs, table: sk.Vocabulary, *, topk: int = 0, recall_target: float = 1.0, offset: int = 0
+) -> StepOutputs:
+    """One pass of the library that gives everything but a mean embedding."""
+    return StepOutputs(
+        *library.step_fwd(
+            inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std, row_ids=None, seed=torch.tensor(SEED),
+            offset=torch.tensor(offset), row_offset=0, sigma_min=SIGMA_MIN, has_noise=inputs.noisy, workspace=2**28,
+            smooth="none", topk=topk, recall_target=recall_target, backend="auto",
+        )
+    )  # fmt: skip
+
+
+def statistics(inputs: Inputs) -> Call:
+    """The pass that a top-k rides on."""
+    table = sk.Vocabulary(inputs.table)
+
+    def call() -> Outputs:
+        y = without_mean(inputs, table)
+        return Outputs(tokens=y.tokens, noisy_tokens=y.noisy_tokens, lse=y.lse)
+
+    return call
+
+
+def _top_k(name: str, recall_target: float, what: str, smooth: str = "topk") -> Contestant:
+    prepare = top_k(recall_target, smooth)
+    return Contestant(name, prepare, what, ours=True, recall_target=recall_target, smooth=smooth)
 
 
 def backend_cannot(name: str) -> Callable[[Inputs], str | None]:
@@ -121,6 +175,10 @@ CONTESTANTS = {
             for name in dispatch.BACKENDS
         ),
         Contestant("fused, one kernel", fused(workspace=0), "this package without a workspace, on a GPU", ours=True),
+        _top_k("top-k, 0.95", 0.95, "this package: the top-k at recall_target 0.95, and their mean"),
+        _top_k("top-k, exact", 1.0, "the same, exact"),
+        _top_k("top-k and mean", 0.95, "the same at 0.95, their mean and the table's for the tail", "topk+mean"),
+        Contestant("statistics", {"topk": statistics}, "its pass alone: tokens, noisy tokens, lse", ours=True),
         Contestant("eager", competitors.dense(), "PyTorch as the authors of Smoothie write it", tensors_of_n_v=6),
         Contestant(
             "eager, float32", competitors.dense(dtype=torch.float32), "the same on float32 copies", tensors_of_n_v=6

@@ -51,6 +51,10 @@ class Inputs:
         return self.x.shape[0], *self.table.shape
 
     @property
+    def k(self) -> int:
+        return min(self.case.k, len(self.table))
+
+    @property
     def flop(self) -> int:
         return self.op.flop(*self.sizes)
 
@@ -100,6 +104,8 @@ class Outputs(NamedTuple):
     distance: Tensor | None = None  # [N]
     grad_x: Tensor | None = None  # [N, D]
     grad_embeddings: Tensor | None = None  # [V, D]
+    top_values: Tensor | None = None  # [N, K]
+    top_indices: Tensor | None = None  # [N, K]
 
 
 Call = Callable[[], Outputs]

@@ -34,6 +34,8 @@ class Op:
 OPS = {
     "step": Op(products=2, arrays_of_rows=2, tables=1),
     "nearest": Op(products=1, arrays_of_rows=1, tables=1, noise=False),
+    # The largest logits and a mean of their tokens. Who takes the mean over all tokens makes two products.
+    "topk": Op(products=1, arrays_of_rows=2, tables=1),
     # Forward and backward. Beside the step's products: the gradient times the table, and what makes that of x ...
     "train-x": Op(products=4, arrays_of_rows=4, tables=1, trains=("x",)),
     # ... and two that make the table's.
@@ -43,7 +45,7 @@ OPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, and who runs on it. N rows, V vocabulary, D width."""
+    """One set of inputs, and who runs on it. N rows, V vocabulary, D width, K of the top-k."""
 
     name: str
     why: str
@@ -53,6 +55,7 @@ class Case:
     d: int | None = None  # None: the table's; any other width means a synthetic table
     dtype: torch.dtype = torch.float32
     op: str = "step"
+    k: int = 64  # of "topk" alone
     mu: float = 0.05
     std: float = 0.99  # 0: no noise
     t: float | None = None  # time in the paper's schedule, instead of mu and std
@@ -61,6 +64,8 @@ class Case:
 
 OURS = ("fused", "fused, raw table")
 DENSE = ("eager", "compiled", "chunked")
+TOP = ("top-k, 0.95", "top-k, exact")
+TOP_AND_MEAN = "top-k and mean"
 NO_NOISE = ("sdpa", "flex", "keops")
 EPILOGUE = "chunked, compiled epilogue"
 V_SWEEP = (1024, 4096, 16384, 30522, 65536, 262144)
@@ -68,6 +73,13 @@ V_SWEEP = (1024, 4096, 16384, 30522, 65536, 262144)
 _STEP = Case("step", "the training step: real table, float32, noise", (*OURS, *DENSE), n=512)
 _QUIET = Case("step-quiet", "the same without noise", ("fused", *DENSE, *NO_NOISE), n=512, std=0)
 _NEAREST = Case("nearest", "the nearest token alone: one product", ("fused", *DENSE), n=512, op="nearest")
+_TOPK = Case(
+    "topk",
+    "the 64 largest logits and their mean: one product",
+    (*TOP, TOP_AND_MEAN, "fused", "statistics", "eager", "compiled"),
+    n=512,
+    op="topk",
+)
 _TRAIN = Case("train", "forward, and backward for x and table", ("fused", *DENSE), n=512, op="train")
 _TRAIN_X = Case("train-x", "forward, and backward for x alone", ("fused", "eager", "chunked"), n=512, op="train-x")
 
@@ -75,6 +87,7 @@ _DEFAULT = (
     _STEP,
     _QUIET,
     _NEAREST,
+    _TOPK,
     _TRAIN,
     _TRAIN_X,
     replace(_STEP, name="step-n1", why="one row: the table must be read, and nothing else matters", n=1),
@@ -82,6 +95,15 @@ _DEFAULT = (
     Case("step-bf16", "bfloat16 rows and table", ("fused", "eager", "chunked"), n=512, dtype=torch.bfloat16),
     Case("step-n4096", "many rows: memory must not grow with N x V", ("fused", "eager"), n=4096),
     Case("step-v256000", "a large model's vocabulary", ("fused", "eager", "chunked"), n=64, v=256_000, d=768),
+    replace(
+        _TOPK,
+        name="topk-v256000",
+        why="a large model's vocabulary",
+        contestants=(*TOP, "fused", "statistics", "eager"),
+        n=64,
+        v=256_000,
+        d=768,
+    ),
 )
 _SWEEP = tuple(
     Case(f"sweep-v{v}", "for the pictures", ("fused", "eager", "chunked"), n=64, v=v, group="sweep") for v in V_SWEEP
@@ -109,6 +131,9 @@ _FULL = (
     ),
     replace(_NEAREST, name="nearest-n1", why="one row", n=1, group="full"),
     replace(_NEAREST, name="nearest-bf16", why="bfloat16", dtype=torch.bfloat16, group="full"),
+    *(replace(_TOPK, name=f"topk-k{k}", why="few and many", k=k, group="full") for k in (8, 256)),
+    *(replace(_TOPK, name=f"topk-n{n}", why="one row, a few rows", n=n, group="full") for n in (1, 8)),
+    replace(_TOPK, name="topk-bf16", why="bfloat16 rows and table", dtype=torch.bfloat16, group="full"),
     replace(
         _TRAIN,
         name="train-everybody",
@@ -136,17 +161,20 @@ def _on_gpu(case: Case, who: tuple[str, ...], n: int, v: int, d: int, dtype: tor
 # With the hardest competitor, and in both of the forms that a GPU has for ours.
 _BOTH = ("fused", "fused, one kernel", EPILOGUE)
 _SIZES = ((28_996, 768), (30_522, 384))
+_GPU_MAIN = tuple(
+    _on_gpu(case, who, 16384, v, d, torch.bfloat16)
+    for v, d in _SIZES
+    for case, who in (
+        (_STEP, (*_BOTH, *DENSE, "eager, float32")),
+        (_QUIET, (*_BOTH, "eager", "sdpa")),
+        (_TRAIN, (*_BOTH, *DENSE, "eager, float32")),
+    )
+)
 # What is wanted first comes first: where time is short, the last cases are left out.
 _GPU = (
-    *(
-        _on_gpu(case, who, 16384, v, d, torch.bfloat16)
-        for v, d in _SIZES
-        for case, who in (
-            (_STEP, (*_BOTH, *DENSE, "eager, float32")),
-            (_QUIET, (*_BOTH, "eager", "sdpa")),
-            (_TRAIN, (*_BOTH, *DENSE, "eager, float32")),
-        )
-    ),
+    *_GPU_MAIN[:2],
+    *(_on_gpu(_TOPK, _TOPK.contestants, 16384, v, d, torch.bfloat16) for v, d in _SIZES),
+    *_GPU_MAIN[2:],
     *(
         _on_gpu(case, (*_BOTH, "eager", "chunked", "fused[reference]"), 4096, v, d, torch.float32)
         for v, d in _SIZES

@@ -16,7 +16,6 @@ from rich.table import Table
 from benchmarks.machine import Machine
 
 NOISE_COLUMNS = ("case", "contestant", "with noise", "without", "cost")
-COLUMNS = ("contestant", "time", "spread", "x fused", "efficiency", "memory", "error")
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Row:
     d: int
     dtype: str
     noise: bool
+    k: int | None = None  # of a top-k
     ours: bool = False
     seconds: float | None = None  # median
     quartiles: tuple[float, float] | None = None
@@ -89,7 +89,8 @@ class Report:
         ]
         for name, rows in self.cases():
             lines += ["", f"## {name}", "", f"{shape(rows[0])}. Table: {self.tables[name]}.", ""]
-            lines += [f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+            columns = columns_of(rows)
+            lines += [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
             lines += [f"| {' | '.join(cells)} |" for cells in map(cells_of, with_ratio(rows))]
         if costs := noise_costs(self.rows):
             lines += [
@@ -109,8 +110,8 @@ class Report:
             console.print(f"\n{name}: {shape(rows[0])}", style="bold")
             console.print(self.tables[name])
             table = Table(box=SIMPLE_HEAD)
-            for column in COLUMNS:
-                table.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
+            for column in columns_of(rows):
+                table.add_column(escape(column), justify="left" if column == "contestant" else "right", no_wrap=True)
             for row, ratio in with_ratio(rows):
                 table.add_row(*map(escape, cells_of((row, ratio))), style="bold green" if row.ours else "")
             console.print(table)
@@ -133,20 +134,32 @@ def machine_lines(machine: Machine) -> list[str]:
 
 def shape(row: Row) -> str:
     noise = "" if row.op == "nearest" else ", noise" if row.noise else ", no noise"
-    return f"{row.op}, N = {row.n:,}, V = {row.v:,}, D = {row.d:,}, {row.dtype}{noise}"
+    k = "" if row.k is None else f", K = {row.k:,}"
+    return f"{row.op}, N = {row.n:,}, V = {row.v:,}, D = {row.d:,}{k}, {row.dtype}{noise}"
+
+
+def base_of(rows: list[Row]) -> Row | None:
+    """The case's first row of ours that has a time: what the others' times are compared with."""
+    return next((row for row in rows if row.ours and row.seconds), None)
+
+
+def columns_of(rows: list[Row]) -> tuple[str, ...]:
+    base = base_of(rows)
+    ratio = f"x {base.contestant if base else 'ours'}"
+    return "contestant", "time", "spread", ratio, "efficiency", "memory", "error"
 
 
 def with_ratio(rows: list[Row]) -> list[tuple[Row, float | None]]:
-    """Every row with its time over that of the case's first row of ours."""
-    fused = next((row.seconds for row in rows if row.ours and row.seconds), None)
-    return [(row, row.seconds / fused if fused and row.seconds else None) for row in rows]
+    """Every row with its time over the base's."""
+    base = base_of(rows)
+    return [(row, row.seconds / base.seconds if base and base.seconds and row.seconds else None) for row in rows]
 
 
 def noise_costs(rows: list[Row]) -> list[tuple[str, ...]]:
     """Where a contestant ran a case with and without noise, all else being equal: how much longer it took."""
 
     def key(row: Row) -> tuple[object, ...]:
-        return row.contestant, row.op, row.n, row.v, row.d, row.dtype
+        return row.contestant, row.op, row.n, row.v, row.d, row.k, row.dtype
 
     quiet = {key(row): row.seconds for row in rows if row.seconds and not row.noise and row.op != "nearest"}
     return [

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from torch import Tensor
 
 import smoothie_kernels as sk
 from smoothie_kernels import noise
@@ -24,25 +25,32 @@ from smoothie_kernels import noise
 SHAPES = ((3, 301, 100), (130, 515, 384), (70, 259, 768), (1, 1, 32), (200, 1030, 40), (66, 130, 1024))
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 WORKSPACES = (2**28, 0, 2**18)  # the default, none, and one that takes several blocks
+TOPK = 40  # or all tokens, where there are fewer
+MEANS = (("full", 1.0), ("topk", 0.9), ("topk+mean", 0.9))  # smooth and recall_target
 
 
 @dataclass(frozen=True)
 class Call:
-    """One forward and backward of the step, one nearest_token, one field of noise."""
+    """Forwards and backwards of the step, one nearest_token, one field of noise; or of the step with its top-k."""
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
     workspace: int
+    topk: bool = False
 
     def __str__(self) -> str:
         n, v, d = self.shape
-        return f"N = {n}, V = {v}, D = {d}, {str(self.dtype).removeprefix('torch.')}, workspace = {self.workspace}"
+        text = f"N = {n}, V = {v}, D = {d}, {str(self.dtype).removeprefix('torch.')}, workspace = {self.workspace}"
+        return f"{text}, top-k" if self.topk else text
 
     def run(self, backend: str, device: str) -> bool:
         """Whether all results are finite."""
         n, v, d = self.shape
         x, table = (torch.randn(rows, d).to(device, self.dtype).requires_grad_() for rows in (n, v))
         mu, std = torch.full((n,), 0.05, device=device), torch.full((n,), 0.99, device=device)
+        if self.topk:
+            found = self.run_topk(x, table, mu, std, backend)
+            return all(bool(tensor.isfinite().all()) for tensor in found)
         found = [noise.gaussian(n, v, seed=1, row_ids=torch.arange(n, device=device), backend=backend)]
         found.append(sk.nearest_token(x.detach(), table.detach(), backend=backend).distance)
         for deviation, leaves in ((std, (x, table)), (0, (x,)), (std, (table,))):
@@ -53,10 +61,22 @@ class Call:
             found += [y.smoothed, y.lse, *torch.autograd.grad(loss, leaves)]
         return all(bool(tensor.isfinite().all()) for tensor in found)
 
+    def run_topk(self, x: Tensor, table: Tensor, mu: Tensor, std: Tensor, backend: str) -> list[Tensor]:
+        found = []
+        for smooth, recall_target in MEANS:
+            y = sk.fused_smoothie_step(
+                x, table, mu, std, seed=1, topk=min(TOPK, len(table)), recall_target=recall_target, smooth=smooth,
+                workspace=self.workspace, backend=backend,
+            )  # fmt: skip
+            assert y.topk is not None
+            loss = y.smoothed.float().square().sum() + y.topk.values.sum() + y.topk.tail_mass.sum()
+            found += [y.smoothed, y.topk.values, y.topk.tail_mass, *torch.autograd.grad(loss, (x, table))]
+        return found
+
 
 def calls() -> Iterator[Call]:
-    for dtype, workspace, shape in product(DTYPES, WORKSPACES, SHAPES):
-        yield Call(shape, dtype, workspace)
+    for dtype, workspace, shape, topk in product(DTYPES, WORKSPACES, SHAPES, (False, True)):
+        yield Call(shape, dtype, workspace, topk)
 
 
 def main() -> int:

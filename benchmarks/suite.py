@@ -139,6 +139,7 @@ class Suite:
             d=d,
             dtype=str(case.dtype).removeprefix("torch."),
             noise=given.noisy,
+            k=given.k if case.op == "topk" else None,
             ours=contestant.ours,
             commit=self.machine.commit,
             machine=self.machine.processor,

@@ -12,7 +12,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.registry import CASES
 
-NAMES = ("step", "step-quiet", "nearest", "step-n1", "step-n8", "train", "train-x")
+NAMES = ("step", "step-quiet", "nearest", "topk", "step-n1", "step-n8", "train", "train-x")
 PAIRS = [(case, name) for case in NAMES for name in CASES[case].contestants if not CONTESTANTS[name].compiles]
 
 

@@ -1,21 +1,39 @@
 """The benchmark suite's own promises: a wrong result is refused, the schedule is the paper's, races are fair."""
 
+import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="the suite prints with rich")
 
-from benchmarks import compare, device, epilogue, inputs, memory, registry, sanitize, timing
+from benchmarks import (
+    __main__,
+    check,
+    compare,
+    device,
+    epilogue,
+    inputs,
+    memory,
+    recall,
+    recall_report,
+    registry,
+    sanitize,
+    timing,
+)
 from benchmarks.check import CheckFailed, Referee
 from benchmarks.contestants import CONTESTANTS, FLOOR
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, normalise, synthetic
 from benchmarks.machine import Machine
-from benchmarks.report import Report, Row, noise_costs
+from benchmarks.report import Report, Row, columns_of, noise_costs, with_ratio
 from benchmarks.suite import Suite
+from smoothie_kernels import library, noise
+from smoothie_kernels.recall import Buckets, expected_recall
+from smoothie_kernels.testing import dense_logits
 
 SMALL = {"n": 9, "v": 301, "d": 20}
 PLANTED = {
@@ -32,8 +50,43 @@ PLANTED_GRADIENTS = {
 }
 
 
+ROOT = Path(__file__).resolve().parents[1]
+PLANTED_TOP_K = {  # a change, and what the check says of it
+    "an index": (lambda y: y._replace(top_indices=(y.top_indices + 1) % SMALL["v"]), "top_values (from the logits of"),
+    "a value": (lambda y: y._replace(top_values=y.top_values + 1e-2), "top_values (from the logits of"),
+    "order": (
+        lambda y: y._replace(top_values=y.top_values.flip(1), top_indices=y.top_indices.flip(1)),
+        "top_values (rise within a row)",
+    ),
+    "a token twice": (
+        lambda y: y._replace(
+            top_values=torch.cat((y.top_values[:, :1], y.top_values[:, :-1]), 1),
+            top_indices=torch.cat((y.top_indices[:, :1], y.top_indices[:, :-1]), 1),
+        ),
+        "top_indices (tokens that come twice)",
+    ),
+    "too few": (
+        lambda y: y._replace(top_values=y.top_values[:, :-1], top_indices=y.top_indices[:, :-1]),
+        "top_values (their number)",
+    ),
+    "smoothed": (PLANTED["smoothed"], "smoothed"),
+}
+TABLES = r"(?s)<!-- table: \w+ -->\n\n.*?\n\n<!-- end -->"  # in the page of the docs
+PICTURES = {"topk-recall.png", "topk-mass.png", "topk-error.png"}
+TINY = recall.Plan(
+    rows=40, sizes=(None, 700), ks=(4, 16), times=(0.05, 0.9), marks=(0.02, 0.5), between=1, mass_ks=(4, 16),
+    error_ks=(4,), recall_k=16,
+)  # fmt: skip
+
+
 def small(name: str = "step", **changes) -> inputs.Inputs:
     return inputs.build(replace(registry.CASES[name], **SMALL, **changes), synthetic(301, 20))
+
+
+@pytest.fixture(autouse=True)
+def _warning_of_the_tail_is_kept(monkeypatch):
+    """The library gives it once in a process: not to a benchmark that silences it."""
+    monkeypatch.setattr(library.warn_of_tail, "looks", True)
 
 
 @pytest.fixture
@@ -44,7 +97,7 @@ def uncompiled():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["step", "step-quiet", "nearest", "train", "train-x"])
+@pytest.mark.parametrize("name", ["step", "step-quiet", "nearest", "topk", "train", "train-x"])
 @pytest.mark.usefixtures("uncompiled")
 def test_every_contestant_that_can_run_here_is_found_right(name, dtype):
     given = small(name, dtype=dtype)
@@ -62,6 +115,54 @@ def test_a_wrong_result_is_refused_and_named(what):
     call = CONTESTANTS["fused"].prepare["step"](given)
     with pytest.raises(CheckFailed, match=f"'fused': {what if what != 'nan' else 'smoothed'}"):
         Referee(given).check(CONTESTANTS["fused"], lambda: PLANTED[what](call()))
+
+
+@pytest.mark.parametrize("name", registry.CASES["topk"].contestants[:3])
+@pytest.mark.parametrize("what", PLANTED_TOP_K)
+def test_a_wrong_top_k_is_refused_and_named(name, what):
+    given, (change, message) = small("topk", k=8), PLANTED_TOP_K[what]
+    contestant = CONTESTANTS[name]
+    call = contestant.prepare["topk"](given)
+    Referee(given).check(contestant, call)
+    with pytest.raises(CheckFailed, match=re.escape(f"{name!r}: {message}")):
+        Referee(given).check(contestant, lambda: change(call()))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("top-k, exact", "largest logits"), ("top-k, 0.95", "not of the largest")]
+)
+def test_a_top_k_that_misses_the_largest_is_refused(name, message):
+    given, contestant = small("topk", k=16), CONTESTANTS[name]
+    more = CONTESTANTS["top-k, exact"].prepare["topk"](small("topk", k=20))
+
+    def without_the_largest_four():
+        y = more()
+        return y._replace(smoothed=None, top_values=y.top_values[:, 4:], top_indices=y.top_indices[:, 4:])
+
+    with pytest.raises(CheckFailed, match=message):
+        Referee(given).check(contestant, without_the_largest_four)
+
+
+def test_a_few_tokens_have_a_smaller_top_k():
+    assert small("topk").cut(2, 50).k == 50
+
+
+def test_the_means_of_the_top_k_are_those_of_the_definitions():
+    given = small("topk", k=5)
+    rows = torch.arange(SMALL["n"])
+    true = check.truth(given, rows, noisy=True)
+    indices = true.logits.topk(5).indices
+    weights, table = true.logits.softmax(1), given.table.double()
+    quiet = given.mu[:, None].double() * -torch.cdist(given.x.double(), table).square() / (2 * inputs.SIGMA_MIN**2)
+    for i in rows:
+        top = indices[i]
+        of_top = weights[i, top] @ table[top]
+        covariance = ((quiet[i] - quiet[i].mean())[:, None] * (table - table.mean(0))).mean(0)
+        for smooth, mean in (
+            ("topk", of_top / weights[i, top].sum()),
+            ("topk+mean", of_top + (1 - weights[i, top].sum()) * (table.mean(0) + covariance)),
+        ):
+            torch.testing.assert_close(check.mean_of_top(given, rows, true, indices, smooth)[0][i], mean)
 
 
 @pytest.mark.parametrize("name", ["fused[reference]", "chunked"])
@@ -127,11 +228,12 @@ def test_memory_of_training_counts_the_gradient_of_the_table(name, tmp_path):
 
 def test_cases_are_selected_by_group_and_by_name():
     default = [case.name for case in registry.select()]
-    assert {"train", "train-x"} <= {*default}
+    assert {"topk", "topk-v256000", "train", "train-x"} <= {*default}
     assert not any(name.startswith("gpu-") for name in default)
     assert {case.op for case in registry.select(["*train*"])} == {"train", "train-x"}
     on_gpu = registry.select(["gpu-*"])
-    assert {"step", "train", "train-x"} <= {case.op for case in on_gpu}
+    assert {"step", "topk", "train", "train-x"} <= {case.op for case in on_gpu}
+    assert [case.op for case in on_gpu][:4] == ["step", "step", "topk", "topk"]
     for case in on_gpu:  # beside the hardest competitor both of our forms
         assert ("fused, one kernel" in case.contestants) == (registry.EPILOGUE in case.contestants), case.name
 
@@ -140,6 +242,14 @@ def test_the_cost_of_noise_is_read_off_two_cases():
     row = Row("a", "fused", "step", 1, 2, 3, "float32", True, ours=True, seconds=1.2, quartiles=(1, 1.3), runs=5)
     quiet, other = replace(row, case="b", noise=False, seconds=1.0), replace(row, case="c", n=2)
     assert noise_costs([row, quiet, other]) == [("a", "fused", "1.20 s", "1.00 s", "+20%")]
+
+
+def test_times_are_compared_with_the_first_of_ours_that_has_one():
+    row = Row("a", "statistics", "topk", 1, 2, 3, "float32", True, ours=True, seconds=2.0, quartiles=(1, 3), runs=5)
+    rows = [replace(row, contestant="top-k", seconds=None), replace(row, contestant="x", ours=False, seconds=3.0), row]
+    assert "x statistics" in columns_of(rows)
+    assert [ratio for _, ratio in with_ratio(rows)] == [None, 1.5, 1.0]
+    assert "x ours" in columns_of(rows[:2])
 
 
 def test_compute_sanitizer_is_found_on_the_path_or_in_a_toolkit(tmp_path, monkeypatch, capsys):
@@ -184,7 +294,9 @@ def test_a_part_of_the_device_script_gets_its_environment_and_its_end(tmp_path):
 
 
 def test_what_the_memory_checkers_run_runs():
-    assert sanitize.Call((3, 9, 8), torch.float32, workspace=0).run("reference", "cpu")
+    for topk in (False, True):
+        assert sanitize.Call((3, 9, 8), torch.float32, workspace=0, topk=topk).run("reference", "cpu")
+    assert {call.topk for call in sanitize.calls()} == {False, True}
     widths = {call.shape[2] for call in sanitize.calls()}
     assert min(widths) <= 32
     assert max(widths) >= 1024
@@ -252,7 +364,7 @@ def test_a_race_runs_everybody_as_often_as_asked_and_interleaved():
     assert ran == list("abc") * 5  # the first round is not counted
 
 
-def test_a_report_survives_its_file_and_two_are_compared(tmp_path):
+def test_a_report_survives_its_file_and_two_are_compared(tmp_path, monkeypatch):
     machine = Machine("GPU (R) X", "host", 2, 2, "avx2", 8.0, {"torch": "2"}, "abcdef0", "today")
     row = Row("step", "fused", "step", 1, 2, 3, "float32", True, ours=True, seconds=1.0, quartiles=(0.9, 1.1), runs=5)
     report = Report(machine, {"step": "a table"}, [row])
@@ -262,8 +374,120 @@ def test_a_report_survives_its_file_and_two_are_compared(tmp_path):
     assert compare.find((str(path), str(path))) == (path, path)
     with pytest.raises(compare.NoResult):
         compare.find(("no-such-ref", str(path)), tmp_path)
+    (tmp_path / f"{compare.RECALL}{path.name}").touch()  # has no times
+    monkeypatch.setattr(compare, "commit_of", lambda ref: "abcdef0")
+    assert compare.find(("HEAD", "HEAD"), tmp_path) == (path, path)
 
 
 def test_every_case_names_contestants_that_exist_and_know_its_operator():
     for case in registry.CASES.values():
         assert all(case.op in CONTESTANTS[name].prepare for name in case.contestants), case.name
+
+
+# --- recall
+
+
+def test_a_bucket_loses_the_winners_that_it_cannot_keep():
+    winners = torch.tensor([[0, 4, 8, 1, 5]])
+    assert recall.found_by_buckets(winners % 4, 1).tolist() == pytest.approx([2 / 5])
+    assert recall.found_by_buckets(winners % 4, 2).tolist() == pytest.approx([4 / 5])
+    assert recall.found_by_buckets(winners % 4, 9).tolist() == [1]
+    row = recall.recall_of(Buckets(4, 1), winners.repeat(2, 1), 16, t=0.5)
+    assert (row.strided, row.contiguous) == pytest.approx((2 / 5, 3 / 5))
+    assert row.expected == expected_recall(16, 5, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("v", "k", "buckets", "keep"), [(60, 7, 8, 1), (61, 20, 6, 2), (59, 40, 12, 4), (50, 3, 50, 1)]
+)
+def test_recall_of_buckets_is_that_of_searching_them(v, k, buckets, keep):
+    logits = torch.randn(30, v)
+    exact = logits.topk(k)
+    row = recall.recall_of(Buckets(buckets, keep), exact.indices, v, t=0.5)
+    width = -(-v // buckets)
+    for found, of_bucket in ((row.strided, lambda j: j % buckets), (row.contiguous, lambda j: j // width)):
+        kept = torch.full_like(logits, -torch.inf)
+        for b in range(buckets):
+            tokens = torch.tensor([j for j in range(v) if of_bucket(j) == b], dtype=torch.int64)
+            best = tokens[logits[:, tokens].topk(min(keep, len(tokens))).indices]
+            kept.scatter_(1, best, logits.gather(1, best))
+        again = kept.topk(k)
+        assert found == pytest.approx((again.values >= exact.values[:, -1:]).double().mean().item())
+
+
+def test_what_two_searches_share():
+    found, exact = torch.tensor([[3, 1, 7], [4, 5, 6]]), torch.tensor([[7, 2, 3], [1, 2, 3]])
+    assert recall.shared(found, exact).tolist() == pytest.approx([2 / 3, 0])
+
+
+def test_mass_and_error_are_those_of_the_dense_step():
+    material, machine = synthetic(301, 20), Machine("CPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today")
+    plan = replace(TINY, sizes=(), error_ks=(4, 301))
+    result = recall.measure(material, machine, plan=plan)
+    assert {row.t for row in result.mass} == {*plan.marks, 0.25}
+    for given in recall.inputs_at(plan.curve, material, plan.rows, "cpu"):
+        t, seed, offset = given.case.t, recall.SEED, recall.offset_of(given)
+        eps = noise.gaussian(plan.rows, 301, seed=seed, offset=offset)
+        table = given.table.double()
+        _, logits = dense_logits(given.x.double(), table, given.mu.double(), given.std.double(), eps.double())
+        full, (weights, tokens) = logits.softmax(1) @ table, logits.softmax(1).topk(4)
+        kept = next(row.kept for row in result.mass if (row.t, row.k) == (t, 4))
+        assert kept == pytest.approx(weights.sum(1).mean().item(), abs=1e-5)
+        mean = ((weights / weights.sum(1, keepdim=True))[:, None] @ table[tokens])[:, 0]
+        error = {(row.k, row.smooth): row.error for row in result.errors if row.t == t}
+        assert error[4, "topk"] == pytest.approx(float((mean - full).norm() / full.norm()), abs=1e-5)
+        assert error[301, "topk"] < 1e-5
+        assert error[301, "topk+mean"] < 1e-5
+        assert error[4, "topk+mean"] > 1e-3
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_recall_command_writes_its_files_and_ends_red_where_recall_is_low(broken, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    before = (ROOT / "docs" / recall_report.PAGE).read_text()
+    (docs / recall_report.PAGE).write_text(before)
+    monkeypatch.setattr(recall, "Plan", lambda: TINY)
+    monkeypatch.setattr(__main__, "SYNTHETIC", (301, 20))
+    arguments = ["recall", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    if broken:
+        searched = recall.without_mean
+
+        def some_are_missed(given, table, *, topk, recall_target=1.0, offset=0):
+            found = searched(given, table, topk=topk, recall_target=recall_target, offset=offset)
+            return found if recall_target == 1 else found._replace(top_tokens=(found.top_tokens + 1) % len(table))
+
+        monkeypatch.setattr(recall, "without_mean", some_are_missed)
+    assert __main__.main() == int(broken)
+    stem = next(out.glob("recall-*.json")).stem
+    assert {path.name for path in out.iterdir()} == {
+        f"{stem}{end}" for end in (".json", ".md", "-recall.png", "-mass.png", "-error.png")
+    }
+    content, text = json.loads((out / f"{stem}.json").read_text()), (out / f"{stem}.md").read_text()
+    assert {row["v"] for row in content["library"]} == {301, 700}
+    assert len(content["mass"]) == len(TINY.curve) * len(TINY.mass_ks)
+    assert content["machine"]["versions"]
+    assert bool(content["failures"]) == broken
+    assert ("**Red:**" in text) == broken
+    assert ("red: " in capsys.readouterr().err) == broken
+    page = (docs / recall_report.PAGE).read_text()
+    assert "<!-- table: mass -->\n\n| t | K = 4 | K = 16 |\n| --- | ---: | ---: |\n| 0.02 |" in page
+    assert re.split(TABLES, page) == re.split(TABLES, before)  # all else is as it was
+    assert {path.name for path in docs.iterdir()} == {recall_report.PAGE, *PICTURES}
+
+
+def test_strided_buckets_below_what_is_expected_are_red():
+    row = recall.BucketRecall(100, 8, 10, 1, 0.5, expected=0.9, strided=0.88, contiguous=0.1, error=1e-3)
+    assert row.red
+    assert not replace(row, strided=0.895).red  # less than SLACK
+    assert not replace(row, error=0.01).red  # so few rows do not show it
+    assert recall.LibraryRecall(100, 8, 0.9, 0.5, recall=float("nan"), error=0.0).red
+
+
+def test_the_page_has_the_tables_and_pictures_that_the_command_makes():
+    page = (ROOT / "docs" / recall_report.PAGE).read_text()
+    assert len(re.findall(TABLES, page)) == len(re.findall("<!-- table: ", page)) == 5
+    assert set(re.findall(r"\]\(([\w-]+\.png)\)", page)) == PICTURES
+    assert all((ROOT / "docs" / picture).exists() for picture in PICTURES)
