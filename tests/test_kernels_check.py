@@ -18,7 +18,7 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # Of `<target> <kernel> <type> <D>`: a minute for one processor, where Triton's cache is empty.
 SUBSET = "|".join(
     (
-        "(mean|mean, few rows|chunked (for|back)ward) bf16 768$",
+        "(mean|mean, few rows|statistics, keep 4|chunked (forward|backward|keys)) bf16 768$",
         "sm_.* (mean|chunked backward) fp32 384$",
         "sm_90 mean bf16 384$",
     )

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from smoothie_kernels import fused_smoothie_step, nearest_token, noise
-from smoothie_kernels.backends import StepInputs, StepOutputs, reference
+from smoothie_kernels.backends import StepInputs, reference
 from smoothie_kernels.backends import triton as backend
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -106,6 +107,18 @@ def test_normals_of_hard_words():
 # --- tiles and parts of the vocabulary
 
 
+class Step(NamedTuple):
+    """What the mean's launcher gives: of StepOutputs all but the largest logits, and the very largest."""
+
+    smoothed: torch.Tensor
+    tokens: torch.Tensor
+    noisy_tokens: torch.Tensor
+    lse: torch.Tensor
+    best_score: torch.Tensor
+    log_sum: torch.Tensor
+    best_logit: torch.Tensor
+
+
 def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0):
     rows = torch.ones(len(x), device=x.device)
     seed, offset = words_of(3, 1)
@@ -117,14 +130,17 @@ def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0):
 
 def step(x, table, tile=None, splits=None, **how):
     """The launcher itself, for which a tile and the number of parts may be chosen."""
-    return forward.step_fwd(step_inputs(x, table, **how), tile, splits)
+    smoothed, statistics = forward.mean(step_inputs(x, table, **how), tile, splits)
+    return Step(smoothed, *statistics)
 
 
 def exact_step(x, table, **how):
     inputs = step_inputs(x, table, **how)
     double = (inputs.x.double(), inputs.embeddings.double(), reference.column_bias(table.double()))
     wide = inputs._replace(x=double[0], embeddings=double[1], bias=double[2], mu=inputs.mu.double())
-    return reference.step_fwd(wide if inputs.std is None else wide._replace(std=inputs.std.double()))
+    wide = wide if inputs.std is None else wide._replace(std=inputs.std.double())
+    found = reference.step_fwd(wide._replace(topk=1))
+    return Step(*found[:6], found.top_logits[:, 0])
 
 
 def inputs(n, v, d, dtype=torch.float32):
@@ -146,7 +162,7 @@ def assert_same_step(found, expected):
 def assert_same_statistics(found, expected):
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.noisy_tokens, expected.noisy_tokens)
-    for name in ("lse", "best_score", "log_sum"):
+    for name in ("lse", "best_score", "log_sum", "best_logit"):
         exact = getattr(expected, name)
         error = ((getattr(found, name) - exact) / (1 + exact.abs())).abs().max()
         assert error <= 3e-6, f"{name}: {error}"
@@ -221,6 +237,17 @@ def test_ties_within_and_between_tiles(tile, splits):
     assert torch.equal(found.noisy_tokens, nearest)
     tokens, _ = forward.nearest_fwd(x, table.repeat(30, 1), forward.column_bias(table.repeat(30, 1)), tile, splits)
     assert torch.equal(tokens, nearest)
+
+
+def test_ties_between_parts():
+    """Parts have every fourth tile: of the equal tokens 20 and 66 the higher one is in the first part."""
+    x, table = inputs(18, 75, 24)
+    table[66] = table[20]
+    x[:] = table[20] + 0.1 * torch.randn_like(x)
+    found = step(x, table, SHORT, 4, std=0.0)
+    assert (found.tokens == 20).all()
+    assert (found.noisy_tokens == 20).all()
+    assert (forward.nearest_fwd(x, table, forward.column_bias(table), SHORT, 4)[0] == 20).all()
 
 
 def test_all_tokens_tie():
@@ -325,7 +352,7 @@ def empty_at(position, parts, acc, ref_score):
 
 def merged(inputs, parts, acc):
     smoothed = torch.empty(inputs.x.shape, device=inputs.x.device)
-    return StepOutputs(smoothed, *merge(inputs, parts, acc, smoothed))
+    return Step(smoothed, *merge(inputs, parts, acc, smoothed))
 
 
 BOUNDS = [0, 16, 17, 30, 60, 75]
@@ -366,10 +393,10 @@ def test_more_parts_than_a_program_takes_at_a_time():
     assert_same_step(merged(step_inputs(x, table), parts, acc), exact_step(x, table))
 
 
-def test_merge_ties_go_to_the_first_part():
+def test_merge_ties_go_to_the_lowest_token():
     x, table = inputs(7, 5, 24)
     parts, acc = parts_of(x, table, 0.3, [0, 5], False)
-    copies = [Parts(*parts[:5], *(t + 5 * copy for t in parts[5:])) for copy in range(40)]
+    copies = [Parts(*parts[:5], *(t + 5 * copy for t in parts[5:])) for copy in torch.randperm(40).tolist()]
     all_parts = Parts(*(torch.cat(same) for same in zip(*copies, strict=True)))
     found = merged(step_inputs(x, table, mu=0.3), all_parts, acc.repeat(40, 1, 1))
     assert torch.equal(found.tokens, parts.token[0].long())

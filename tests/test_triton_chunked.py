@@ -7,6 +7,7 @@ workspaces of which every loop goes round.
 import pytest
 import torch
 from test_backward import CASES
+from test_triton import Step
 
 from smoothie_kernels import fused_smoothie_step, noise
 from smoothie_kernels.backends import Grads, Saved, StepInputs, reference
@@ -46,6 +47,12 @@ def inputs(n, v, d, mu=0.05, std=0.99, scale=1.0, *, x_type=torch.float32, table
         x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, ROW_OFFSET,
         seed, offset, 1.5, workspace,
     )  # fmt: skip
+
+
+def mean(how, tile=None):
+    """The launcher's outputs in the order of StepOutputs."""
+    smoothed, statistics = chunked.mean(how, tile)
+    return Step(smoothed, *statistics)
 
 
 def field(how):
@@ -91,14 +98,14 @@ ALL = [(case, torch.bfloat16) for case in CASES] + [(case, torch.float32) for ca
 @pytest.mark.parametrize(("case", "x_type"), ALL, ids=str)
 def test_forward_against_float64(case, x_type):
     how = inputs(*CASES[case], x_type=x_type)
-    assert wrong_step(how, chunked.step_fwd(how)) == []
+    assert wrong_step(how, mean(how)) == []
 
 
 @pytest.mark.parametrize("table_type", TYPES, ids=str)
 @pytest.mark.parametrize("x_type", TYPES, ids=str)
 def test_forward_types_in_small_blocks(x_type, table_type):
     how = inputs(19, 131, 40, x_type=x_type, table_type=table_type, workspace=TINY)
-    outputs = chunked.step_fwd(how, SMALL)
+    outputs = mean(how, SMALL)
     assert outputs.smoothed.dtype == x_type
     assert wrong_step(how, outputs) == []
 
@@ -106,9 +113,9 @@ def test_forward_types_in_small_blocks(x_type, table_type):
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_blocks_do_not_matter(x_type):
     how = inputs(21, 141, 24, x_type=x_type)
-    expected = chunked.step_fwd(how)
+    expected = mean(how)
     for tile, workspace in OTHERS:
-        found = chunked.step_fwd(how._replace(workspace=workspace), tile)
+        found = mean(how._replace(workspace=workspace), tile)
         assert relative_error(found.smoothed, expected.smoothed) <= BOUND[x_type]
         assert torch.equal(found.tokens, expected.tokens)
         assert torch.equal(found.noisy_tokens, expected.noisy_tokens)
@@ -121,7 +128,7 @@ def test_only_far_rows_are_redone(x_type, monkeypatch):
     """Far, loud and repelled rows, and one that is not finite, among rows that are none of these."""
     how = inputs(40, 150, 16, 0.3, x_type=x_type, workspace=TINY)
     how.mu[10], how.std[10] = 1e-4, 21.2  # a best logit of 70, where 144 are possible: the reference knows
-    expected = chunked.step_fwd(how, SMALL)
+    expected = mean(how, SMALL)
     how.x[3] *= 1e2
     how.x[17] *= 1e3
     how.std[20] = 1e4
@@ -130,7 +137,7 @@ def test_only_far_rows_are_redone(x_type, monkeypatch):
     flagged = []
     redo = forward.redo
     monkeypatch.setattr(forward, "redo", lambda how, only, out: flagged.append(only) or redo(how, only, out))
-    found = chunked.step_fwd(how, SMALL)
+    found = mean(how, SMALL)
     odd = torch.tensor([3, 17, 20, 21, 30], device=DEVICE)
     assert torch.equal(flagged[0].nonzero()[:, 0], odd)
     others = torch.ones(40, dtype=torch.bool, device=DEVICE).index_fill(0, odd, False)
@@ -150,17 +157,17 @@ def test_redo_leaves_other_rows_alone():
     only = torch.zeros(150, dtype=torch.bool, device=DEVICE)
     only[[64, 70]] = True
     smoothed = torch.full_like(how.x, 7.0)
-    statistics, expected = forward.redo(how, only, smoothed), forward.step_fwd(how)
-    assert relative_error(smoothed[only], expected.smoothed[only]) <= 2e-6
+    statistics, (means, expected) = forward.redo(how, only, smoothed), forward.mean(how)
+    assert relative_error(smoothed[only], means[only]) <= 2e-6
     assert (smoothed[~only] == 7.0).all()
-    for found, wanted in zip(statistics, expected[1:], strict=True):
+    for found, wanted in zip(statistics, expected, strict=True):
         torch.testing.assert_close(found[only], wanted[only], rtol=2e-6, atol=2e-6)
 
 
 def test_forward_ties_go_to_the_first_token():
     how = inputs(18, 5, 24, std=0.0)
     table = how.embeddings.repeat(30, 1)
-    found = chunked.step_fwd(how._replace(embeddings=table, bias=how.bias.repeat(30)), SMALL)
+    found = mean(how._replace(embeddings=table, bias=how.bias.repeat(30)), SMALL)
     nearest = torch.cdist(how.x.double(), how.embeddings.double()).argmin(1)
     assert torch.equal(found.tokens, nearest)
     assert torch.equal(found.noisy_tokens, nearest)
@@ -199,6 +206,15 @@ def test_only_what_is_asked_for(smoothed, lse, x_type, monkeypatch):
     assert torch.equal(grad_embeddings, both[1])
 
 
+@pytest.mark.parametrize(("case", "x_type"), [("odd", torch.float32), ("peaked", torch.bfloat16)], ids=str)
+def test_without_a_mean_x_may_stand_for_it(case, x_type):
+    """library.py has no mean to give where the loss uses lse alone."""
+    how = inputs(*CASES[case], x_type=x_type)._replace(mean=False)
+    grads, step = incoming(how, smoothed=False), reference.step_fwd(how)
+    found = chunked.step_bwd(how, Saved(how.x, step.best_score, step.log_sum), grads, True, True, SMALL)
+    assert wrong_gradients(how, found, grads) == []
+
+
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_blocks_do_not_matter(x_type):
     how = inputs(21, 141, 24, x_type=x_type)
@@ -219,12 +235,12 @@ def test_workspace_is_kept_to(monkeypatch):
         largest.append(made[0] * made[1])
         return made
 
-    chunked_block = chunked._block
-    monkeypatch.setattr(chunked, "_block", block)
+    chunked_block = chunked.pick_block
+    monkeypatch.setattr(chunked, "pick_block", block)
     for workspace in (0, 5 * TINY):
         largest.clear()
         how = inputs(40, 141, 24, workspace=workspace)
-        chunked.step_fwd(how, SMALL)
+        mean(how, SMALL)
         backward(how, incoming(how), tile=SMALL)
         assert 4 * largest[0] <= max(workspace, 4 * 16 * 64)
         assert 2 * 4 * largest[1] <= max(workspace, 2 * 4 * 16 * 64)
@@ -234,7 +250,7 @@ def test_workspace_is_kept_to(monkeypatch):
 @pytest.mark.parametrize("workspace", [0, 1000, 2**20, 2**26, 2**28, 2**36])
 def test_blocks(n, v, workspace):
     tile = Tile(128, 64, 64, 8, 3)
-    rows, tokens = chunked._block(n, v, workspace, 4, 3072, tile)
+    rows, tokens = chunked.pick_block(n, v, workspace, 4, 3072, tile)
     assert rows % tile.n == tokens % tile.v == 0 < min(rows, tokens)
     assert rows * (4 * tokens + 3072) <= max(workspace, tile.n * (4 * tile.v + 3072))
     assert rows <= chunked.MAX_ROWS
@@ -275,7 +291,7 @@ def test_rows_of_their_own():
     how.mu.copy_(torch.rand(37) / 2)
     how.std.copy_(torch.rand(37))
     grads = incoming(how)
-    assert wrong_step(how, chunked.step_fwd(how, SMALL)) == []
+    assert wrong_step(how, mean(how, SMALL)) == []
     assert wrong_gradients(how, backward(how, grads, tile=SMALL), grads) == []
 
 
@@ -283,7 +299,7 @@ def test_same_call_same_bits():
     how = inputs(20, 140, 48, x_type=torch.bfloat16, workspace=TINY)
     how.x[3] *= 1e3
     grads = incoming(how)
-    for call in (lambda: chunked.step_fwd(how, SMALL), lambda: backward(how, grads, tile=SMALL)):
+    for call in (lambda: mean(how, SMALL), lambda: backward(how, grads, tile=SMALL)):
         assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
 
 

@@ -50,6 +50,11 @@ def _forward() -> ModuleType:
 
 
 @cache
+def _topk() -> ModuleType:
+    return importlib.import_module("smoothie_kernels.backends.triton.topk")
+
+
+@cache
 def _chunked() -> ModuleType:
     return importlib.import_module("smoothie_kernels.backends.triton.chunked")
 
@@ -60,8 +65,7 @@ def column_bias(embeddings: Tensor) -> Tensor:
 
 
 def step_fwd(inputs: StepInputs) -> StepOutputs:
-    chunked = _chunked()
-    outputs: StepOutputs = (chunked if chunked.prefers(inputs) else _forward()).step_fwd(inputs)
+    outputs: StepOutputs = _topk().step_fwd(inputs)
     return outputs
 
 
@@ -72,6 +76,11 @@ def step_bwd(
         inputs, saved, grads, needs_x, needs_embeddings
     )
     return gradients
+
+
+def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    mean: Tensor = _topk().average(weights, tokens, embeddings, dtype)
+    return mean
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, StepInputs
 from smoothie_kernels.backends.triton import forward
 from smoothie_kernels.backends.triton.chunked_kernels import chunk_bwd_kernel, chunk_fwd_kernel
 from smoothie_kernels.backends.triton.launch import (
@@ -41,7 +41,7 @@ from smoothie_kernels.backends.triton.launch import (
     stored_type,
     triton_type,
 )
-from smoothie_kernels.backends.triton.merge import Parts, merge
+from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
 
 MAX_ROWS = 4096  # of a block: more do not make the products any faster
@@ -89,7 +89,7 @@ BACKWARD = {
 
 
 def prefers(inputs: StepInputs) -> bool:
-    """Whether step_fwd here should be faster than forward.step_fwd: from arithmetic, not yet measured on any GPU.
+    """Whether mean here should be faster than forward.mean: from arithmetic, not yet measured on any GPU.
 
     Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. For
     wider tables it has one or more programs for every few hundred columns, each with scores and noise anew, at 25 to
@@ -108,19 +108,20 @@ def prefers(inputs: StepInputs) -> bool:
     )
 
 
-def step_fwd(inputs: StepInputs, tile: Tile | None = None) -> StepOutputs:
-    """No running maximum: logits are at most 6.77 std, so a row's reference is known before, and blocks add."""
+def mean(inputs: StepInputs, tile: Tile | None = None) -> tuple[Tensor, Statistics]:
+    """As forward.mean, but with no running maximum: logits are at most 6.77 std, so a row's reference is known before,
+    and blocks add."""
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
     tile = tile or FORWARD[family(x.device)][dot_type(x, embeddings).itemsize]
     weight_type = _weight_type(inputs)
     row_bytes = 4 * d + 4 * len(Parts._fields) * triton.cdiv(v, tile.v)  # its sum and its parts
-    block_n, block_v = _block(n, v, inputs.workspace, weight_type.itemsize, row_bytes, tile)
+    block_n, block_v = pick_block(n, v, inputs.workspace, weight_type.itemsize, row_bytes, tile)
     workspace = x.new_empty(block_n * block_v, dtype=stored_type(weight_type))
     smoothed = x.new_empty(n, d, dtype=stored_type(x.dtype))
     statistics, far = [], []
-    for rows in _slices(n, block_n):
-        of_rows = _rows(inputs, rows)
+    for rows in slices(n, block_n):
+        of_rows = rows_of(inputs, rows)
         parts, acc = _weigh(of_rows, block_v, workspace, tile)
         statistics.append(merge(of_rows, parts, acc[None], smoothed[rows]))
         best = parts.best_logit.amax(0) - parts.highest[0]
@@ -128,8 +129,8 @@ def step_fwd(inputs: StepInputs, tile: Tile | None = None) -> StepOutputs:
     # Its programs return at once where no row is far: to ask first, the host would have to wait for the device.
     again = forward.redo(inputs, torch.cat(far), smoothed)
     first = (torch.cat(same) for same in zip(*statistics, strict=True))
-    rest = [torch.where(torch.cat(far), b, a) for a, b in zip(first, again, strict=True)]
-    return StepOutputs(smoothed.to(x.dtype), *rest)
+    rest = (torch.where(torch.cat(far), b, a) for a, b in zip(first, again, strict=True))
+    return smoothed.to(x.dtype), Statistics(*rest)
 
 
 def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> tuple[Parts, Tensor]:
@@ -139,7 +140,7 @@ def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> t
     parts = _empty_parts(inputs, triton.cdiv(v, tile.v))
     weights = workspace[: n * block_v].view(n, block_v)
     acc = inputs.x.new_zeros(n, d, dtype=torch.float32)
-    for tokens in _slices(v, block_v):
+    for tokens in slices(v, block_v):
         of_tiles = Parts(*(p[tokens.start // tile.v :] for p in parts))
         _launch_fwd(
             inputs, tokens, tile, ref_score_ptr=of_tiles.ref_score, highest_ptr=of_tiles.highest, weights_ptr=weights,
@@ -154,7 +155,7 @@ def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> t
 def _launch_fwd(inputs: StepInputs, tokens: slice, tile: Tile, **arguments: Any) -> None:
     tiles = triton.cdiv(len(inputs.x), tile.n) * triton.cdiv(tokens.stop - tokens.start, tile.v)
     with device_of(inputs.x):
-        chunk_fwd_kernel[tiles,](**_of_both(inputs, tokens, tile), **arguments)
+        chunk_fwd_kernel[tiles,](**arguments_of(inputs, tokens, tile), **arguments)
 
 
 def _empty_parts(inputs: StepInputs, tiles: int) -> Parts:
@@ -188,7 +189,7 @@ def step_bwd(
     matrices = 2 if needs_embeddings and grads.smoothed is not None else 1  # P and dS, or dS alone
     weight_type = _weight_type(inputs)
     weight_bytes = matrices * weight_type.itemsize
-    block_n, block_v = _block(n, v, inputs.workspace, weight_bytes, d * weight_bytes, tile)  # its end beside them
+    block_n, block_v = pick_block(n, v, inputs.workspace, weight_bytes, d * weight_bytes, tile)  # its end beside them
     workspace = x.new_empty(matrices * block_n * block_v, dtype=stored_type(weight_type))
     if dot_type(x, embeddings) == torch.float32:
         saved = saved._replace(log_sum=_log_sum(inputs, saved, tile))
@@ -196,13 +197,13 @@ def step_bwd(
     sums = x.new_zeros(n, d, dtype=torch.float32) if needs_x else None
     total = x.new_zeros(n, dtype=torch.float32)
     grad_embeddings = embeddings.new_empty(embeddings.shape) if needs_embeddings else None
-    for tokens in _slices(v, block_v):
+    for tokens in slices(v, block_v):
         table = embeddings[tokens]
         grad_table = table.new_zeros(table.shape, dtype=torch.float32) if needs_embeddings else None
         token_total = table.new_zeros(len(table), dtype=torch.float32)
-        for rows in _slices(n, block_n):
+        for rows in slices(n, block_n):
             weights, row_sums, token_sums = _grad_scores(
-                _rows(inputs, rows), saved.best_score[rows], saved.log_sum[rows], shift[rows],
+                rows_of(inputs, rows), saved.best_score[rows], saved.log_sum[rows], shift[rows],
                 None if grads.smoothed is None else grads.smoothed[rows], tokens, workspace, matrices, tile,
             )  # fmt: skip
             if sums is not None:
@@ -224,8 +225,8 @@ def _log_sum(inputs: StepInputs, saved: Saved, tile: Tile) -> Tensor:
     factor of all weights: 1e-3 where rows have norm 4,000. 16-bit inputs do not ask for more; for them it is left out.
     """
     log_sum, v = saved.log_sum.clone(), inputs.embeddings.shape[0]
-    for rows in _slices(len(log_sum), MAX_ROWS):
-        of_rows = _rows(inputs, rows)
+    for rows in slices(len(log_sum), MAX_ROWS):
+        of_rows = rows_of(inputs, rows)
         total = log_sum.new_empty(triton.cdiv(v, tile.v), len(of_rows.x))
         _launch_fwd(
             of_rows, slice(0, v), tile, ref_score_ptr=saved.best_score[rows], highest_ptr=saved.log_sum[rows],
@@ -240,14 +241,14 @@ def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
     """grad_lse - delta, [N]"""
     shift = torch.zeros_like(saved.log_sum) if grads.lse is None else grads.lse.float().clone()
     if grads.smoothed is not None:
-        for rows in _slices(len(shift), block_n):
+        for rows in slices(len(shift), block_n):
             shift[rows] -= (grads.smoothed[rows].float() * saved.smoothed[rows].float()).sum(1)
     return shift
 
 
 def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
     grad_x = torch.empty_like(inputs.x)
-    for rows in _slices(len(sums), block_n):
+    for rows in slices(len(sums), block_n):
         wanted = torch.zeros_like(total[rows])
         if grads.lse is not None:
             wanted = inputs.mu[rows] * inputs.sigma_min**-2 * grads.lse[rows]
@@ -269,7 +270,7 @@ def _grad_scores(
     row_sums, token_sums = x.new_empty(tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
     with device_of(x):
         chunk_bwd_kernel[tiles_n * tiles_v,](
-            **_of_both(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
+            **arguments_of(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
             best_score_ptr=best_score, log_sum_ptr=log_sum, shift_ptr=shift,
             p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
             row_sums_ptr=row_sums, token_sums_ptr=token_sums,
@@ -280,8 +281,8 @@ def _grad_scores(
 # --- blocks and products
 
 
-def _of_both(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any]:
-    """What both kernels take for a block."""
+def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any]:
+    """What all kernels take for a block."""
     x, embeddings = inputs.x, inputs.embeddings[tokens]
     dot = dot_type(x, embeddings)
     return dict(
@@ -302,25 +303,25 @@ def _weight_type(inputs: StepInputs) -> torch.dtype:
     return torch.bfloat16 if both else torch.float32
 
 
-def _block(n: int, v: int, workspace: int, weight_bytes: int, row_bytes: int, tile: Tile) -> tuple[int, int]:
+def pick_block(n: int, v: int, workspace: int, weight_bytes: int, row_bytes: int, tile: Tile) -> tuple[int, int]:
     """Rows and tokens of a block, in whole tiles, at least one, in nearly equal blocks: what fits into the workspace.
 
-    Every weight takes weight_bytes, every row row_bytes beside its weights."""
+    Every pair takes weight_bytes, every row row_bytes beside them."""
     all_rows, all_tokens = (triton.cdiv(size, by) * by for size, by in ((n, tile.n), (v, tile.v)))
     useful = min(all_tokens, USEFUL_TOKENS) * weight_bytes + row_bytes
     rows = max(tile.n, min(workspace // useful // tile.n * tile.n, all_rows, MAX_ROWS))
-    rows = _even(all_rows, rows, tile.n)
+    rows = even(all_rows, rows, tile.n)
     tokens = max(tile.v, min((workspace // rows - row_bytes) // weight_bytes // tile.v * tile.v, all_tokens))
-    return rows, _even(all_tokens, tokens, tile.v)
+    return rows, even(all_tokens, tokens, tile.v)
 
 
-def _even(size: int, most: int, by: int) -> int:
+def even(size: int, most: int, by: int) -> int:
     """The smallest multiple of `by` with which as many blocks cover `size` as with `most`."""
     blocks = -(-size // most)
     return -(-size // (blocks * by)) * by
 
 
-def _rows(inputs: StepInputs, rows: slice) -> StepInputs:
+def rows_of(inputs: StepInputs, rows: slice) -> StepInputs:
     """The same call with some of its rows."""
     return inputs._replace(
         x=inputs.x[rows],
@@ -331,7 +332,7 @@ def _rows(inputs: StepInputs, rows: slice) -> StepInputs:
     )
 
 
-def _slices(size: int, block: int) -> Iterator[slice]:
+def slices(size: int, block: int) -> Iterator[slice]:
     for first in range(0, size, block):
         yield slice(first, min(first + block, size))
 

@@ -1,4 +1,5 @@
-"""The kernels of chunked.py: one program makes the weights of one tile of rows and tokens. Strides are in elements."""
+"""The kernels of chunked.py and of exact top-k: one program makes the weights, or the keys, of one tile of rows and
+tokens. Strides are in elements."""
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
@@ -13,6 +14,7 @@ from smoothie_kernels.backends.triton.parts import (
     noise_key,
     normals,
     score_tile,
+    sort_key,
 )
 
 
@@ -77,6 +79,52 @@ def chunk_fwd_kernel(
         tl.store(best_logit_ptr + at_part, best_logit, mask=m_n)
         tl.store(token_ptr + at_part, token, mask=m_n)
         tl.store(noisy_token_ptr + at_part, noisy_token, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
+def chunk_keys_kernel(
+    x_ptr,  # [N, D]
+    e_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    mu_ptr,  # [N]
+    std_ptr,  # [N], None without noise
+    row_ids_ptr,  # [N], None for row_offset + i
+    seed_ptr,  # []
+    offset_ptr,  # []
+    ref_score_ptr,  # [N]
+    keys_ptr,  # [N, V] int64: parts.sort_key of logits relative to ref_score
+    N,
+    V,
+    first_token,
+    stride_xn,
+    stride_ev,
+    stride_kn,
+    row_offset,
+    inverse_variance,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
+    tile_v = tl.program_id(0) // tiles_n
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_n, m_v = o_n < N, o_v < V
+
+    scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
+    scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
+    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    logits = _logits(
+        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset,
+        o_n, m_n, first_token + tile_v * BLOCK_V,
+    )  # fmt: skip
+    keys = sort_key(logits, first_token + o_v[None, :])
+    at = o_n.to(tl.int64)[:, None] * stride_kn + o_v[None, :]
+    tl.store(keys_ptr + at, keys, mask=m_n[:, None] & m_v[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])

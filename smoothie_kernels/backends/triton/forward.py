@@ -1,7 +1,7 @@
 """The step on a GPU: launchers, then kernels. Strides are in elements.
 
-A program takes BLOCK_N rows, BLOCK_D columns of the result and a part of the vocabulary, and goes through it once, tile
-by tile, with the nearest token so far:
+A program takes BLOCK_N rows, BLOCK_D columns of the result and a part of the vocabulary: of S parts, part s has tiles
+s, s + S, s + 2S, ... of tokens. It goes through them once, one by one, with the nearest token so far:
 
     score   scores = x . E^T + bias                                   product over D, in fp32
     weigh   logits = scale (scores - nearest) + std eps               noise, argmax twice, row sum: all in registers
@@ -9,6 +9,9 @@ by tile, with the nearest token so far:
     gather  acc = acc exp(old highest - highest) + weights . E        product over the tile
 
 merge.py makes one result of the parts. Without acc it is the statistics alone, without highest the nearest token alone.
+
+With keys every place of a tile also keeps its KEEP largest logits. A place sees every (S BLOCK_V)-th token, so it is a
+bucket of recall.py; topk.py takes the largest of all that were kept.
 """
 
 # Triton has no types.
@@ -21,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import StepInputs, StepOutputs
+from smoothie_kernels.backends import StepInputs
 from smoothie_kernels.backends.triton.launch import (
     INTERPRETED,
     MIXED,
@@ -36,27 +39,30 @@ from smoothie_kernels.backends.triton.launch import (
     stored_type,
     triton_type,
 )
-from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge, merge_nearest
+from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge, merge_kept, merge_nearest
 from smoothie_kernels.backends.triton.parts import (
     keep_first_max,
+    keep_largest,
     load_row_ids,
     load_tile,
     noise_key,
     normals,
     score_tile,
+    sort_key,
     sum_of_squares,
 )
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS, Tile, pick_splits, pick_tile
 
-__all__ = ["INTERPRETED", "MIXED", "column_bias", "gaussian", "nearest_fwd", "redo", "statistics", "step_fwd"]
+__all__ = ["INTERPRETED", "MIXED", "column_bias", "gaussian", "kept", "mean", "nearest_fwd", "redo", "statistics"]
 
 ROWS, COLUMNS = 32, 128  # of a program, where there is no product
 
 
-def step_fwd(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> StepOutputs:
+def mean(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> tuple[Tensor, Statistics]:
+    """smoothed [N, D], and the statistics of the same pass."""
     x = inputs.x
     n, d = x.shape
-    tile = tile or _tile("mean", x, inputs.embeddings)
+    tile = tile or tile_of("mean", x, inputs.embeddings)
     splits = splits or _splits(x, inputs.embeddings, triton.cdiv(d, tile.d), tile)
     smoothed = x.new_empty(n, d, dtype=stored_type(x.dtype))
     # One part: its program writes the mean itself. Sums of few rows and all parts are about as large as one tile of
@@ -64,18 +70,28 @@ def step_fwd(inputs: StepInputs, tile: Tile | None = None, splits: int | None = 
     acc = smoothed[None] if splits == 1 else x.new_empty(splits, n, d, dtype=torch.float32)
     parts = _stream(inputs, tile, splits, acc)
     rest = merge(inputs, parts) if splits == 1 else merge(inputs, parts, acc, smoothed)
-    return StepOutputs(smoothed.to(x.dtype), *rest)
+    return smoothed.to(x.dtype), rest
 
 
 def statistics(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> Statistics:
-    """step_fwd without its mean, and without the second product."""
-    tile = tile or _tile("statistics", inputs.x, inputs.embeddings)
+    """Without the second product."""
+    tile = tile or tile_of("statistics", inputs.x, inputs.embeddings)
     splits = splits or _splits(inputs.x, inputs.embeddings, 1, tile)
     return merge(inputs, _stream(inputs, tile, splits, None))
 
 
+def kept(inputs: StepInputs, keep: int, tile: Tile, splits: int) -> tuple[Statistics, Tensor]:
+    """statistics, and of the same pass what splits * tile.v buckets keep: keys [N, splits, keep, tile.v], which are
+    parts.sort_key of logits relative to best_score. Of a bucket with fewer tokens some have the logit -inf."""
+    keys = inputs.x.new_empty(len(inputs.x), splits, keep, tile.v, dtype=torch.int64)
+    parts = _stream(inputs, tile, splits, None, keys=keys)
+    statistics = merge(inputs, parts)
+    merge_kept(inputs, parts, statistics.best_score, keys)
+    return statistics, keys
+
+
 def redo(inputs: StepInputs, only: Tensor, smoothed: Tensor) -> Statistics:
-    """step_fwd for the rows that only [N] bool names: their means go into smoothed [N, D], which keeps the others; of
+    """mean for the rows that only [N] bool names: their means go into smoothed [N, D], which keeps the others; of
     the statistics of other rows nothing is known. Programs without such rows return at once: the host does not ask."""
     x, embeddings = inputs.x, inputs.embeddings
     of = family(x.device)
@@ -84,14 +100,15 @@ def redo(inputs: StepInputs, only: Tensor, smoothed: Tensor) -> Statistics:
 
 
 def redo_tile(of: str, tile: Tile) -> Tile:
-    """With the question before its loop the kernel spills on sm_90, but not with half as many tokens at a time."""
-    return tile._replace(v=min(32, tile.v)) if of == "sm_90" else tile
+    """With the question before its loop the kernel spills; with half as many tokens, or columns, it does not."""
+    less = {"sm_90": {"v": min(32, tile.v)}, "sm_100": {"d": min(256, tile.d)}}
+    return tile._replace(**less.get(of, {}))
 
 
 def nearest_fwd(
     x: Tensor, embeddings: Tensor, bias: Tensor, tile: Tile | None = None, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    tile = tile or _tile("statistics", x, embeddings)
+    tile = tile or tile_of("statistics", x, embeddings)
     splits = splits or _splits(x, embeddings, 1, tile)
     best_score = x.new_empty(splits, x.shape[0], dtype=torch.float32)
     token = x.new_empty(splits, x.shape[0], dtype=torch.int32)
@@ -99,7 +116,7 @@ def nearest_fwd(
     return merge_nearest(x, embeddings, best_score, token)
 
 
-def _tile(kind: str, x: Tensor, embeddings: Tensor) -> Tile:
+def tile_of(kind: str, x: Tensor, embeddings: Tensor) -> Tile:
     n, d = x.shape
     return pick_tile(f"{kind}, few rows" if n <= FEW_ROWS else kind, family(x.device), dot_type(x, embeddings), d)
 
@@ -108,7 +125,14 @@ def _splits(x: Tensor, embeddings: Tensor, column_blocks: int, tile: Tile) -> in
     return pick_splits(x.shape[0], embeddings.shape[0], column_blocks, tile, processors(x.device))
 
 
-def _stream(inputs: StepInputs, tile: Tile, splits: int, acc: Tensor | None, only: Tensor | None = None) -> Parts:
+def _stream(
+    inputs: StepInputs,
+    tile: Tile,
+    splits: int,
+    acc: Tensor | None,
+    only: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Parts:
     x, n = inputs.x, inputs.x.shape[0]
     best_score, highest, total = (x.new_empty(splits, n, dtype=torch.float32) for _ in range(3))
     token, noisy_token = (x.new_empty(splits, n, dtype=torch.int32) for _ in range(2))
@@ -117,6 +141,7 @@ def _stream(inputs: StepInputs, tile: Tile, splits: int, acc: Tensor | None, onl
         mu_ptr=inputs.mu, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids,
         seed_ptr=on_device(x.device, inputs.seed), offset_ptr=on_device(x.device, inputs.offset),
         highest_ptr=highest, total_ptr=total, noisy_token_ptr=noisy_token, acc_ptr=acc, only_ptr=only,
+        keys_ptr=keys, KEEP=0 if keys is None else keys.shape[2],
         row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
     )  # fmt: skip
     return Parts(best_score, highest, total, best_score, highest, token, noisy_token)
@@ -124,7 +149,8 @@ def _stream(inputs: StepInputs, tile: Tile, splits: int, acc: Tensor | None, onl
 
 _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("mu_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offset_ptr", "only_ptr", "acc_ptr")),
-    **dict.fromkeys(("highest_ptr", "total_ptr", "noisy_token_ptr")),
+    **dict.fromkeys(("highest_ptr", "total_ptr", "noisy_token_ptr", "keys_ptr")),
+    "KEEP": 0,
     "row_offset": 0,
     "inverse_variance": 0.0,
 }
@@ -137,8 +163,7 @@ def _launch(x: Tensor, embeddings: Tensor, tile: Tile, splits: int, **arguments:
     with device_of(x):
         _stream_kernel[triton.cdiv(n, tile.n), column_blocks, splits](
             x_ptr=x, e_ptr=embeddings, **{**_ABSENT, **arguments},
-            N=n, V=v, part=triton.cdiv(triton.cdiv(v, tile.v), splits) * tile.v,
-            stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
+            N=n, V=v, stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
             D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, BLOCK_D=tile.d, DOT=triton_type(dot),
             PRECISION=PRECISION if dot == torch.float32 else "ieee",
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
@@ -167,7 +192,7 @@ def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor,
     return out
 
 
-@triton.jit(do_not_specialize=["N", "V", "part", "row_offset"])
+@triton.jit(do_not_specialize=["N", "V", "row_offset"])
 def _stream_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
@@ -184,9 +209,9 @@ def _stream_kernel(
     noisy_token_ptr,  # [S, N] int32
     acc_ptr,  # [S, N, D] fp32, None for the statistics alone; of one part the mean, in any type
     only_ptr,  # [N] bool, None for all rows
+    keys_ptr,  # [N, S, KEEP, BLOCK_V] int64, None without top-k: parts.sort_key of logits relative to best_score
     N,
     V,
-    part,
     stride_xn,
     stride_ev,
     row_offset,
@@ -196,6 +221,7 @@ def _stream_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KEEP: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -229,8 +255,9 @@ def _stream_kernel(
         total = tl.zeros([BLOCK_N], tl.float32)
     if HAS_MEAN:
         acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    start = tl.program_id(2) * part
-    for first in range(start, min(start + part, V), BLOCK_V):
+    kept = (tl.full([BLOCK_N, BLOCK_V], -float("inf"), tl.float32),) * KEEP
+    kept_from = (tl.zeros([BLOCK_N, BLOCK_V], tl.int32),) * KEEP  # the first token of their tiles
+    for first in range(tl.program_id(2) * BLOCK_V, V, tl.num_programs(2) * BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         m_v = o_v < V
         if HAS_MEAN or ONE_TILE:
@@ -251,6 +278,8 @@ def _stream_kernel(
             moved = tl.where(before == -float("inf"), 0.0, scale * (before - nearest))
             highest_before = highest + moved
             highest, noisy_tokens = keep_first_max(highest_before, noisy_tokens, logits, o_v)
+            if KEEP > 0:
+                kept, kept_from = keep_largest(kept, kept_from, moved, logits, first)
             weights = tl.exp(logits - highest[:, None])
             rescale = tl.exp(highest_before - highest)
             total = total * rescale + tl.sum(weights, 1)
@@ -271,6 +300,12 @@ def _stream_kernel(
             tl.store(highest_ptr + at, highest, mask=m_n)
             tl.store(total_ptr + at, total, mask=m_n)
             tl.store(noisy_token_ptr + at, noisy_tokens, mask=m_n)
+    if KEEP > 0:
+        o_b = tl.arange(0, BLOCK_V)
+        at_part = (o_n.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * (KEEP * BLOCK_V)
+        for r in tl.static_range(KEEP):
+            keys = sort_key(kept[r], kept_from[r] + o_b[None, :])
+            tl.store(keys_ptr + (at_part + r * BLOCK_V)[:, None] + o_b[None, :], keys, mask=m_n[:, None])
 
 
 @triton.jit(do_not_specialize=["V"])

@@ -1,4 +1,5 @@
-"""Results of parts of the vocabulary to one result: a launcher and a kernel for the step, and for the nearest token.
+"""Results of parts of the vocabulary to one result: a launcher and a kernel for the step, for what its buckets have
+kept, and for the nearest token.
 
     best = max of best_score        highest' = highest + scale (ref_score - best)        the same for best_logit
     log_sum = log sum_s total_s exp(highest'_s)        mean = sum_s acc_s exp(highest'_s - log_sum)
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from smoothie_kernels.backends import StepInputs
 from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
-from smoothie_kernels.backends.triton.parts import squared_distance, sum_of_squares
+from smoothie_kernels.backends.triton.parts import of_key, sort_key, squared_distance, sum_of_squares
 
 ROWS, PARTS, COLUMNS = 16, 16, 64  # of a program, at a time
 ONE_SUM = {"BLOCK_N": ROWS, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": COLUMNS}
 # Sums of many parts are those of few rows: smaller programs, and the columns shared out between them. With 32 rows, 32
 # parts or half the columns, either form spills 16 to 24 bytes on sm_80 or sm_100.
 MANY_SUMS = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 16, "BLOCK_D": 64}
+KEYS = 2048  # of a program
 
 
 class Parts(NamedTuple):
-    """What S parts of the vocabulary, in its order, say of every row; logits are scale (score - ref_score) + std eps.
+    """What S parts of the vocabulary say of every row; logits are scale (score - ref_score) + std eps.
 
     An empty part has highest = best_score = best_logit = -inf and total = 0; its other numbers do not matter.
     """
@@ -44,13 +46,14 @@ class Parts(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """StepOutputs without the mean."""
+    """StepOutputs without the mean and without the largest logits, but for the very largest."""
 
     tokens: Tensor  # [N] int64
     noisy_tokens: Tensor  # [N] int64
     lse: Tensor  # [N] fp32
     best_score: Tensor  # [N] fp32
     log_sum: Tensor  # [N] fp32
+    best_logit: Tensor  # [N] fp32: scale (score - best_score) + std eps of noisy_tokens
 
 
 def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None) -> Statistics:
@@ -59,7 +62,7 @@ def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed:
     x = inputs.x
     n, d = x.shape
     tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
-    lse, best_score, log_sum = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
+    lse, best_score, log_sum, best_logit = (x.new_empty(n, dtype=torch.float32) for _ in range(4))
     sums = 0 if acc is None else acc.shape[0]
     blocks, column_blocks = (MANY_SUMS, triton.cdiv(d, MANY_SUMS["BLOCK_D"])) if sums > 1 else (ONE_SUM, 1)
     with device_of(x):
@@ -68,12 +71,23 @@ def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed:
             total_ptr=parts.total, part_score_ptr=parts.best_score, part_logit_ptr=parts.best_logit,
             token_ptr=parts.token, noisy_token_ptr=parts.noisy_token, acc_ptr=acc,
             smoothed_ptr=smoothed, tokens_ptr=tokens, noisy_tokens_ptr=noisy_tokens, lse_ptr=lse,
-            best_score_ptr=best_score, log_sum_ptr=log_sum,
+            best_score_ptr=best_score, log_sum_ptr=log_sum, best_logit_ptr=best_logit,
             N=n, S=parts.total.shape[0], A=sums, stride_xn=x.stride(0),
             inverse_variance=inputs.sigma_min**-2,
             D=d, **blocks, **OPTIONS,
         )  # fmt: skip
-    return Statistics(tokens, noisy_tokens, lse, best_score, log_sum)
+    return Statistics(tokens, noisy_tokens, lse, best_score, log_sum, best_logit)
+
+
+def merge_kept(inputs: StepInputs, parts: Parts, best_score: Tensor, keys: Tensor) -> None:
+    """Brings keys [N, S, KEEP, BLOCK_V] of logits relative to ref_score to best_score [N], in place."""
+    size = keys[0, 0].numel()
+    blocks = {"BLOCK_S": max(1, KEYS // size), "SIZE": size}
+    with device_of(keys):
+        _merge_kept_kernel[triton.cdiv(keys.numel() // size, blocks["BLOCK_S"]),](
+            keys_ptr=keys, mu_ptr=inputs.mu, ref_score_ptr=parts.ref_score, best_score_ptr=best_score,
+            N=keys.shape[0], S=keys.shape[1], inverse_variance=inputs.sigma_min**-2, **blocks, **OPTIONS,
+        )  # fmt: skip
 
 
 def merge_nearest(x: Tensor, embeddings: Tensor, best_score: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +122,7 @@ def _merge_kernel(
     lse_ptr,  # [N]
     best_score_ptr,  # [N]
     log_sum_ptr,  # [N]
+    best_logit_ptr,  # [N]
     N,
     S,
     A,
@@ -135,7 +150,7 @@ def _merge_kernel(
         part_total = tl.load(total_ptr + at, mask=mask, other=0.0)
         part_highest, moved = _part(ref_score_ptr, highest_ptr, at, mask, scale, best)
         logits = _moved(tl.load(part_logit_ptr + at, mask=mask, other=-float("inf")), moved)
-        best_logit, noisy_tokens = _keep_first_part(best_logit, noisy_tokens, logits, o_s, noisy_token_ptr + at, mask)
+        best_logit, noisy_tokens = _keep_best_part(best_logit, noisy_tokens, logits, noisy_token_ptr + at, mask)
         before = highest
         highest = tl.maximum(highest, tl.max(part_highest, 0))
         # A block of nothing but empty parts leaves highest at -inf, and -inf - -inf is NaN.
@@ -151,6 +166,7 @@ def _merge_kernel(
         tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
         tl.store(best_score_ptr + o_n, best, mask=m_n)
         tl.store(log_sum_ptr + o_n, log_sum, mask=m_n)
+        tl.store(best_logit_ptr + o_n, best_logit, mask=m_n)
 
     if acc_ptr is not None:
         for first_d in range(tl.program_id(1) * BLOCK_D, D, tl.num_programs(1) * BLOCK_D):
@@ -171,6 +187,29 @@ def _merge_kernel(
                 mean += tl.sum(share[:, :, None] * b_acc, 0)
             at_mean = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
             tl.store(smoothed_ptr + at_mean, mean, mask=m_n[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def _merge_kept_kernel(
+    keys_ptr,  # [N, S, SIZE]
+    mu_ptr,  # [N]
+    ref_score_ptr,  # [S, N]
+    best_score_ptr,  # [N]
+    N,
+    S,
+    inverse_variance,
+    BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    o_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # parts of rows: row 0's, then row 1's, ...
+    row = o_s // S
+    mask = row < N
+    scale = tl.load(mu_ptr + row, mask=mask, other=0.0) * inverse_variance
+    ref_score = tl.load(ref_score_ptr + o_s % S * N + row, mask=mask, other=0.0)
+    moved = scale * (ref_score - tl.load(best_score_ptr + row, mask=mask, other=0.0))
+    at = o_s[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    logits, tokens = of_key(tl.load(keys_ptr + at, mask=mask[:, None], other=0))
+    tl.store(keys_ptr + at, sort_key(_moved(logits, moved[:, None]), tokens), mask=mask[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "S"])
@@ -208,18 +247,18 @@ def _best_part(part_score_ptr, token_ptr, o_n, m_n, N, S, BLOCK_S: tl.constexpr)
         mask = (o_s < S)[:, None] & m_n[None, :]
         at = o_s.to(tl.int64)[:, None] * N + o_n[None, :]
         scores = tl.load(part_score_ptr + at, mask=mask, other=-float("inf"))
-        best, tokens = _keep_first_part(best, tokens, scores, o_s, token_ptr + at, mask)
+        best, tokens = _keep_best_part(best, tokens, scores, token_ptr + at, mask)
     return best, tokens
 
 
 @triton.jit
-def _keep_first_part(best, tokens, values, o_s, token_at, mask):
-    """The running maximum [n] and its token, after other parts [s, n]: ties to the first. A NaN is never larger."""
+def _keep_best_part(best, tokens, values, token_at, mask):
+    """The running maximum [n] and its token, after other parts [s, n]: ties to the lowest token, because parts may lie
+    between each other. A NaN is never larger."""
     value = tl.max(values, 0)
-    part = tl.min(tl.where(values == value[None, :], o_s[:, None], 2147483647), 0)
-    chosen = o_s[:, None] == part[None, :]
-    token = tl.sum(tl.where(chosen, tl.load(token_at, mask=mask, other=0), 0), 0)
-    better = value > best
+    part_tokens = tl.load(token_at, mask=mask, other=0)
+    token = tl.min(tl.where(values == value[None, :], part_tokens, 2147483647), 0)
+    better = (value > best) | ((value == best) & (token < tokens))
     return tl.where(better, value, best), tl.where(better, token, tokens)
 
 

@@ -27,9 +27,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothie_kernels.backends.triton import chunked, chunked_kernels, forward, merge
+from smoothie_kernels.backends.triton import chunked, chunked_kernels, forward, merge, topk
 from smoothie_kernels.backends.triton.launch import INTERPRETED, OPTIONS
 from smoothie_kernels.backends.triton.tiles import FAMILIES, pick_tile
+from smoothie_kernels.recall import KEEPS
 
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a program; sm_80: of all its family
 MUST_FIT = (384, 768)  # widths for which a kernel must not spill
@@ -44,8 +45,8 @@ TYPES = {
     **dict.fromkeys(("bias_ptr", "mu_ptr", "std_ptr", "best_score_ptr", "best_logit_ptr", "highest_ptr"), "*fp32"),
     **dict.fromkeys(("total_ptr", "ref_score_ptr", "part_score_ptr", "part_logit_ptr", "log_sum_ptr"), "*fp32"),
     **dict.fromkeys(("lse_ptr", "distance_ptr", "shift_ptr", "row_sums_ptr", "token_sums_ptr", "out_ptr"), "*fp32"),
-    **dict.fromkeys(("acc_ptr", "inverse_variance_ptr"), "*fp32"),
-    **dict.fromkeys(("seed_ptr", "offset_ptr", "row_ids_ptr", "tokens_ptr", "noisy_tokens_ptr"), "*i64"),
+    **dict.fromkeys(("acc_ptr", "inverse_variance_ptr", "weight_ptr"), "*fp32"),
+    **dict.fromkeys(("seed_ptr", "offset_ptr", "row_ids_ptr", "tokens_ptr", "noisy_tokens_ptr", "keys_ptr"), "*i64"),
     **dict.fromkeys(("token_ptr", "noisy_token_ptr"), "*i32"),
     "only_ptr": "*i1",
     "inverse_variance": "fp32",
@@ -80,28 +81,32 @@ def launches() -> Iterator[Launch]:
                 yield from _chunked(target, dtype, width)
                 yield from _without_products(target, dtype, width)
         yield Launch(target, "gaussian", "fp32", 0, forward._gaussian_kernel, _blocks(32, 128), {}, False)
+        kept = {"BLOCK_S": merge.KEYS // 256, "SIZE": 256}
+        yield Launch(target, "merge, kept", "fp32", 0, merge._merge_kept_kernel, kept, {}, False)
 
 
 def _streaming(target: str, dtype: str) -> Iterator[Launch]:
     nearest = [name for name in forward._ABSENT if name.endswith("_ptr")]
     absent = {
-        "mean": ["row_ids_ptr", "only_ptr"],
-        **({"redo": ["row_ids_ptr"]} if dtype == "bf16" else {}),  # after chunked.py, which is bfloat16's
-        "statistics": ["row_ids_ptr", "only_ptr", "acc_ptr"],
+        "mean": ["row_ids_ptr", "only_ptr", "keys_ptr"],
+        **({"redo": ["row_ids_ptr", "keys_ptr"]} if dtype == "bf16" else {}),  # after chunked.py, which is bfloat16's
+        "statistics": ["row_ids_ptr", "only_ptr", "acc_ptr", "keys_ptr"],
         "nearest": nearest,
     }
+    keeps = {f"statistics, keep {keep}": keep for keep in KEEPS}
+    absent |= {name: ["row_ids_ptr", "only_ptr", "acc_ptr"] for name in keeps}
     for name, none in absent.items():
         for few in [""] if name == "redo" else ["", ", few rows"]:
             kind = {"nearest": "statistics", "redo": "mean"}.get(name, name) + few
             last = None
             for width in WIDTHS:
                 tile = pick_tile(kind, target, DTYPES[dtype], width)
-                if width not in MUST_FIT and (tile == last or name == "redo"):
+                if width not in MUST_FIT and (tile == last or name == "redo" or name in keeps):
                     continue
                 last = tile
                 tile = forward.redo_tile(target, tile) if name == "redo" else tile
                 constants = {**_blocks(tile.n, tile.v), **_product(target, dtype, width, tile.k)}
-                constants |= {"BLOCK_D": tile.d, **dict.fromkeys(none)}
+                constants |= {"BLOCK_D": tile.d, "KEEP": keeps.get(name, 0), **dict.fromkeys(none)}
                 yield Launch(
                     target, name + few, dtype, width, forward._stream_kernel, constants, _options(tile), True
                 )  # fmt: skip
@@ -113,6 +118,7 @@ def _chunked(target: str, dtype: str, width: int) -> Iterator[Launch]:
         "chunked forward": (chunked_kernels.chunk_fwd_kernel, chunked.FORWARD, ()),
         "chunked backward": (chunked_kernels.chunk_bwd_kernel, chunked.BACKWARD, ()),
         "chunked backward, x alone": (chunked_kernels.chunk_bwd_kernel, chunked.BACKWARD, ("p_ptr",)),
+        "chunked keys": (chunked_kernels.chunk_keys_kernel, topk.KEYS, ()),
     }
     for name, (kernel, table, none) in forms.items():
         tile = table[target][size]
@@ -128,6 +134,7 @@ def _without_products(target: str, dtype: str, width: int) -> Iterator[Launch]:
     yield launch("column bias", forward._column_bias_kernel, BLOCK_V=forward.ROWS)
     for name, blocks in (("merge", merge.ONE_SUM), ("merge, many sums", merge.MANY_SUMS)):
         yield launch(name, merge._merge_kernel, **blocks)
+    yield launch("average", topk._average_kernel, BLOCK_K=topk.BLOCK_K, BLOCK_D=topk.BLOCK_D)
     yield launch("merge, nearest", merge._merge_nearest_kernel, BLOCK_N=merge.ROWS, BLOCK_S=merge.PARTS)
 
 
@@ -232,7 +239,7 @@ def main() -> int:
 
 def _line(row: dict[str, Any]) -> str:
     numbers = f"{row['registers']:>4} registers {row['spilled']:>5} spilled {row['shared'] / 1024:>6.1f} KiB"
-    kernel = f"{row['target']:<7} {row['name']:<26} {row['dtype']} {row['width']:>5}"
+    kernel = f"{row['target']:<7} {row['name']:<28} {row['dtype']} {row['width']:>5}"
     return f"{kernel} {numbers} {row['tensor_cores']:>5} tensor-core  {'; '.join(row['faults'])}".rstrip()
 
 

@@ -1,7 +1,7 @@
 """Pieces of the Triton kernels: noise, score tiles, running maxima. Shapes: [n] rows, [v] tokens, [d], [k] columns."""
 
 # Triton has no types.
-# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="assignment,import-untyped,no-untyped-def,untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -135,6 +135,36 @@ def keep_first_max(best, index, values, o_v):
     column = tl.min(tl.where(values == value[:, None], o_v[None, :], 2147483647), 1)
     better = value > best
     return tl.where(better, value, best), tl.where(better, column, index)
+
+
+@triton.jit
+def keep_largest(kept, kept_from, moved, logits, first):
+    """A column's largest logits so far, in order, tuples of [n, v], after another tile; `first` says which tile. Equal
+    ones stay in the order of their tokens. The kept are brought to the tile's reference: `moved` [n] is added."""
+    tops, tops_from = (), ()
+    rest, rest_from = logits, first
+    for r in tl.static_range(len(kept)):
+        top = kept[r] + moved[:, None]
+        better = logits > top  # from the first such r on, all go one down
+        tops += (tl.where(better, rest, top),)
+        tops_from += (tl.where(better, rest_from, kept_from[r]),)
+        rest, rest_from = tl.where(better, top, rest), tl.where(better, kept_from[r], rest_from)
+    return tops, tops_from
+
+
+@triton.jit
+def sort_key(logits, tokens):
+    """int64 that sort as logits do, in float32, and where these are equal as the lower token first: largest first."""
+    bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)  # of -0.0 as of 0.0
+    high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return (high << 32) | (0x7FFFFFFF - tokens).to(tl.int64)
+
+
+@triton.jit
+def of_key(keys):
+    """The logits and tokens of sort_key."""
+    high = (keys >> 32).to(tl.int32)
+    return (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), 0x7FFFFFFF - keys.to(tl.int32)
 
 
 @triton.jit
