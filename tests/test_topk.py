@@ -10,7 +10,7 @@ from conftest import DEVICE, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoothie_kernels import Vocabulary, expected_recall, fused_smoothie_step, library, noise
+from smoothie_kernels import Vocabulary, dispatch, expected_recall, fused_smoothie_step, library, noise
 from smoothie_kernels.backends import gather, reference
 from smoothie_kernels.recall import Buckets, pick_buckets
 from smoothie_kernels.testing import check_step, check_topk, dense_logits, relative_error
@@ -64,7 +64,8 @@ def test_expected_recall_by_simulation(v, data):
     winners = torch.rand(repeats, v, generator=torch.Generator().manual_seed(v)).topk(k).indices % buckets
     in_bucket = torch.zeros(repeats, buckets).scatter_add_(1, winners, torch.ones(repeats, k))
     found = in_bucket.clamp(max=keep).sum(1) / k
-    allowed = 4.5 * float(found.std()) / repeats**0.5 + 1e-6  # of the mean of the simulation
+    # Of the mean of the simulation; losses so rare that it may have seen none.
+    allowed = 4.5 * float(found.std()) / repeats**0.5 + 10 / (repeats * k)
     assert abs(expected_recall(v, k, buckets, keep) - float(found.mean())) <= allowed
 
 
@@ -222,6 +223,8 @@ def test_any_shape(n, v, d, mu, std, data):
     x, table = inputs(n, v, d, 1.0, "cpu")
     eps, rows = field(n, v, "cpu"), torch.ones(n)
     for backend in ("reference", "cpu"):
+        if dispatch.load(backend).supports("cpu", x.dtype):
+            continue
         step = fused_smoothie_step(x, table, mu, std, **KEY, topk=k, recall_target=target, backend=backend)
         recall = 1.0 if target == 1.0 or backend == "cpu" else 0.3
         assert check_topk(step.topk, x, table, mu * rows, std * rows, eps, recall=recall) == []
@@ -402,8 +405,6 @@ def test_gradients_of_one_output_alone(backend):
 
 
 def test_topk_alone_leaves_the_vocabulary_out_of_the_backward(backend, monkeypatch):
-    from smoothie_kernels import dispatch
-
     x, table = inputs(4, 60, 8, 1.0, device_of(backend))
     step = fused_smoothie_step(
         x.requires_grad_(), table, 0.1, 0.9, **KEY, topk=3, smooth="topk", backend=backend

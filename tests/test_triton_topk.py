@@ -198,6 +198,64 @@ def test_blocks_do_not_matter(workspace, k, monkeypatch):
     assert len(made) > 1 or workspace == 2**28
 
 
+# --- exact, of buckets where these are certain
+
+
+@pytest.fixture
+def done_again(monkeypatch):
+    """The rows, by their number in x, that `exact` is asked for."""
+    asked, exact = [], topk.exact
+
+    def spy(inputs, *rest):
+        asked.append(inputs)
+        return exact(inputs, *rest)
+
+    monkeypatch.setattr(topk, "exact", spy)
+    return asked
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["row_offset", "row_ids"])
+@pytest.mark.parametrize("n", [3, 40])
+def test_only_rows_without_certificate_are_done_again(n, given, done_again):
+    """Ten tokens of one bucket are near to row 1: it keeps four of them."""
+    how = inputs(n, 2100, mu=0.3, std=0.5, topk=20)
+    how.embeddings[7:1287:128] = how.x[1] + 0.05 * torch.randn(10, 24, device=DEVICE)
+    how = how._replace(bias=forward.column_bias(how.embeddings))
+    if given:
+        how = how._replace(row_ids=torch.randint(2**32, (n,), device=DEVICE), row_offset=0)
+    found = backend.step_fwd(how)
+    assert_same(found, exact_step(how))
+    assert len(done_again) == 1
+    rows = [int((how.x == row).all(1).nonzero()[0, 0]) for row in done_again[0].x]
+    assert 1 in rows
+    assert len(rows) <= 1 + n // 10  # hardly a row at random
+
+
+def test_certain_rows_are_not_done_again(done_again):
+    how = inputs(5, 2100, mu=0.3, topk=20)
+    assert_same(backend.step_fwd(how), exact_step(how))
+    assert done_again == []
+
+
+def test_a_cuda_graph_is_not_asked(done_again, monkeypatch):
+    monkeypatch.setattr(topk, "_may_wait", lambda x: False)
+    how = inputs(5, 2100, mu=0.3, topk=20)
+    assert_same(backend.step_fwd(how), exact_step(how))
+    assert [len(asked.x) for asked in done_again] == [5]
+
+
+def test_certifying_buckets():
+    assert topk.certifying_buckets(30522, 64) == Buckets(512, 4)
+    assert topk.certifying_buckets(30522, 16) == Buckets(128, 4)
+    assert topk.certifying_buckets(30522, 1) == Buckets(128, 4)
+    assert [topk.certifying_buckets(v, k) for v, k in ((30522, 0), (30522, 256), (1000, 8))] == [None] * 3
+    for k in (8, 64, 100):
+        buckets = topk.certifying_buckets(30522, k).buckets
+        in_bucket = torch.rand(500, 30522).topk(k).indices % buckets
+        full = torch.nn.functional.one_hot(in_bucket, buckets).sum(1).amax(1) >= 4
+        assert full.float().mean() <= 0.01 + 4 * 0.1 / 500**0.5
+
+
 # --- of buckets
 
 
@@ -224,7 +282,7 @@ def test_every_tile_of_the_table(keep, tile, pick):
     assert STEP % tile.v == 0
     how = inputs(3, 300, 20, topk=40, recall_target=0.5)
     pick(Buckets(128, keep))
-    statistics, keys = topk.approximate(how, Buckets(128, keep), tile)
+    statistics, keys, _ = topk.approximate(how, Buckets(128, keep), tile)
     logits, tokens = topk._of_keys(keys)
     assert_same(StepOutputs(how.x, *statistics[:-1], logits, tokens), exact_step(how))
 
@@ -242,7 +300,7 @@ def test_finer_buckets_find_no_less():
     how = inputs(5, 640, mu=0.05, topk=60)
     buckets, found = Buckets(128, 1), []
     for splits in (2, 4, 10):
-        statistics, keys = topk.approximate(how, buckets, SHORT, splits)
+        statistics, keys, _ = topk.approximate(how, buckets, SHORT, splits)
         logits, tokens = topk._of_keys(keys)
         found.append(logits.sum(1))
         assert torch.equal(statistics.noisy_tokens, tokens[:, 0])

@@ -321,14 +321,21 @@ def even(size: int, most: int, by: int) -> int:
     return -(-size // (blocks * by)) * by
 
 
-def rows_of(inputs: StepInputs, rows: slice) -> StepInputs:
+def rows_of(inputs: StepInputs, rows: slice | Tensor) -> StepInputs:
     """The same call with some of its rows."""
+    row_ids, row_offset = inputs.row_ids, inputs.row_offset
+    if row_ids is not None:
+        row_ids = row_ids[rows]
+    elif isinstance(rows, Tensor):
+        row_ids = rows + row_offset
+    else:
+        row_offset += rows.start
     return inputs._replace(
         x=inputs.x[rows],
         mu=inputs.mu[rows],
         std=None if inputs.std is None else inputs.std[rows],
-        row_ids=None if inputs.row_ids is None else inputs.row_ids[rows],
-        row_offset=inputs.row_offset + rows.start,
+        row_ids=row_ids,
+        row_offset=row_offset,
     )
 
 

@@ -2,14 +2,17 @@
 
     mean         forward.mean or chunked.mean                                         as without top-k
     approximate  forward.kept: the largest logits of every bucket of tokens           the pass of the statistics
+    certified    the same, with so many buckets that hardly a row lacks anything      the same; the host waits
     exact        chunk_keys_kernel: all logits of some rows and tokens                one product more
     average      _average_kernel: sum_k weights[i, k] embeddings[tokens[i, k]]        reads K rows of the table a row
 
-Approximate and exact end in torch.topk over int64 keys, parts.sort_key: so ties go to the lowest token.
+All end in torch.topk over int64 keys, parts.sort_key: so ties go to the lowest token.
 """
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+import math
 
 import torch
 import triton
@@ -25,7 +28,7 @@ from smoothie_kernels.backends.triton.launch import OPTIONS, device_of, dot_type
 from smoothie_kernels.backends.triton.merge import Statistics
 from smoothie_kernels.backends.triton.parts import load_tile
 from smoothie_kernels.backends.triton.tiles import Tile, pick_bucket_splits
-from smoothie_kernels.recall import Buckets, pick_buckets
+from smoothie_kernels.recall import FEW, STEP, Buckets, pick_buckets
 
 KEY = 8  # bytes
 ROOM = 2**26  # bytes that the keys of all buckets of some rows may take, whatever the workspace
@@ -39,14 +42,17 @@ BLOCK_K, BLOCK_D = 16, 128  # tokens at a time and columns of a program of _aver
 
 def step_fwd(inputs: StepInputs) -> StepOutputs:
     """All but the mean is of one pass, or brought to it. What buckets keep takes registers that a mean has not: with
-    both, approximate top-k is a pass of its own, and so one product more."""
+    both, top-k is a pass of its own, and so one product more."""
     x, k = inputs.x, inputs.topk
     smoothed, found = x.new_empty(len(x), 0), None
     if inputs.mean:
         smoothed, found = chunked.mean(inputs) if chunked.prefers(inputs) else forward.mean(inputs)
     buckets = pick_buckets(len(inputs.embeddings), k, inputs.recall_target) if k else None
+    enough = None if buckets or not _may_wait(x) else certifying_buckets(len(inputs.embeddings), k)
     if buckets:
-        found, keys = approximate(inputs, buckets)
+        found, keys, _ = approximate(inputs, buckets)
+    elif enough:
+        found, keys = certified(inputs, enough)
     else:
         found = found or forward.statistics(inputs)
         keys = exact(inputs, found.best_score)
@@ -62,10 +68,38 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     )  # fmt: skip
 
 
+def _may_wait(x: Tensor) -> bool:
+    """A CUDA graph cannot hold a question of the host."""
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def certifying_buckets(v: int, k: int) -> Buckets | None:
+    """So many that in 99 of 100 rows with winners at random places no bucket has all that it keeps among them; None
+    where these would be a large part of the vocabulary, or nothing is wanted."""
+    keep, most = 4, min(FEW, v // 8)
+    fits = (b for b in range(STEP, most + 1, STEP) if math.comb(k, keep) <= 0.01 * b ** (keep - 1) and b * keep >= k)
+    count = next(fits, None) if k else None
+    return Buckets(count, keep) if count else None
+
+
+def certified(inputs: StepInputs, buckets: Buckets) -> tuple[Statistics, Tensor]:
+    """The statistics, and the K largest keys of all tokens, [N, K].
+
+    What a bucket drops is below all that it keeps. So a row has its largest where no bucket has the last of what it
+    keeps among them. The host asks which rows have not; they are done again, by `exact`.
+    """
+    found, keys, complete = approximate(inputs, buckets)
+    rows = complete.logical_not().nonzero()[:, 0]
+    if len(rows):
+        keys[rows] = exact(rows_of(inputs, rows), found.best_score[rows])
+    return found, keys
+
+
 def approximate(
     inputs: StepInputs, buckets: Buckets, tile: Tile | None = None, splits: int | None = None
-) -> tuple[Statistics, Tensor]:
-    """The statistics, and the K largest keys of all that the buckets keep, [N, K]."""
+) -> tuple[Statistics, Tensor, Tensor]:
+    """The statistics, the K largest keys of all that the buckets keep, [N, K], and whether these are certainly the
+    largest of all tokens, [N]."""
     x, embeddings = inputs.x, inputs.embeddings
     n, v = len(x), len(embeddings)
     tile = tile or forward.tile_of(f"statistics, keep {buckets.keep}", x, embeddings)
@@ -74,9 +108,11 @@ def approximate(
     found = []
     for rows in slices(n, even(n, max(1, most // tile.n) * tile.n, tile.n)):
         statistics, keys = forward.kept(rows_of(inputs, rows), buckets.keep, tile, splits)
-        found.append((*statistics, keys.flatten(1).topk(inputs.topk).values))
-    *rest, largest = (torch.cat(same) for same in zip(*found, strict=True))
-    return Statistics(*rest), largest
+        largest = keys.flatten(1).topk(inputs.topk).values
+        last_kept = keys[:, :, -1].flatten(1).amax(1)
+        found.append((*statistics, largest, last_kept < largest[:, -1]))
+    *rest, largest, complete = (torch.cat(same) for same in zip(*found, strict=True))
+    return Statistics(*rest), largest, complete
 
 
 def exact(inputs: StepInputs, ref_score: Tensor, tile: BlockTile | None = None) -> Tensor:
