@@ -181,6 +181,13 @@ def test_ties_go_to_the_lowest_token(backend):
     torch.testing.assert_close(flat.tail_mass, torch.full_like(flat.tail_mass, 1 - 12 / 200))
 
 
+def test_ties_between_buckets_go_to_the_lowest_token(backend):
+    table = 9 + torch.randn(1000, 8, device=device_of(backend))
+    table[200] = table[100] = 0  # of 128 buckets the later has the lower token
+    step = fused_smoothie_step(table[:3] * 0, table, 0.5, 0.0, topk=2, recall_target=0.9, backend=backend)
+    assert step.topk.indices.tolist() == [[100, 200]] * 3
+
+
 def test_rows_that_are_not_finite(backend):
     x, table = inputs(9, 150, 16, 1.0, device_of(backend))
     clean = fused_smoothie_step(x, table, 0.1, 0.9, **KEY, topk=7, smooth="topk", backend=backend)
@@ -300,6 +307,9 @@ def test_moments_are_kept_and_follow_gradients():
     assert vocabulary.moments()[1] is vocabulary.moments()[1]
     with_grad = Vocabulary(table.clone().requires_grad_())
     assert with_grad.moments()[1].requires_grad
+    for _ in range(2):  # a graph lasts for one backward pass
+        step = fused_smoothie_step(table[:3], with_grad, 0.1, 0.9, **KEY, topk=4, smooth="topk+mean")
+        step.smoothed.sum().backward()
     mean, covariance = vocabulary.moments()
     features = torch.cat((table, -table.square().sum(1, keepdim=True) / 2), 1)
     torch.testing.assert_close(mean, table.mean(0))
