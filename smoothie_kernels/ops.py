@@ -69,7 +69,8 @@ def fused_smoothie_step(
         topk: how many of the largest noisy logits, in [1, V], or None. They come with the same pass.
         recall_target: in (0, 1]: the share of them that is found, in expectation over rows. 1.0 is exact. Less lets a
             backend keep the largest logits of strided buckets of tokens (`expected_recall` says how many it takes);
-            it finds at least that share, and may find all. Which ones are missed depends on the backend.
+            it finds at least that share, and may find all. Which ones are missed depends on the backend. On a GPU
+            exact top-k makes the host wait, to ask which rows need another look, unless a CUDA graph is captured.
         smooth: what `smoothed` is a mean of; without the table's second product unless "full".
             "full": all tokens.
             "topk": the top-k tokens, their weights adding up to 1. Warns once where they are less than 90 % of the
@@ -80,7 +81,8 @@ def fused_smoothie_step(
                 smoothed = exp(values - lse) @ E[indices] + tail_mass * (mean(E) + cov(E, l))
 
             Biased: it takes the noise of the other tokens for its mean, near tokens among them for a Gaussian tail,
-            and counts the top-k tokens as well. docs/topk.md has its error over the schedule.
+            and counts the top-k tokens as well. docs/topk.md has its error over the schedule. mean(E) and what makes
+            the covariance are computed once per `Vocabulary`; with a bare table every call pays for them, V D^2.
         workspace: bytes that a GPU may take for the weights of some rows and tokens at a time, beside inputs and
             outputs; 256 MiB. With 0 the forward keeps them in registers; the backward takes what one tile needs.
         backend: "auto", or "reference", "cpu", "triton" by name.
