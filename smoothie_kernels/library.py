@@ -178,9 +178,9 @@ def step_bwd(
     needs_x: bool,
     needs_embeddings: bool,
 ) -> tuple[Tensor, Tensor]:  # of x and embeddings; empty where not needed
-    found = _empty_grads(x, embeddings, needs_x, needs_embeddings)
     if x.shape[0] == 0 or (grad_smoothed is None and grad_lse is None and grad_top is None):
-        return found[0].zero_(), found[1].zero_()
+        no_x, no_embeddings = _empty_grads(x, embeddings, needs_x, needs_embeddings)
+        return no_x.zero_(), no_embeddings.zero_()
     inputs = _inputs(
         x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace, smooth,
         topk, recall_target,
@@ -197,10 +197,11 @@ def step_bwd(
     if grad_top is not None:
         of_top = _top_grads(inputs, top_tokens, grad_top, chosen.average, needs_x, needs_embeddings)
         grad_x, grad_embeddings = (
-            a if b is None else b.to(e.dtype) if a is None else (a + b).to(e.dtype)
-            for a, b, e in zip((grad_x, grad_embeddings), of_top, found, strict=True)
+            a if b is None else b.to(of.dtype) if a is None else (a + b).to(of.dtype)
+            for a, b, of in zip((grad_x, grad_embeddings), of_top, (x, embeddings), strict=True)
         )
-    return found[0] if grad_x is None else grad_x, found[1] if grad_embeddings is None else grad_embeddings
+    nothing = _empty_grads(x, embeddings, False, False)
+    return nothing[0] if grad_x is None else grad_x, nothing[1] if grad_embeddings is None else grad_embeddings
 
 
 def _top_grads(

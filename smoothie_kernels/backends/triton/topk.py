@@ -47,7 +47,11 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     smoothed, found = x.new_empty(len(x), 0), None
     if inputs.mean:
         smoothed, found = chunked.mean(inputs) if chunked.prefers(inputs) else forward.mean(inputs)
-    buckets = pick_buckets(len(inputs.embeddings), k, inputs.recall_target) if k else None
+    if k == 0:
+        found = found or forward.statistics(inputs)
+        nothing = x.new_empty(len(x), 0, dtype=torch.float32)
+        return StepOutputs(smoothed, *found[:5], nothing, nothing.long())
+    buckets = pick_buckets(len(inputs.embeddings), k, inputs.recall_target)
     enough = None if buckets or not _may_wait(x) else certifying_buckets(len(inputs.embeddings), k)
     if buckets:
         found, keys, _ = approximate(inputs, buckets)
@@ -62,9 +66,8 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     unknown = found.lse.isnan()[:, None]
     logits = logits.masked_fill(unknown, torch.nan)
     tokens = torch.where(unknown, torch.arange(k, device=x.device), tokens)
-    noisy_tokens = tokens[:, 0].clone() if k else found.noisy_tokens
     return StepOutputs(
-        smoothed, found.tokens, noisy_tokens, found.lse, found.best_score, found.log_sum, logits, tokens
+        smoothed, found.tokens, tokens[:, 0].clone(), found.lse, found.best_score, found.log_sum, logits, tokens
     )  # fmt: skip
 
 
@@ -75,10 +78,10 @@ def _may_wait(x: Tensor) -> bool:
 
 def certifying_buckets(v: int, k: int) -> Buckets | None:
     """So many that in 99 of 100 rows with winners at random places no bucket has all that it keeps among them; None
-    where these would be a large part of the vocabulary, or nothing is wanted."""
+    where these would be a large part of the vocabulary."""
     keep, most = 4, min(FEW, v // 8)
     fits = (b for b in range(STEP, most + 1, STEP) if math.comb(k, keep) <= 0.01 * b ** (keep - 1) and b * keep >= k)
-    count = next(fits, None) if k else None
+    count = next(fits, None)
     return Buckets(count, keep) if count else None
 
 
@@ -121,8 +124,6 @@ def exact(inputs: StepInputs, ref_score: Tensor, tile: BlockTile | None = None) 
     x, k = inputs.x, inputs.topk
     n, v = len(x), len(inputs.embeddings)
     largest = x.new_empty(n, k, dtype=torch.int64)
-    if k == 0:
-        return largest
     tile = tile or KEYS[family(x.device)][dot_type(x, inputs.embeddings).itemsize]
     ahead = triton.cdiv(k, 16) * 16  # so that rows are aligned
     block_n, block_v = pick_block(n, v, inputs.workspace, KEY, KEY * ahead, tile)
