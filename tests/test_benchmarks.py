@@ -10,6 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="the suite prints with rich")
+pytest.importorskip("tokenizers", reason="the suite reads text with tokenizers")
+
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import (
     __main__,
@@ -27,7 +31,7 @@ from benchmarks import (
 )
 from benchmarks.check import CheckFailed, Referee
 from benchmarks.contestants import CONTESTANTS, FLOOR
-from benchmarks.embeddings import Material, NoEmbeddings, load_material, normalise, synthetic
+from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.machine import Machine
 from benchmarks.report import Report, Row, columns_of, noise_costs, with_ratio
 from benchmarks.suite import Suite
@@ -331,12 +335,31 @@ def test_the_schedule_is_the_papers(t, mu, std):
     assert inputs.schedule(t) == pytest.approx((mu, std), rel=2e-3)
 
 
-def test_unused_rows_do_not_count_in_the_statistics():
-    table = torch.randn(50, 4) * 3 + 1
-    table[7] = 1e3
-    normalise(table, [7])
-    used = torch.cat((table[:7], table[8:]))
+def test_a_model_is_material_with_its_text_and_without_its_unused_rows(tmp_path):
+    table, words = torch.randn(4, 3) * 3 + 1, {"[UNK]": 0, "tom": 1, "[unused0]": 2, "the": 3}
+    table[2] = 1e3
+    save_file({"word_embeddings.weight": table}, tmp_path / "some.safetensors")
+    bare = load_material(str(tmp_path / "some.safetensors"))
+    assert bare.note == "some.safetensors: V = 4, D = 3; random tokens, since it has no tokenizer.json"
+    assert (bare.table.mean().item(), bare.table.std().item()) == pytest.approx((0, 1), abs=1e-5)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "some.safetensors").rename(tmp_path / "model.safetensors")
+    material = load_material(str(tmp_path))
+    used = material.table[[0, 1, 3]]
     assert (used.mean().item(), used.std().item()) == pytest.approx((0, 1), abs=1e-5)
+    assert material.note == f"{tmp_path.name}: V = 4, D = 3; tokens of English sentences from Tatoeba"
+    assert len(material.tokens) > 50_000
+    assert set(material.tokens.tolist()) == {0, 3}
+    assert load_material(str(tmp_path / "model.safetensors")).tokens.equal(material.tokens)
+
+
+@pytest.mark.parametrize("source", ["none.safetensors", "", "words.txt"])
+def test_where_there_is_no_table_the_reason_is_given(tmp_path, source):
+    with pytest.raises(NoEmbeddings, match="must be"):
+        load_material(str(tmp_path / source))
 
 
 def test_a_cut_table_keeps_the_texts_words_and_a_grown_one_its_rows():
