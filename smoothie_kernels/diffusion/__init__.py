@@ -1,6 +1,38 @@
-"""The reference trainer's parts, made of the package's public functions."""
+"""The reference trainer and its parts, made of the package's public functions.
 
-from smoothie_kernels.diffusion.noising import noise_tokens
+Schedules and noising need torch alone. All else needs what `pip install 'smoothie-kernels[train]'` brings, and is
+imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from smoothie_kernels.diffusion.noising import noise_tokens, smooth
 from smoothie_kernels.diffusion.schedules import SCHEDULES, Arctan, Schedule, make_schedule
 
-__all__ = ["SCHEDULES", "Arctan", "Schedule", "make_schedule", "noise_tokens"]
+if TYPE_CHECKING:
+    from smoothie_kernels.diffusion.embeddings import load_embeddings
+    from smoothie_kernels.diffusion.loss import Losses, Place, TrainingLoss
+    from smoothie_kernels.diffusion.model import Condition, SmoothieConfig, SmoothieModel
+    from smoothie_kernels.diffusion.options import LossOptions, RunOptions
+    from smoothie_kernels.diffusion.trainer import Texts, Trainer
+
+_MODULES = {
+    "embeddings": ("load_embeddings",),
+    "loss": ("Losses", "Place", "TrainingLoss"),
+    "model": ("Condition", "SmoothieConfig", "SmoothieModel"),
+    "options": ("LossOptions", "RunOptions"),
+    "trainer": ("Texts", "Trainer"),
+}
+
+__all__ = [
+    "SCHEDULES", "Arctan", "Condition", "LossOptions", "Losses", "Place", "RunOptions", "Schedule", "SmoothieConfig",
+    "SmoothieModel", "Texts", "Trainer", "TrainingLoss", "load_embeddings", "make_schedule", "noise_tokens", "smooth",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

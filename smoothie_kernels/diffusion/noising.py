@@ -1,14 +1,18 @@
-"""From token ids to what the model sees at time t: one fused step."""
+"""From clean embeddings, or token ids, to what the model sees at time t: one fused step, or the authors' dense one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from smoothie_kernels import Vocabulary, fused_smoothie_step
+from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
 from smoothie_kernels.diffusion.schedules import Schedule
 from smoothie_kernels.vocabulary import as_vocabulary
+
+STEPS = ("fused", "eager")
 
 
 def noise_tokens(
@@ -22,6 +26,7 @@ def noise_tokens(
     offset: int | Tensor = 0,
     row_offset: int = 0,
     mask: Tensor | None = None,
+    step: str = "fused",
     backend: str = "auto",
 ) -> Tensor:
     """Smoothed embeddings of noised tokens: the input of Smoothie's model.
@@ -39,8 +44,7 @@ def noise_tokens(
         t: in [0, 1]: a number, or one for every sequence, shape `tokens.shape[:-1]`.
         sigma_min, seed, offset, row_offset, backend: as `fused_smoothie_step` takes them; positions are the rows, in
             order of the flattened tokens.
-        mask: bool, tokens' shape: positions that are not in it take no part and come out as zeros. The noise of all
-            others is what it is without a mask.
+        mask, step: as `smooth` takes them.
 
     Returns:
         (..., L, D) in the table's type.
@@ -49,26 +53,89 @@ def noise_tokens(
         TypeError, ValueError: a bad argument, by name.
     """
     vocabulary = as_vocabulary(embeddings, backend)
-    table = vocabulary.embeddings
-    _check_tokens(tokens, len(table))
+    _check_tokens(tokens, len(vocabulary))
     mu, std = (_per_sequence(m, tokens) for m in schedule.marginal(t))
+    x = functional.embedding(tokens, vocabulary.embeddings)
+    return smooth(
+        x, vocabulary, mu, std, sigma_min=sigma_min, seed=seed, offset=offset, row_offset=row_offset, mask=mask,
+        step=step, backend=backend,
+    )  # fmt: skip
+
+
+def smooth(
+    x: Tensor,
+    embeddings: Tensor | Vocabulary,
+    mu: float | Tensor,
+    std: float | Tensor,
+    *,
+    sigma_min: float = 1.5,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+    row_offset: int = 0,
+    mask: Tensor | None = None,
+    step: str = "fused",
+    backend: str = "auto",
+) -> Tensor:
+    """The step's smoothed embeddings, (..., D) in x's type, of some rows of x or all of them.
+
+    Args:
+        x, embeddings, mu, std, sigma_min, seed, offset, row_offset, backend: as `fused_smoothie_step` takes them.
+        mask: bool, x.shape[:-1]: rows that are not in it take no part and come out as zeros. The noise of all others
+            is what it is without a mask.
+        step: "fused" is `fused_smoothie_step`; "eager" the authors' dense arithmetic, with every tensor of
+            rows x vocabulary that it needs: the same field, or torch's normals where seed is None.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+    if step not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(map(repr, STEPS))}, got {step!r}")
+    vocabulary = as_vocabulary(embeddings, backend)
+
+    def run(x: Tensor, mu: float | Tensor, std: float | Tensor, **ids: Any) -> Tensor:
+        ids |= {"sigma_min": sigma_min, "seed": seed, "offset": offset, "backend": backend}
+        if step == "eager":
+            return _eager_step(x, vocabulary.embeddings, mu, std, **ids)
+        return fused_smoothie_step(x, vocabulary, mu, std, **ids).smoothed
+
     if mask is None:
-        x = functional.embedding(tokens, table)
-        return fused_smoothie_step(
-            x, vocabulary, mu, std, sigma_min=sigma_min, seed=seed, offset=offset, row_offset=row_offset,
-            backend=backend,
-        ).smoothed  # fmt: skip
-    if mask.dtype != torch.bool or mask.shape != tokens.shape:
-        wanted, got = f"torch.bool of shape {list(tokens.shape)}", f"{mask.dtype} of shape {list(mask.shape)}"
-        raise ValueError(f"mask must be {wanted} as tokens, got {got}")
+        return run(x, mu, std, row_offset=row_offset)
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+        wanted, got = f"torch.bool of shape {list(x.shape[:-1])}", f"{mask.dtype} of shape {list(mask.shape)}"
+        raise ValueError(f"mask must be {wanted} as the rows, got {got}")
     rows = mask.flatten().nonzero()[:, 0]
-    smoothed = fused_smoothie_step(
-        functional.embedding(tokens.flatten()[rows], table), vocabulary,
-        *(m.expand(tokens.shape).reshape(-1)[rows] for m in (mu, std)),
-        sigma_min=sigma_min, seed=seed, offset=offset, row_ids=rows + row_offset, backend=backend,
-    ).smoothed  # fmt: skip
-    everywhere = smoothed.new_zeros(tokens.numel(), smoothed.shape[1])
-    return everywhere.index_copy(0, rows, smoothed).view(*tokens.shape, -1)
+    mu, std = (torch.as_tensor(m, device=x.device).expand(mask.shape).reshape(-1)[rows] for m in (mu, std))
+    smoothed = run(x.flatten(0, -2)[rows], mu, std, row_ids=rows + row_offset)
+    return smoothed.new_zeros(mask.numel(), smoothed.shape[1]).index_copy(0, rows, smoothed).view(x.shape)
+
+
+def _eager_step(
+    x: Tensor,
+    table: Tensor,
+    mu: float | Tensor,
+    std: float | Tensor,
+    *,
+    sigma_min: float,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+    row_offset: int = 0,
+    row_ids: Tensor | None = None,
+    backend: str,
+) -> Tensor:
+    """The step as Smoothie's authors write it, in float32 whatever autocast says."""
+    noiseless = isinstance(std, int | float) and std == 0
+    mu, std = (torch.as_tensor(m, device=x.device).expand(x.shape[:-1]).reshape(-1, 1) for m in (mu, std))
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.flatten(0, -2)
+        squares = rows.square().sum(1, keepdim=True) - 2 * rows @ table.T + table.square().sum(1)
+        logits = mu * (-squares / (2 * sigma_min**2))
+        if not noiseless:
+            normals = torch.randn_like(logits) if seed is None else noise.gaussian(
+                *logits.shape, seed=seed, offset=offset, row_offset=row_offset, row_ids=row_ids, device=x.device,
+                backend=backend,
+            )  # fmt: skip
+            logits = logits + std * normals
+        return (logits.softmax(-1) @ table).view(x.shape)
 
 
 def _check_tokens(tokens: Tensor, vocabulary: int) -> None:

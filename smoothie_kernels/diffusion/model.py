@@ -1,0 +1,299 @@
+"""Smoothie's denoiser: a transformer with UNet-style skips that looks at the source text and at its own last answer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from smoothie_kernels import Vocabulary
+from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
+
+ROWS_BYTES = 2**27  # of a block of logits of the token head
+
+
+class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
+    """What a `SmoothieModel` is made of; the defaults are the paper's.
+
+    Args:
+        vocab_size, embedding_size: V and D of the table.
+        hidden_size: of the transformer; there is a projection where it is not the table's width.
+        num_hidden_layers, num_attention_heads, intermediate_size, dropout, norm_first: of all its layers;
+            intermediate_size None means 4 hidden_size.
+        condition_layers: of the encoder of the source text; 0 makes an unconditional model.
+        self_condition_layers: of the encoder of the last answer; 0 makes a model without one.
+        target_length, source_length: the most positions of each.
+        trainable_embeddings: whether the table takes gradients.
+        token_head: predict tokens, by a linear layer to all of them, instead of embeddings.
+        noise_schedule, noise_options, sigma_min: the forward process (`make_schedule`).
+    """
+
+    model_type = "smoothie"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        embedding_size: int = 768,
+        *,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int | None = None,
+        dropout: float = 0.0,
+        norm_first: bool = True,
+        condition_layers: int = 6,
+        self_condition_layers: int = 3,
+        target_length: int = 64,
+        source_length: int = 64,
+        trainable_embeddings: bool = False,
+        token_head: bool = False,
+        noise_schedule: str = "arctan",
+        noise_options: dict[str, Any] | None = None,
+        sigma_min: float = 1.5,
+        **others: Any,
+    ) -> None:
+        sizes = {
+            "vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers, "num_attention_heads": num_attention_heads,
+            "target_length": target_length, "source_length": source_length,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        for name, layers in {
+            "condition_layers": condition_layers,
+            "self_condition_layers": self_condition_layers,
+        }.items():
+            if layers < 0:
+                raise ValueError(f"{name} must be at least 0, got {layers}")
+        if hidden_size % 2 or hidden_size % num_attention_heads:
+            heads = f"num_attention_heads = {num_attention_heads}"
+            raise ValueError(f"hidden_size must be even and a multiple of {heads}, got {hidden_size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if sigma_min <= 0:
+            raise ValueError(f"sigma_min must be positive, got {sigma_min}")
+        make_schedule(noise_schedule, **(noise_options or {}))
+        self.vocab_size, self.embedding_size = vocab_size, embedding_size
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.dropout, self.norm_first = num_attention_heads, dropout, norm_first
+        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.condition_layers, self.self_condition_layers = condition_layers, self_condition_layers
+        self.target_length, self.source_length = target_length, source_length
+        self.trainable_embeddings, self.token_head = trainable_embeddings, token_head
+        self.noise_schedule, self.noise_options, self.sigma_min = noise_schedule, noise_options or {}, sigma_min
+        super().__init__(**others)
+
+
+class Condition(NamedTuple):
+    """What the denoiser sees of the source text."""
+
+    states: Tensor  # (B, 1 + S, hidden): a slot that is always there, then the source
+    ignored: Tensor  # (B, 1 + S) bool: True where there is nothing to look at
+
+
+class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
+    """Predicts clean embeddings from smoothed ones: `model(smoothed, t, condition, self_condition)`.
+
+    The input of layer i is added to the input of layer L - 1 - i; time and the encoded last answer enter every layer
+    through linear layers of its own. The table is the model's own: `model.vocabulary()` is what the step takes.
+    Source: arXiv 2505.18853; layers are torch's.
+    """
+
+    config_class = SmoothieConfig
+    main_input_name = "smoothed"
+    _supports_sdpa = True
+
+    def __init__(self, config: SmoothieConfig, embeddings: Tensor | None = None) -> None:
+        super().__init__(config)
+        wide, layers = config.hidden_size, range(config.num_hidden_layers)
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.positions = nn.Embedding(config.target_length, wide)
+        self.input, self.output = self._projection(), nn.Linear(wide, config.embedding_size)
+        self.time = nn.Sequential(nn.Linear(wide, 4 * wide), nn.SiLU(), nn.Linear(4 * wide, wide))
+        self.time_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
+        layer = self._layer(nn.TransformerDecoderLayer if config.condition_layers else nn.TransformerEncoderLayer)
+        self.layers = nn.ModuleList(layer() for _ in layers)
+        self.norm = nn.LayerNorm(wide)
+        if config.condition_layers:
+            self.source = self._projection()
+            self.source_positions = nn.Embedding(config.source_length, wide)
+            self.nothing = nn.Embedding(1, wide)  # what there is to look at where the source is empty or dropped
+            self.source_encoder = self._encoder(config.condition_layers)
+        if config.self_condition_layers:
+            self.answer = self._projection()
+            self.answer_encoder = self._encoder(config.self_condition_layers)
+            self.answer_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
+        if config.token_head:
+            self.output = nn.Linear(wide, config.vocab_size)
+        self._vocabulary: tuple[Any, Vocabulary] | None = None
+        self.post_init()
+        self.embeddings.weight.requires_grad_(config.trainable_embeddings)
+        if embeddings is not None:
+            self.set_embeddings(embeddings)
+
+    @classmethod
+    def from_pretrained(cls, *names: Any, **options: Any) -> Any:
+        """As of every transformers model; what `save_pretrained` wrote."""
+        loaded = super().from_pretrained(*names, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.embeddings.weight.requires_grad_(model.config.trainable_embeddings)  # loading forgets it
+        return loaded
+
+    def forward(
+        self,
+        smoothed: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        self_condition: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The predicted embeddings, (B, L, D) float32.
+
+        Args:
+            smoothed: (B, L, D), of `noise_tokens` or `fused_smoothie_step`.
+            t: (B,) in [0, 1].
+            condition: of `encode`; needed where the model has condition_layers.
+            self_condition: (B, L, D), the last answer; None means zeros.
+            mask: (B, L) bool: positions outside are not looked at.
+        """
+        return self.predict(self.hidden_states(smoothed, t, condition, self_condition, mask))
+
+    def encode(self, source: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Condition:
+        """The source text as the denoiser sees it: once per text, for all steps.
+
+        Args:
+            source: (B, S) int64 tokens.
+            mask: (B, S) bool, True on text.
+            keep: (B,) bool: False drops the source of a sample, as guidance wants it.
+        """
+        if not self.config.condition_layers:
+            raise ValueError("source must be None: the model is unconditional (condition_layers = 0)")
+        _check_length("source", source, self.config.source_length)
+        b, s = source.shape
+        states = self.source(self.embeddings(source)) + self.source_positions.weight[:s]
+        there = torch.ones(b, s, dtype=torch.bool, device=source.device) if mask is None else mask
+        there = functional.pad(there if keep is None else there & keep[:, None], (1, 0), value=True)
+        states = torch.cat((self.nothing.weight.expand(b, 1, -1), states), 1)
+        for layer in self.source_encoder:
+            states = layer(states, src_key_padding_mask=~there)
+        return Condition(states, ~there)
+
+    def hidden_states(
+        self,
+        smoothed: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        self_condition: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What `predict` makes embeddings of: (B, L, hidden). Arguments as of the model itself."""
+        config = self.config
+        _check_length("smoothed", smoothed, config.target_length)
+        if (condition is None) != (config.condition_layers == 0):
+            raise ValueError(
+                f"condition must be {'what encode() gives' if condition is None else 'None'}: the model has "
+                f"condition_layers = {config.condition_layers}"
+            )
+        length, ignored = smoothed.shape[1], None if mask is None else ~mask
+        x = self.input(smoothed) + self.positions.weight[:length]
+        time = self.time(sinusoids(t, config.hidden_size).to(x.dtype))
+        extra = [linear(time)[:, None] for linear in self.time_of_layer]
+        if config.self_condition_layers:
+            answer = self.answer(torch.zeros_like(smoothed) if self_condition is None else self_condition)
+            answer = answer + self.positions.weight[:length]
+            for layer in self.answer_encoder:
+                answer = layer(answer, src_key_padding_mask=ignored)
+            extra = [e + linear(answer) for e, linear in zip(extra, self.answer_of_layer, strict=True)]
+        inputs: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            mirrored = len(self.layers) - 1 - i
+            x = x + extra[i] if mirrored >= i else x + extra[i] + inputs[mirrored]
+            inputs.append(x)
+            if condition is None:
+                x = layer(x, src_key_padding_mask=ignored)
+            else:
+                x = layer(
+                    x, condition.states, tgt_key_padding_mask=ignored, memory_key_padding_mask=condition.ignored
+                )  # fmt: skip
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Embeddings, (..., D) float32: the head's answer, or the mean embedding under the token head's softmax."""
+        if not self.config.token_head:
+            predicted: Tensor = self.output(hidden)
+            return predicted.float()
+        table, rows = self.embeddings.weight, hidden.flatten(0, -2)
+        blocks = torch.split(rows, max(1, ROWS_BYTES // (4 * len(table))))
+        means = [self.output(block).float().softmax(-1) @ table for block in blocks]
+        return torch.cat(means).view(*hidden.shape[:-1], -1)
+
+    def vocabulary(self, backend: str = "auto") -> Vocabulary:
+        """The table as `fused_smoothie_step` takes it; made again only after the table was written to or moved, and
+        every time where it takes gradients."""
+        table = self.embeddings.weight
+        if table.requires_grad:
+            return Vocabulary(table, backend=backend, check_finite=False)
+        contents = (table.data_ptr(), table._version, table.dtype, table.device, backend)
+        if self._vocabulary is None or self._vocabulary[0] != contents:
+            self._vocabulary = contents, Vocabulary(table, backend=backend)
+        return self._vocabulary[1]
+
+    def schedule(self, delta: float | None = None) -> Schedule:
+        """The forward process, with another delta of the noise where it is given: samplers take a smaller one."""
+        options = self.config.noise_options if delta is None else {**self.config.noise_options, "delta": delta}
+        return make_schedule(self.config.noise_schedule, **options)
+
+    def set_embeddings(self, table: Tensor) -> None:
+        """Takes over a (V, D) table."""
+        wanted = [self.config.vocab_size, self.config.embedding_size]
+        if list(table.shape) != wanted:
+            raise ValueError(f"embeddings must have shape {wanted} as the model's config says, got {list(table.shape)}")
+        with torch.no_grad():
+            self.embeddings.weight.copy_(table)
+
+    def compile_layers(self) -> None:
+        """torch.compile of every transformer layer by itself: one compilation serves all of a kind."""
+        for module in self.modules():
+            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+                module.compile()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def _projection(self) -> nn.Module:
+        config = self.config
+        same = config.embedding_size == config.hidden_size
+        return nn.Identity() if same else nn.Linear(config.embedding_size, config.hidden_size)
+
+    def _encoder(self, layers: int) -> nn.ModuleList:
+        layer = self._layer(nn.TransformerEncoderLayer)
+        return nn.ModuleList(layer() for _ in range(layers))
+
+    def _layer(self, kind: Any) -> Any:
+        config = self.config
+        return lambda: kind(
+            config.hidden_size, config.num_attention_heads, config.intermediate_size, config.dropout,
+            activation="gelu", batch_first=True, norm_first=config.norm_first,
+        )  # fmt: skip
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """(B, width) float32: sines and cosines of 1000 t, as transformers count positions."""
+    steps = torch.arange(width // 2, device=t.device, dtype=torch.float32)
+    angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10_000) * 2 / width * steps)
+    return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+def _check_length(name: str, tensor: Tensor, most: int) -> None:
+    if tensor.dim() < 2 or tensor.shape[1] > most:
+        raise ValueError(f"{name} must have at most {most} positions as the model does, got {list(tensor.shape)}")
+
+
+AutoConfig.register(SmoothieConfig.model_type, SmoothieConfig, exist_ok=True)
+AutoModel.register(SmoothieConfig, SmoothieModel, exist_ok=True)
