@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sys
 
 import torch
 
@@ -14,9 +15,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=smoothie_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backends can run here, and why the others cannot")
-    parser.parse_args(argv)
+    commands.add_parser("train", help="train a Smoothie model on text", add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "train":
+        return train(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(doctor())
     return 0
+
+
+def train(arguments: list[str]) -> int:
+    """The trainer's command, whose packages are not needed by anything else."""
+    try:
+        from smoothie_kernels.diffusion import train as trainer
+    except ModuleNotFoundError as error:
+        print(
+            f"smoothie-kernels train needs the package {error.name}: pip install 'smoothie-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    return trainer.command(arguments)
 
 
 def doctor() -> str:
@@ -43,3 +62,7 @@ def _detail(backend: str) -> str:
     from smoothie_kernels.backends import cpu
 
     return f"yes: {cpu.tier() or cpu.tiers()[0]} (this processor runs {', '.join(cpu.tiers())})"
+
+
+if __name__ == "__main__":  # torchrun -m
+    sys.exit(main())

@@ -2,9 +2,12 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import smoothie_kernels
 from smoothie_kernels import cli, dispatch
@@ -13,6 +16,12 @@ PACKAGE = Path(smoothie_kernels.__file__).parent
 # A module may import only what stands left of it here. Backends are loaded by name, when they are needed; what they
 # take and give is in backends/__init__.py.
 LAYERS = ["recall", "dispatch", "checks", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
+# The same among the modules of smoothie_kernels.diffusion, which use the package by its public names and `vocabulary`.
+DIFFUSION = [
+    "schedules", "noising", "options", "model", "embeddings", "batches", "data", "loss", "evaluation", "ema",
+    "checkpoint", "metrics", "trainer", "train",
+]  # fmt: skip
+PUBLIC = {*smoothie_kernels.__all__, "vocabulary", "diffusion"}
 BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "nearest_fwd", "gaussian"}
 
 
@@ -69,10 +78,31 @@ def test_imports_go_downward():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules == set(LAYERS)
     for position, name in enumerate(LAYERS):
-        allowed = set(LAYERS[:position]) | ({"backends"} if name in ("library", "cli") else set())
+        allowed = set(LAYERS[:position]) | {"library": {"backends"}, "cli": {"backends", "diffusion"}}.get(name, set())
         assert imported(PACKAGE / f"{name}.py") <= allowed, name
     for path in (PACKAGE / "backends").rglob("*.py"):
         assert imported(path) <= {"noise", "recall", "backends"}, path
+
+
+def test_imports_of_diffusion_go_downward():
+    folder = PACKAGE / "diffusion"
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(DIFFUSION)
+    for position, name in enumerate(DIFFUSION):
+        path = folder / f"{name}.py"
+        assert imported(path) <= PUBLIC, name
+        pattern = re.compile(r"^from smoothie_kernels\.diffusion(?:\.(\w+))? import (\w+)", re.MULTILINE)
+        inside = {module or first for module, first in pattern.findall(path.read_text())}
+        assert inside <= set(DIFFUSION[:position]), name
+
+
+def test_the_package_needs_no_trainer():
+    """Nor do the diffusion package's own schedules and noising need transformers or datasets."""
+    program = """if True:
+        import sys, smoothie_kernels, smoothie_kernels.cli, smoothie_kernels.diffusion
+        print([name for name in ("transformers", "datasets", "accelerate", "triton") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_doctor_names_every_backend(capsys):
@@ -93,3 +123,15 @@ def test_triton_is_left_alone_until_it_is_asked_for():
     """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_diffusion_s_names():
+    from smoothie_kernels import diffusion
+
+    pytest.importorskip("transformers", reason="comes with the extra `train`")
+    pytest.importorskip("accelerate", reason="comes with the extra `train`")
+    lazy = {name for names in diffusion._MODULES.values() for name in names}
+    assert lazy < set(diffusion.__all__)
+    assert all(getattr(diffusion, name).__name__ == name for name in lazy)
+    with pytest.raises(AttributeError, match="has no attribute 'Sampler'"):
+        diffusion.Sampler  # noqa: B018

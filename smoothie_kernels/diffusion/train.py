@@ -1,0 +1,170 @@
+"""From options to a trained model: what `smoothie-kernels train` does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import AutoTokenizer, HfArgumentParser
+
+from smoothie_kernels.diffusion.batches import Collate
+from smoothie_kernels.diffusion.checkpoint import newest
+from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
+from smoothie_kernels.diffusion.embeddings import load_embeddings
+from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
+from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
+from smoothie_kernels.diffusion.trainer import Texts, Trainer
+
+USAGE = "smoothie-kernels train OUTPUT --data DATA [options]"
+DESCRIPTION = """\
+Train a Smoothie model on text. OUTPUT gets checkpoint-N folders, which SmoothieModel.from_pretrained reads, and
+metrics.csv and validation.csv. Without options the model and the training are the paper's, for large GPUs.
+"""
+EPILOG = """\
+A small model, for a CPU:
+
+  smoothie-kernels train runs/questions --data question-generation \\
+      --embeddings sentence-transformers/all-MiniLM-L6-v2 --layers 4 --condition-layers 2 --self-condition-layers 1 \\
+      --source-length 64 --target-length 32 --batch-size 32 --learning-rate 5e-4 --warmup-steps 200 --ema 0.999 \\
+      --steps 2000
+
+More steps later: the same with a larger --steps, and --resume. Several processes, the same run:
+
+  torchrun --nproc-per-node 2 -m smoothie_kernels.cli train runs/questions ...
+"""
+
+
+def train(
+    output: Path | str, data: DataOptions, model: ModelOptions, loss: LossOptions, run: RunOptions, *,
+    resume: bool = False,
+) -> Path:  # fmt: skip
+    """Trains a model from nothing, or on from its newest checkpoint; returns the last checkpoint.
+
+    Raises:
+        ValueError: options that are wrong, or do not fit each other, the data, the tokenizer or the checkpoint.
+    """
+    if resume:
+        newest(Path(output))  # said before anything is read
+    tokenizer = _tokenizer(model)
+    table = load_embeddings(model.embeddings, tokenizer, normalisation=model.normalisation, seed=loss.seed)
+    torch.manual_seed(loss.seed)
+    network = SmoothieModel(_config(data, model, table, tokenizer), table)
+    with PartialState(cpu=run.cpu).main_process_first():
+        texts = _texts(data, tokenizer)
+    trainer = Trainer(
+        network, texts, output, loss=loss, run=run, record=as_record(data, model), tokenizer=tokenizer
+    )  # fmt: skip
+    return trainer.run(resume=resume)
+
+
+def _tokenizer(model: ModelOptions) -> Any:
+    name = model.tokenizer or model.embeddings
+    if model.tokenizer is None and (name.startswith("random:") or Path(name).is_file()):
+        raise ValueError(f"tokenizer must be given where embeddings are no model, got embeddings = {name!r}")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer must be a Hugging Face name or a folder, got {name!r}: {error}") from error
+
+
+def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokenizer: Any) -> SmoothieConfig:
+    source_length, target_length = data.lengths
+    return SmoothieConfig(
+        *table.shape,
+        hidden_size=model.hidden_size or table.shape[1],
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        dropout=model.dropout,
+        condition_layers=0 if data.without_source else model.condition_layers,
+        self_condition_layers=model.self_condition_layers,
+        target_length=target_length,
+        source_length=source_length,
+        trainable_embeddings=model.trainable_embeddings,
+        token_head=model.token_head,
+        noise_schedule=model.noise_schedule,
+        noise_options=_json(model.noise_options),
+        sigma_min=model.sigma_min,
+        pad_token_id=pad_token(tokenizer),
+        eos_token_id=end_token(tokenizer),
+    )
+
+
+def _texts(data: DataOptions, tokenizer: Any) -> Texts:
+    source_length, target_length = data.lengths
+
+    def split(name: str) -> Any:
+        rows = load_text(
+            data.data, name, source_column=data.source_column, target_column=data.target_column,
+            unconditional=data.without_source,
+        )  # fmt: skip
+        return tokenize(rows, tokenizer, target_length=target_length, source_length=source_length)
+
+    validation = split("validation") if has_split(data.data, "validation") else None
+    return Texts(split("train"), validation, Collate(pad_token(tokenizer), target_length, source_length))
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"noise_options must be JSON, got {text!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"noise_options must be a JSON object, got {text!r}")
+    return options
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help with defaults, where they say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, False, argparse.SUPPRESS)
+        return f"{action.help}" if silent else f"{action.help} (default: %(default)s)"
+
+
+def command(arguments: list[str]) -> int:
+    """`smoothie-kernels train`: what is wrong with its options is one line on stderr, and exit status 2."""
+    groups = (DataOptions, ModelOptions, LossOptions, RunOptions)
+    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
+    parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT")
+    try:
+        data, model, loss, run, rest, unknown = parser.parse_args_into_dataclasses(
+            _from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        last = train(rest.output, data, model, loss, run, resume=rest.resume)
+    except (TypeError, ValueError) as error:
+        print(f"smoothie-kernels train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"trained: {last}")
+    return 0
+
+
+def _from_config(arguments: list[str]) -> list[str]:
+    """The options of a --config file, as flags."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config", type=Path)
+    path = parser.parse_known_args(arguments)[0].config
+    if path is None:
+        return []
+    if not path.is_file():
+        raise ValueError(f"config must be a file, got {str(path)!r}")
+    try:
+        options = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be YAML or JSON, got {str(path)!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"config must hold options by name, got {type(options).__name__} in {str(path)!r}")
+    return [
+        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
+        for name, value in options.items()
+        if value is not None
+    ]
