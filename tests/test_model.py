@@ -71,11 +71,14 @@ def test_answer_depends_on(change):
     assert (model(smoothed, t, model.encode(source), answer) - before).abs().max() > 1e-3
 
 
-def test_no_answer_is_an_answer_of_zeros():
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_answer_is_an_answer_of_zeros(masked):
     model = small()
     smoothed, t, source = inputs()
     condition = model.encode(source)
-    assert torch.equal(model(smoothed, t, condition), model(smoothed, t, condition, torch.zeros_like(smoothed)))
+    mask = torch.arange(L) < torch.tensor([[L], [3], [1]]) if masked else None
+    found = [model(smoothed, t, condition, answer, mask) for answer in (None, torch.zeros_like(smoothed))]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_masked_is_not_looked_at():

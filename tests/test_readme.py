@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -17,3 +20,29 @@ def test_example():
 def test_files_exist():
     for name in re.findall(r"`([\w./]+\.(?:py|md|h|cpp))`", README):
         assert (ROOT / name).exists() or (ROOT / "smoothie_kernels" / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_flags_of_the_trainer_exist(page):
+    pytest.importorskip("accelerate", reason="comes with the extra `train`")
+    pytest.importorskip("datasets", reason="comes with the extra `train`")
+    from smoothie_kernels.diffusion.train import arguments_parser
+
+    known = {flag for action in arguments_parser()._actions for flag in action.option_strings}
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^smoothie-kernels train (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert commands
+    mentioned = set(re.findall(r"`(--[a-z-]+)", text)) if page.startswith("docs") else set()
+    for flag in mentioned.union(*(re.findall(r"(?<= )--[a-z0-9-]+", command) for command in commands)):
+        assert flag in known | {"--nproc-per-node"}, flag
+
+
+def test_training_example():
+    pytest.importorskip("transformers", reason="comes with the extra `train`")
+    batch = {"target": torch.ones(2, 5, dtype=torch.int64), "target_mask": torch.ones(2, 5, dtype=torch.bool)}
+    batch |= {name.replace("target", "source"): tensor for name, tensor in batch.items()}
+    names: dict = {"table": torch.randn(30522, 384), "batch": batch, "step": 3, "t": torch.rand(2), **batch}
+    names |= {"smoothed": torch.randn(2, 5, 384), "self_condition": None}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), flags=re.S):
+        exec(block, names)
+    assert names["predicted"].shape == (2, 5, 384)

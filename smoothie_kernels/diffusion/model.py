@@ -204,7 +204,11 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
         time = self.time(sinusoids(t, config.hidden_size).to(x.dtype))
         extra = [linear(time)[:, None] for linear in self.time_of_layer]
         if config.self_condition_layers:
-            answer = self.answer(torch.zeros_like(smoothed) if self_condition is None else self_condition)
+            if self_condition is None:
+                # The same for all samples, unless dropout or masks tell them apart: encoded once, then broadcast.
+                apart = ignored is not None or (self.training and config.dropout > 0)
+                self_condition = smoothed.new_zeros(len(smoothed) if apart else 1, *smoothed.shape[1:])
+            answer = self.answer(self_condition)
             answer = answer + self.positions.weight[:length]
             for layer in self.answer_encoder:
                 answer = layer(answer, src_key_padding_mask=ignored)

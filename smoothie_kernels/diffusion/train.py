@@ -127,13 +127,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help}" if silent else f"{action.help} (default: %(default)s)"
 
 
-def command(arguments: list[str]) -> int:
-    """`smoothie-kernels train`: what is wrong with its options is one line on stderr, and exit status 2."""
+def arguments_parser() -> HfArgumentParser:
     groups = (DataOptions, ModelOptions, LossOptions, RunOptions)
     parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
     parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT")
+    return parser
+
+
+def command(arguments: list[str]) -> int:
+    """`smoothie-kernels train`: what is wrong with its options is one line on stderr, and exit status 2."""
+    parser = arguments_parser()
     try:
         data, model, loss, run, rest, unknown = parser.parse_args_into_dataclasses(
             _from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
