@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="comes with the extra `train`")
 from transformers import AutoModel
 
 from smoothie_kernels import Vocabulary
+from smoothie_kernels.diffusion.layers import Attention, Layer
 from smoothie_kernels.diffusion.model import Condition, SmoothieConfig, SmoothieModel, sinusoids
 
 SMALL = {
@@ -69,6 +70,46 @@ def test_answer_depends_on(change):
         smoothed, answer = smoothed.flip(1), answer.flip(1)
         before = before.flip(1)
     assert (model(smoothed, t, model.encode(source), answer) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("source", [False, True])
+def test_layer_is_torch_s(norm_first, source):
+    kind = nn.TransformerDecoderLayer if source else nn.TransformerEncoderLayer
+    torch.manual_seed(0)
+    theirs = kind(24, 4, 48, 0.0, activation="gelu", batch_first=True, norm_first=norm_first).double()
+    ours = Layer(24, 4, 48, 0.0, norm_first=norm_first, source=source).double()
+    pairs = [
+        (ours.attention, theirs.self_attn),
+        (ours.feed_forward[0], theirs.linear1),
+        (ours.feed_forward[3], theirs.linear2),
+    ]
+    pairs += [(norm, getattr(theirs, f"norm{i + 1}")) for i, norm in enumerate(ours.norms)]
+    if source:
+        pairs.append((ours.source_attention, theirs.multihead_attn))
+    with torch.no_grad():
+        for mine, its in pairs:
+            if isinstance(mine, Attention):
+                parts = (mine.query, mine.key, mine.value)
+                for part, weight, bias in zip(
+                    parts, its.in_proj_weight.chunk(3), its.in_proj_bias.chunk(3), strict=True
+                ):
+                    part.weight.copy_(weight)
+                    if part.bias is not None:
+                        part.bias.copy_(bias.normal_())
+                mine.output.load_state_dict(its.out_proj.state_dict())
+            else:
+                mine.load_state_dict(its.state_dict())
+    x, states = torch.randn(B, L, 24).double(), torch.randn(B, S, 24).double()
+    there, source_there = (
+        torch.arange(L) < torch.tensor([[L], [3], [1]]),
+        torch.arange(S) < torch.tensor([[2], [S], [1]]),
+    )
+    if source:
+        wanted = theirs(x, states, tgt_key_padding_mask=~there, memory_key_padding_mask=~source_there)
+        torch.testing.assert_close(ours(x, there, (states, source_there)), wanted)
+    else:
+        torch.testing.assert_close(ours(x, there)[there], theirs(x, src_key_padding_mask=~there)[there])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -167,7 +208,6 @@ def test_half_the_paper_is_the_paper_s_size():
     assert sum(p.numel() for p in model.layers.parameters()) == pytest.approx(113.4e6, rel=0.01)
     assert len(model.source_encoder) == 6
     assert len(model.answer_encoder) == 3
-    assert isinstance(model.layers[0], nn.TransformerDecoderLayer)
 
 
 def test_times_are_told_apart():

@@ -18,7 +18,7 @@ PACKAGE = Path(smoothie_kernels.__file__).parent
 LAYERS = ["recall", "dispatch", "checks", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names and `vocabulary`.
 DIFFUSION = [
-    "schedules", "noising", "options", "model", "embeddings", "batches", "data", "loss", "evaluation", "ema",
+    "schedules", "noising", "options", "layers", "model", "embeddings", "batches", "data", "loss", "evaluation", "ema",
     "checkpoint", "metrics", "trainer", "train",
 ]  # fmt: skip
 PUBLIC = {*smoothie_kernels.__all__, "vocabulary", "diffusion"}

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from smoothie_kernels import Vocabulary
+from smoothie_kernels.diffusion.layers import Layer
 from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
 
 ROWS_BYTES = 2**27  # of a block of logits of the token head
@@ -93,7 +94,7 @@ class Condition(NamedTuple):
     """What the denoiser sees of the source text."""
 
     states: Tensor  # (B, 1 + S, hidden): a slot that is always there, then the source
-    ignored: Tensor  # (B, 1 + S) bool: True where there is nothing to look at
+    there: Tensor  # (B, 1 + S) bool: where there is something to look at
 
 
 class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
@@ -101,7 +102,7 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
 
     The input of layer i is added to the input of layer L - 1 - i; time and the encoded last answer enter every layer
     through linear layers of its own. The table is the model's own: `model.vocabulary()` is what the step takes.
-    Source: arXiv 2505.18853; layers are torch's.
+    Source: arXiv 2505.18853.
     """
 
     config_class = SmoothieConfig
@@ -116,17 +117,16 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
         self.input, self.output = self._projection(), nn.Linear(wide, config.embedding_size)
         self.time = nn.Sequential(nn.Linear(wide, 4 * wide), nn.SiLU(), nn.Linear(4 * wide, wide))
         self.time_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
-        layer = self._layer(nn.TransformerDecoderLayer if config.condition_layers else nn.TransformerEncoderLayer)
-        self.layers = nn.ModuleList(layer() for _ in layers)
+        self.layers = self._layers(config.num_hidden_layers, source=config.condition_layers > 0)
         self.norm = nn.LayerNorm(wide)
         if config.condition_layers:
             self.source = self._projection()
             self.source_positions = nn.Embedding(config.source_length, wide)
             self.nothing = nn.Embedding(1, wide)  # what there is to look at where the source is empty or dropped
-            self.source_encoder = self._encoder(config.condition_layers)
+            self.source_encoder = self._layers(config.condition_layers)
         if config.self_condition_layers:
             self.answer = self._projection()
-            self.answer_encoder = self._encoder(config.self_condition_layers)
+            self.answer_encoder = self._layers(config.self_condition_layers)
             self.answer_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
         if config.token_head:
             self.output = nn.Linear(wide, config.vocab_size)
@@ -180,8 +180,8 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
         there = functional.pad(there if keep is None else there & keep[:, None], (1, 0), value=True)
         states = torch.cat((self.nothing.weight.expand(b, 1, -1), states), 1)
         for layer in self.source_encoder:
-            states = layer(states, src_key_padding_mask=~there)
-        return Condition(states, ~there)
+            states = layer(states, there)
+        return Condition(states, there)
 
     def hidden_states(
         self,
@@ -199,31 +199,26 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
                 f"condition must be {'what encode() gives' if condition is None else 'None'}: the model has "
                 f"condition_layers = {config.condition_layers}"
             )
-        length, ignored = smoothed.shape[1], None if mask is None else ~mask
+        length = smoothed.shape[1]
         x = self.input(smoothed) + self.positions.weight[:length]
         time = self.time(sinusoids(t, config.hidden_size).to(x.dtype))
         extra = [linear(time)[:, None] for linear in self.time_of_layer]
         if config.self_condition_layers:
             if self_condition is None:
                 # The same for all samples, unless dropout or masks tell them apart: encoded once, then broadcast.
-                apart = ignored is not None or (self.training and config.dropout > 0)
+                apart = mask is not None or (self.training and config.dropout > 0)
                 self_condition = smoothed.new_zeros(len(smoothed) if apart else 1, *smoothed.shape[1:])
             answer = self.answer(self_condition)
             answer = answer + self.positions.weight[:length]
             for layer in self.answer_encoder:
-                answer = layer(answer, src_key_padding_mask=ignored)
+                answer = layer(answer, mask)
             extra = [e + linear(answer) for e, linear in zip(extra, self.answer_of_layer, strict=True)]
         inputs: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             mirrored = len(self.layers) - 1 - i
             x = x + extra[i] if mirrored >= i else x + extra[i] + inputs[mirrored]
             inputs.append(x)
-            if condition is None:
-                x = layer(x, src_key_padding_mask=ignored)
-            else:
-                x = layer(
-                    x, condition.states, tgt_key_padding_mask=ignored, memory_key_padding_mask=condition.ignored
-                )  # fmt: skip
+            x = layer(x, mask, condition)
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -264,7 +259,7 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
     def compile_layers(self) -> None:
         """torch.compile of every transformer layer by itself: one compilation serves all of a kind."""
         for module in self.modules():
-            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            if isinstance(module, Layer):
                 module.compile()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -275,15 +270,14 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
         same = config.embedding_size == config.hidden_size
         return nn.Identity() if same else nn.Linear(config.embedding_size, config.hidden_size)
 
-    def _encoder(self, layers: int) -> nn.ModuleList:
-        layer = self._layer(nn.TransformerEncoderLayer)
-        return nn.ModuleList(layer() for _ in range(layers))
-
-    def _layer(self, kind: Any) -> Any:
+    def _layers(self, count: int, *, source: bool = False) -> nn.ModuleList:
         config = self.config
-        return lambda: kind(
-            config.hidden_size, config.num_attention_heads, config.intermediate_size, config.dropout,
-            activation="gelu", batch_first=True, norm_first=config.norm_first,
+        return nn.ModuleList(
+            Layer(
+                config.hidden_size, config.num_attention_heads, config.intermediate_size, config.dropout,
+                norm_first=config.norm_first, source=source,
+            )
+            for _ in range(count)
         )  # fmt: skip
 
 

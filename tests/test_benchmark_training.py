@@ -1,0 +1,292 @@
+"""Training steps in the benchmarks: a wrong step is refused, products are counted right, who cannot run says why."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the suite prints with rich")
+pytest.importorskip("transformers", reason="the model is one of transformers'")
+
+from benchmarks import __main__, device, memory, training, training_report
+from benchmarks.check import CheckFailed
+from benchmarks.embeddings import synthetic
+from benchmarks.machine import Machine
+from benchmarks.memory import Peak
+from benchmarks.timing import Timing
+from benchmarks.training import ALL, BATCHES, Plan, Session, TrainingCase, make_batches
+from benchmarks.training_report import OURS, REFERENCE, Curves, Products, Result, Row
+from smoothie_kernels.diffusion import loss
+from smoothie_kernels.diffusion.model import SmoothieModel
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = Machine("CPU", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
+V, D = 211, 16
+TINY = TrainingCase(
+    "tiny", "", batch=4, length=5, source=6, d=D, layers=2, hidden=24, heads=2, condition_layers=1, contestants=ALL,
+    repeats=2,
+)  # fmt: skip
+VARIANTS = {
+    "plain": {},
+    "self-conditioning": {"self_conditioning": 1.0},
+    "table": {"trainable_embeddings": True},
+    "padding": {"skip_padding": True},
+    "bf16": {"bf16": True},
+}
+PICTURES = ("-steps.png", "-memory.png", "-curves.png")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Compiled contestants run as they are written, and nothing starts a process."""
+    monkeypatch.setattr(training, "peak_in_new_process", lambda *given: Peak(1000, 3000))
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.set_flush_denormal(False)
+
+
+def measured(case: TrainingCase, folder: Path, **options) -> Result:
+    result = Result(MACHINE)
+    training.measure(result, case, synthetic(V, D), folder, **options)
+    return result
+
+
+def plant(monkeypatch, name: str, change) -> None:
+    """From now on this contestant's step gives something else."""
+    step = training.CONTESTANTS[name].options["step"]
+    real = loss.smooth
+
+    def wrong(*arguments, **options):
+        smoothed = real(*arguments, **options)
+        return change(smoothed) if options["step"] == step else smoothed
+
+    monkeypatch.setattr(training, "smooth", wrong)
+    monkeypatch.setattr(loss, "smooth", wrong)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everybody_is_found_right_and_measured(variant, tmp_path):
+    result = measured(replace(TINY, **VARIANTS[variant]), tmp_path)
+    assert not result.failures()
+    assert [row.contestant for row in result.rows] == list(ALL)
+    for row in result.rows:
+        assert row.runs == 2
+        assert row.ratios.keys() == {*ALL} - {row.contestant}
+        assert (row.error is None) == (row.contestant == "eager")
+        assert row.steps_per_s * row.seconds == pytest.approx(1)
+        assert row.tokens_per_s == pytest.approx(20 / row.seconds)
+        assert row.vocabulary_share > 0
+        assert row.note == "" or row.contestant == "fused + compile"  # measured here, where there may be no mark
+
+
+def test_a_wrong_step_is_refused_or_costs_the_case_its_times(tmp_path, monkeypatch):
+    plant(monkeypatch, OURS, lambda smoothed: smoothed * 1.1)
+    with pytest.raises(CheckFailed, match="case 'tiny', contestant 'fused': the loss is off by"):
+        measured(TINY, tmp_path)
+    result = measured(TINY, tmp_path, keep_going=True)
+    assert all(row.seconds is None for row in result.rows)
+    assert not result.products
+    assert "'fused': wrong: the loss is off by" in "".join(result.failures())
+    assert "wrong: the loss is off by" in training_report.markdown(result, [])
+
+
+@pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.norm1.bias"])
+def test_a_wrong_gradient_of_any_parameter_is_named(name):
+    session = Session(replace(TINY, trainable_embeddings=True), REFERENCE, synthetic(V, D))
+    value, gradients = session.gradients()
+    assert training.compare(value, gradients, value, gradients, bf16=False) == 0
+    for wrong in (gradients[name] * 1.001, gradients[name].clone().fill_(torch.nan)):
+        with pytest.raises(CheckFailed, match=f"the gradient of {name} is off by"):
+            training.compare(value, gradients | {name: wrong}, value, gradients, bf16=False)
+    with pytest.raises(CheckFailed, match="gradients are of other parameters"):
+        training.compare(value, {}, value, gradients, bf16=False)
+
+
+def test_a_contestant_that_fails_is_left_out_with_the_reason(tmp_path, monkeypatch):
+    def no_compiler(model):
+        raise RuntimeError("no working compiler\nand more")
+
+    monkeypatch.setattr(SmoothieModel, "compile_layers", no_compiler)
+    monkeypatch.setattr(memory, "available", lambda device: 10_000)
+    result = measured(TINY, tmp_path)
+    assert not result.failures()
+    notes = {row.contestant: row.note for row in result.rows}
+    assert notes["fused + compile"] == "absent: RuntimeError: no working compiler"
+    assert notes["eager"].startswith("absent: MemoryError: needs about")
+    assert notes[REFERENCE].startswith("absent: MemoryError: needs about")
+    assert [row.contestant for row in result.rows if row.seconds] == [OURS]
+    assert result.products["tiny"].checked == 1  # as many samples as the eager step has room for
+    assert "no working compiler" in training_report.markdown(result, [])
+
+
+def test_ours_may_not_fail(tmp_path, monkeypatch):
+    def broken(smoothed):
+        raise RuntimeError("planted")
+
+    plant(monkeypatch, OURS, broken)
+    with pytest.raises(CheckFailed, match="'fused': RuntimeError: planted"):
+        measured(TINY, tmp_path)
+
+
+def test_ratios_and_efficiency():
+    times = {name: Timing(seconds, (seconds, seconds), 5) for name, seconds in (("a", 4.0), ("b", 2.0), ("c", 1.0))}
+    row = training.with_times(Row("case", "b", 30, V, D), "b", times, vocabulary_seconds=0.5, floor_seconds=1.5)
+    assert row.ratios == {"a": 2, "c": 0.5}
+    assert (row.efficiency, row.vocabulary_share, row.steps_per_s, row.tokens_per_s) == (0.75, 0.25, 0.5, 15)
+    # 6 flop of the vocabulary at 2 a second, 4 of the network at 8 a second
+    assert Products(10, 6, 2.0, 8.0, checked=1).seconds == 3.5
+
+
+def flops(case: TrainingCase) -> tuple[int, int]:
+    """Of a step's products, and of those of the vocabulary."""
+    session = Session(case, REFERENCE, synthetic(V, D))
+    with training.recorded() as calls:
+        whole, _ = training.counted(session.gradients)
+    return whole, training.counted(lambda: training.again(calls))[0]
+
+
+@pytest.mark.parametrize(("variant", "products"), [("plain", 2), ("table", 18)])
+def test_products_of_the_vocabulary(variant, products):
+    """Two of every call; with the table's gradients four more of each of three calls, and no product in vain."""
+    assert flops(replace(TINY, **VARIANTS[variant]))[1] == products * 2 * TINY.n * V * D
+
+
+def test_products_of_the_network_are_those_of_its_layers():
+    """Attention counts, by whatever kernel it is done. Where nothing is answered yet, one sample's answer is all's."""
+
+    (more, of_vocabulary), (less, as_before) = flops(replace(TINY, layers=3)), flops(TINY)
+    assert of_vocabulary == as_before
+    rows, sources = TINY.n, TINY.batch * (TINY.source + 1)
+    attention = 4 * TINY.hidden * TINY.length * (rows + sources)  # scores and means, over targets and over sources
+    of_rows = 4 + 2 + 8  # weights of attention to targets, to sources, of the two linear layers; in hidden^2
+    weights = of_rows * rows + 2 * sources + TINY.batch + TINY.length  # the last ones: of time and of the answer
+    assert more - less == 3 * (2 * TINY.hidden**2 * weights + attention)
+
+
+def test_what_is_replayed_is_what_the_step_did():
+    session = Session(replace(TINY, trainable_embeddings=True), OURS, synthetic(V, D))
+    with training.recorded() as calls:
+        session.step()
+    assert len(calls) == 3
+    assert all(call.gradient.shape == (4, 5, D) for call in calls)
+    of_x, of_table = training.again(calls)
+    assert of_x.shape == (4, 5, D)
+    assert of_table.shape == (V, D)
+    x, vocabulary = calls[0].arguments[:2]
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, vocabulary.embeddings)]
+    total = sum((loss.smooth(leaves[0], leaves[1], *call.arguments[2:], **call.options) * call.gradient).sum()
+                for call in calls)  # fmt: skip
+    total.backward()
+    assert torch.allclose(leaves[1].grad, of_table, rtol=1e-4, atol=1e-7)
+
+
+def test_batches_are_the_text_in_order_and_half_of_the_positions_where_padding_is_skipped():
+    tokens = torch.arange(1, 1 + 2 * 4 * 11)
+    for first, batch in zip((1, 45), make_batches(TINY, tokens, 2), strict=True):
+        whole = torch.cat((batch["source"], batch["target"]), 1)
+        assert torch.equal(whole.flatten(), torch.arange(first, first + 44))
+        assert batch["target_mask"].all()
+    ragged = make_batches(replace(TINY, batch=400, skip_padding=True), tokens, 1)[0]
+    for name, length in (("target", 5), ("source", 6)):
+        mask = ragged[f"{name}_mask"]
+        assert mask[:, 0].all()
+        assert mask.float().mean() == pytest.approx((length + 1) / (2 * length), abs=0.04)
+        assert torch.equal(ragged[name] != training.PAD, mask)
+
+
+def test_everybody_begins_with_the_same_weights_and_sees_the_same_batches():
+    eager, fused = (Session(TINY, name, synthetic(V, D)) for name in (REFERENCE, OURS))
+    assert len(fused.batches) == BATCHES
+    for name, weight in eager.parameters.items():
+        assert torch.equal(weight, fused.parameters[name])
+    before = fused.parameters["input.weight"].detach().clone()
+    for _ in range(BATCHES + 1):
+        assert float(fused.step()) == pytest.approx(float(eager.step()), rel=1e-5)
+    assert not torch.equal(before, fused.parameters["input.weight"])
+
+
+def test_curves_that_part_early_are_red_and_late_ones_are_not():
+    eager = [1.0 - step / 1000 for step in range(120)]
+    apart = {step: [value * (1 + 2e-4 * (k >= step)) for k, value in enumerate(eager)] for step in (49, 50)}
+    assert Curves({}, {REFERENCE: eager, OURS: apart[50]}).failures() == []
+    assert Curves({}, {REFERENCE: eager, OURS: apart[49]}).failures()
+    assert Curves({}, {REFERENCE: eager, OURS: [*eager[:9], float("nan"), *eager[10:]]}).failures()
+
+
+def test_cases_are_selected_by_device_and_by_name():
+    names = {key: [case.name for case in training.plan(*key[:1], full=key[1]).cases] for key in (
+        ("cpu", False), ("cpu", True), ("cuda", False))}  # fmt: skip
+    assert names["cuda", False] == ["train-12x768", "train-4x384"]
+    assert {*names["cpu", False]} < {*names["cpu", True]}
+    assert "train-12x768" not in names["cpu", True]
+    assert [case.name for case in training.plan("cpu", patterns=["*-8k"]).cases] == ["train-4x384-8k"]
+    with pytest.raises(ValueError, match="no training case is named 'nonsense'"):
+        training.plan("cpu", patterns=["nonsense"])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_writes_its_files_and_ends_red_where_curves_part(broken, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    blank = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("origin", "tiny", "other", "curves"))
+    (docs / training_report.PAGE).write_text(blank)
+    tiny = Plan((replace(TINY, contestants=("eager", OURS)),), replace(TINY, self_conditioning=0.5), curve_steps=3)
+    monkeypatch.setattr(training, "plan", lambda *given, **options: tiny)
+    monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
+    arguments = ["training", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    if broken:
+        curves = Curves({**vars(TINY)}, {REFERENCE: [1.0, 1.0], OURS: [1.0, 1.1]})
+        monkeypatch.setattr(training, "train_curves", lambda *given: curves)
+    assert __main__.main() == int(broken)
+    stem = next(out.glob("training-*.json")).stem
+    assert {path.name for path in out.iterdir()} == {f"{stem}{end}" for end in (".json", ".md", *PICTURES)}
+    text, page = (out / f"{stem}.md").read_text(), (docs / training_report.PAGE).read_text()
+    assert ("**Red:** loss curves" in text) == broken
+    assert ("red: loss curves" in capsys.readouterr().err) == broken
+    assert all(f"![{stem}{picture}]" in text for picture in PICTURES)
+    assert page.count("old\n") == 1  # of the case that was not run
+    assert "| fused |" in page
+    assert (docs / "training-steps.png").is_file()
+    again = training_report.load(out / f"{stem}.json")
+    assert training_report.save(again, tmp_path / "again")[0].read_text() == (out / f"{stem}.json").read_text()
+    assert json.loads((out / f"{stem}.json").read_text())["rows"][1]["ratios"].keys() == {"eager"}
+    if not broken:
+        assert again.curves[0].worst < 1e-5
+
+
+def test_memory_of_a_step_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch):
+    if not memory.RESET.exists():
+        pytest.skip(memory.NO_MARK)
+    monkeypatch.undo()
+    case, saved, of_logits = replace(TINY, batch=8, length=32), tmp_path / "material.pt", 4 * 256 * 20_000
+    synthetic(20_000, D).save(saved)
+    eager, fused = (training.peak_in_new_process(case, name, saved, threads=1) for name in ("eager", OURS))
+    assert eager.extra > 3 * of_logits
+    assert of_logits > fused.extra > 0
+    assert eager.process > eager.extra
+
+
+def test_nothing_imports_transformers_before_something_is_measured():
+    look = "import sys, benchmarks.__main__; sys.exit('transformers' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_device_script_measures_training_on_request(tmp_path, monkeypatch):
+    ran = {}
+    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path), "--parts", "build", "training"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "describe", lambda what: MACHINE)
+    monkeypatch.setattr(device, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(device, "embeddings", list)
+    monkeypatch.setattr(device.Parts, "run", lambda parts, name, command, seconds: ran.update({name: command}))
+    (tmp_path / f"training-{MACHINE.stem}.json").write_text("{}")
+    assert device.main() == 0
+    assert [*ran] == ["build", "training"]
+    assert ran["training"][2:6] == ["benchmarks", "training", "--device", "cuda"]
+    assert (tmp_path / "results" / f"training-{MACHINE.stem}.json").is_file()
