@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks list | run | recall | compare."""
+"""Command line: python -m benchmarks list | run | recall | training | curve | compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from benchmarks import compare, machine, pictures, recall, recall_report, registry
+from benchmarks import compare, curve, machine, pictures, recall, recall_report, registry, training, training_report
 from benchmarks.check import CheckFailed
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
@@ -37,9 +37,13 @@ def main() -> int:
             before, after = compare.find((arguments.before, arguments.after))
             compare.show(Report.load(before), Report.load(after), console)
             return 0
+        if arguments.command == "curve":
+            console.print(curve.draw(arguments.run, arguments.picture))
+            return 0
         prepare(arguments)
-        return (measure_recall if arguments.command == "recall" else run)(arguments, console, errors)
-    except (NoEmbeddings, compare.NoResult, ValueError) as error:
+        commands = {"run": run, "recall": measure_recall, "training": measure_training}
+        return commands[arguments.command](arguments, console, errors)
+    except (NoEmbeddings, compare.NoResult, curve.NoRun, ValueError) as error:
         errors.print(f"benchmarks: {error}", style="bold red")
         return 2
 
@@ -63,13 +67,24 @@ def parse() -> argparse.Namespace:
     run.add_argument("--deadline", type=float, help="seconds after which no further case begins")
     of_top = commands.add_parser("recall", help="top-k: what is found, how much it weighs, how far its mean is off")
     of_top.add_argument("--docs", type=Path, help=f"folder of {recall_report.PAGE}, which gets pictures and tables")
-    for each in (run, of_top):
+    steps = commands.add_parser("training", help="whole training steps, fused and eager: time, memory, loss curves")
+    steps.add_argument("--docs", type=Path, help=f"folder of {training_report.PAGE}, which gets pictures and tables")
+    steps.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
+    steps.add_argument("--full", action="store_true", help="a large batch and a large vocabulary too")
+    steps.add_argument("--repeats", type=int, help="timed steps of every contestant; by default 3 to 10")
+    steps.add_argument(
+        "--keep-going", action="store_true", help="a wrong step of ours costs that case its times; write as we go"
+    )
+    for each in (run, of_top, steps):
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         each.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
         each.add_argument(
             "--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'"
         )
         each.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
+    of_run = commands.add_parser("curve", help="draw the losses of a training run")
+    of_run.add_argument("run", type=Path, help="folder that `smoothie-kernels train` wrote")
+    of_run.add_argument("picture", type=Path, help="file to draw into, .png or .svg")
     of_two = commands.add_parser("compare", help="two results: .json files, or git refs that have a result file")
     of_two.add_argument("before")
     of_two.add_argument("after")
@@ -94,6 +109,8 @@ def list_cases(console: Console) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
+    if arguments.command == "training":
+        training.flush_denormals()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
     if arguments.threads:
@@ -122,6 +139,47 @@ def measure_recall(arguments: argparse.Namespace, console: Console, errors: Cons
     recall_report.show(result, console)
     if arguments.docs:
         written += recall_report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
+    tell(written, drawn, console)
+    for failure in result.failures():
+        errors.print(f"red: {failure}", style="bold red")
+    console.print(f"took {time.monotonic() - start:.0f} s")
+    return 1 if result.failures() else 0
+
+
+def measure_training(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    start = time.monotonic()
+    if arguments.docs and not (arguments.docs / training_report.PAGE).is_file():
+        raise ValueError(f"--docs {arguments.docs}: there is no {training_report.PAGE}")
+    patterns = filter(None, arguments.cases.split(","))
+    plan = training.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
+    material = read_material(arguments, console)
+    result = training_report.Result(training.with_transformers(machine.describe(arguments.device)))
+    with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
+        task = bar.add_task("", total=plan.parts)
+
+        def progress(what: str, parts: float) -> None:
+            bar.update(task, advance=parts, description=what)
+
+        for case in plan.cases:
+            try:
+                training.measure(
+                    result, case, material, Path(folder), arguments.device, plan.repeats,
+                    keep_going=arguments.keep_going, progress=progress,
+                )  # fmt: skip
+            except CheckFailed as error:
+                errors.print(f"check failed, no speed is reported: {error}", style="bold red")
+                return 1
+            if arguments.keep_going:
+                training_report.save(result, arguments.out)
+        result.curves.append(
+            training.train_curves(plan.curve, plan.curve_steps, material, arguments.device, progress)
+        )  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    drawn = training_report.draw(result, arguments.out / training_report.stem_of(result))
+    written = training_report.save(result, arguments.out)
+    training_report.show(result, console)
+    if arguments.docs:
+        written += training_report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
     tell(written, drawn, console)
     for failure in result.failures():
         errors.print(f"red: {failure}", style="bold red")

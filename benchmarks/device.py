@@ -3,7 +3,7 @@ accesses, within a time limit.
 
 Needs no network and no package beyond those of the `bench` and `test` extras; where the package with the embedding
 table is missing, the tables are synthetic, and the results say so. Every file is written as soon as its part is done:
-the benchmark's after every case.
+the benchmark's after every case. Training steps are measured on request: `--parts build training`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ BUILD_SECONDS, TESTS_SHARE = 150, 0.35  # of what is left when they begin
 CHECKERS_SECONDS = 120  # are kept for what comes after the benchmark
 LAST_CASE_SECONDS = 35  # no case of the benchmark begins later than this before its end
 MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 60, 40, 25  # starting under a checker is slow
-OFFLINE_SECONDS = 60
+OFFLINE_SECONDS, TRAINING_SECONDS = 60, 240
+USUAL_PARTS = ("build", "tests", "benchmark", "checkers", "offline")
+PARTS = (*USUAL_PARTS, "training")
 CHECKERS = ("memcheck", "racecheck", "initcheck")
 TOOLKITS = ("/usr/local", "/opt/nvidia", "/opt")  # where CUDA toolkits are, in folders named cuda*
 TAIL = 30  # lines of a part's output that are shown
@@ -69,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--out", type=Path, help="output folder; $OUT or benchmarks/results without it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for everything")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=USUAL_PARTS, help="all but training without it")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.device: PyTorch sees no CUDA GPU on this machine; nothing was run", file=sys.stderr)
@@ -77,19 +80,28 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     parts = Parts(arguments.seconds, out / describe("cuda").stem)
     python = sys.executable
-    parts.run("build", [python, "setup.py", "build_ext", "--inplace"], min(BUILD_SECONDS, parts.left()))
-    # A new process describes and uses what was just built. The tests that a GPU decides come first.
-    tests = [*sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton*.py")), "tests"]
-    parts.run("tests", [python, "-m", "pytest", *tests], TESTS_SHARE * parts.left())
-    measure = [python, "-m", "benchmarks", "run", "--device", "cuda", "--cases", "gpu-*", "--keep-going"]
-    seconds = max(parts.left() - CHECKERS_SECONDS, LAST_CASE_SECONDS)
-    measure += ["--out", str(out), "--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
-    parts.run("benchmark", measure, seconds)
-    sanitize(parts, python)
-    offline(parts, python)
+    wanted = arguments.parts
+    if "build" in wanted:
+        parts.run("build", [python, "setup.py", "build_ext", "--inplace"], min(BUILD_SECONDS, parts.left()))
+    if "tests" in wanted:
+        # A new process describes and uses what was just built. The tests that a GPU decides come first.
+        tests = [*sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton*.py")), "tests"]
+        parts.run("tests", [python, "-m", "pytest", *tests], TESTS_SHARE * parts.left())
+    if "benchmark" in wanted:
+        measure = [python, "-m", "benchmarks", "run", "--device", "cuda", "--cases", "gpu-*", "--keep-going"]
+        seconds = max(parts.left() - CHECKERS_SECONDS, LAST_CASE_SECONDS)
+        measure += ["--out", str(out), "--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
+        parts.run("benchmark", measure, seconds)
+    if "checkers" in wanted:
+        sanitize(parts, python)
+    if "offline" in wanted:
+        offline(parts, python)
+    if "training" in wanted:
+        measure = [python, "-m", "benchmarks", "training", "--device", "cuda", "--keep-going"]
+        parts.run("training", [*measure, "--out", str(out), *embeddings()], min(TRAINING_SECONDS, parts.left()))
     if out != RESULTS.resolve():
         RESULTS.mkdir(exist_ok=True)
-        for path in out.glob(f"{parts.log_stem.name}*"):
+        for path in out.glob(f"*{parts.log_stem.name}*"):
             shutil.copy(path, RESULTS)
     for failure in parts.failed:
         print(f"failed: {failure}", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import __main__, device, memory, training, training_report
+from benchmarks import __main__, curve, device, memory, training, training_report
 from benchmarks.check import CheckFailed
 from benchmarks.embeddings import synthetic
 from benchmarks.machine import Machine
@@ -94,7 +94,7 @@ def test_a_wrong_step_is_refused_or_costs_the_case_its_times(tmp_path, monkeypat
     assert "wrong: the loss is off by" in training_report.markdown(result, [])
 
 
-@pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.norm1.bias"])
+@pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.norms.0.bias"])
 def test_a_wrong_gradient_of_any_parameter_is_named(name):
     session = Session(replace(TINY, trainable_embeddings=True), REFERENCE, synthetic(V, D))
     value, gradients = session.gradients()
@@ -290,3 +290,19 @@ def test_the_device_script_measures_training_on_request(tmp_path, monkeypatch):
     assert [*ran] == ["build", "training"]
     assert ran["training"][2:6] == ["benchmarks", "training", "--device", "cuda"]
     assert (tmp_path / "results" / f"training-{MACHINE.stem}.json").is_file()
+
+
+def test_curve_of_a_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.csv").write_text("step,loss\n50,0.7\n100,0.5\n")
+    with pytest.raises(curve.NoRun, match=r"there is no .*validation.csv"):
+        curve.draw(tmp_path, tmp_path / "curve.png")
+    (tmp_path / "validation.csv").write_text("step,loss,text_loss,mean_loss,mean_text_loss,accuracy\n")
+    with pytest.raises(curve.NoRun, match=r"validation.csv has no rows yet"):
+        curve.draw(tmp_path, tmp_path / "curve.png")
+    with (tmp_path / "validation.csv").open("a") as file:
+        file.write("100,0.5,0.8,0.6,1.0,0.25\n")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "curve", str(tmp_path), str(tmp_path / "curve.png")])
+    assert __main__.main() == 0
+    assert "step 100: 0.500 of 0.600, text 0.800 of 1.000, nearest token right 25.0%" in capsys.readouterr().out
+    assert (tmp_path / "curve.png").stat().st_size > 10_000

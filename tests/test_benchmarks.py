@@ -397,7 +397,8 @@ def test_a_report_survives_its_file_and_two_are_compared(tmp_path, monkeypatch):
     assert compare.find((str(path), str(path))) == (path, path)
     with pytest.raises(compare.NoResult):
         compare.find(("no-such-ref", str(path)), tmp_path)
-    (tmp_path / f"{compare.RECALL}{path.name}").touch()  # has no times
+    for other in (compare.RECALL, compare.TRAINING):
+        (tmp_path / f"{other}{path.name}").touch()
     monkeypatch.setattr(compare, "commit_of", lambda ref: "abcdef0")
     assert compare.find(("HEAD", "HEAD"), tmp_path) == (path, path)
 

@@ -138,8 +138,8 @@ def arguments_parser() -> HfArgumentParser:
 
 def command(arguments: list[str]) -> int:
     """`smoothie-kernels train`: what is wrong with its options is one line on stderr, and exit status 2."""
-    # Gradients of cross-entropy are full of denormals, over which processors crawl. PyTorch's threads take this over from
-    # the one that starts them, so it has to come before all work.
+    # Gradients of cross-entropy are full of denormals, over which processors crawl. PyTorch's threads take this over
+    # from the one that starts them, so it has to come before all work.
     torch.set_flush_denormal(True)
     parser = arguments_parser()
     try:
