@@ -215,6 +215,23 @@ def test_rates_and_files(tmp_path):
     assert [int(row["step"]) for row in read(tmp_path / "validation.csv")] == [5, 7]
 
 
+def test_trackers_get_what_the_files_get_where_asked(tmp_path, monkeypatch):
+    logged, begun = [], []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: logged.append((step, values)))
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda _, name, config: begun.append((name, config)))
+    training.trainer(tmp_path / "silent", run={"steps": 6}).run()
+    assert not logged
+    assert not begun
+    training.trainer(tmp_path / "loud", run={"steps": 6, "report_to": "tensorboard"}).run()
+    assert begun[0][0] == "smoothie"
+    assert begun[0][1]["batch_size"] == 4
+    rows, validations = (read(tmp_path / "loud" / name) for name in ("metrics.csv", "validation.csv"))
+    told = {step: values for step, values in logged if "loss" in values}
+    assert [*told] == [int(row["step"]) for row in rows] == [3, 6]
+    assert told[3]["loss"] == pytest.approx(float(rows[0]["loss"]), rel=1e-5)
+    assert [step for step, values in logged if "validation_loss" in values] == [int(row["step"]) for row in validations]
+
+
 def test_table_is_not_decayed_nor_vectors(tmp_path):
     trainer = training.trainer(tmp_path, trainable_embeddings=True)
     decayed, others = trainer.optimizer.param_groups

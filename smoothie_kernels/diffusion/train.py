@@ -52,7 +52,10 @@ def train(
     if resume:
         newest(Path(output))  # said before anything is read
     tokenizer = _tokenizer(model)
-    table = load_embeddings(model.embeddings, tokenizer, normalisation=model.normalisation, seed=loss.seed)
+    try:
+        table = load_embeddings(model.embeddings, tokenizer, normalisation=model.normalisation, seed=loss.seed)
+    except ValueError as error:
+        raise ValueError(f"embeddings: {error}") from error
     torch.manual_seed(loss.seed)
     network = SmoothieModel(_config(data, model, table, tokenizer), table)
     with PartialState(cpu=run.cpu).main_process_first():
