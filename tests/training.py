@@ -21,6 +21,7 @@ V, D, L, S = 80, 12, 8, 6
 MODEL = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "condition_layers": 1,
     "self_condition_layers": 1, "target_length": L, "source_length": S, "dropout": 0.1,
+    "initializer_range": 0.1,  # the default is for wide ones
 }  # fmt: skip
 RUN = {
     "steps": 12, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 3, "ema": 0.9, "eval_every": 5,

@@ -30,6 +30,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         target_length, source_length: the most positions of each.
         trainable_embeddings: whether the table takes gradients.
         token_head: predict tokens, by a linear layer to all of them, instead of embeddings.
+        initializer_range: standard deviation of initial weights.
         noise_schedule, noise_options, sigma_min: the forward process (`make_schedule`).
     """
 
@@ -52,6 +53,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         source_length: int = 64,
         trainable_embeddings: bool = False,
         token_head: bool = False,
+        initializer_range: float = 0.02,
         noise_schedule: str = "arctan",
         noise_options: dict[str, Any] | None = None,
         sigma_min: float = 1.5,
@@ -86,6 +88,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         self.condition_layers, self.self_condition_layers = condition_layers, self_condition_layers
         self.target_length, self.source_length = target_length, source_length
         self.trainable_embeddings, self.token_head = trainable_embeddings, token_head
+        self.initializer_range = initializer_range
         self.noise_schedule, self.noise_options, self.sigma_min = noise_schedule, noise_options or {}, sigma_min
         super().__init__(**others)
 
