@@ -168,7 +168,9 @@ def test_distributions(project):
     assert wheel.name.startswith("smoothie_kernels-0.1.0-py3-none-")
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = project / "smoothie_kernels"
-    wanted = {str(path.relative_to(project)) for path in package.rglob("*") if path.suffix in (".py", ".typed")}
+    files = [path for path in package.rglob("*") if path.suffix in (".py", ".typed")]
+    files += [path for path in (package / "diffusion" / "samples").rglob("*") if path.is_file()]
+    wanted = {str(path.relative_to(project)) for path in files}
     assert installed == wanted
     with tarfile.open(source) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
