@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         training.accelerator.clip_grad_norm_ = look
     training.run(resume=given.resume)
+    training.accelerator.end_training()
 
 
 if __name__ == "__main__":

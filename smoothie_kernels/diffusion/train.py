@@ -63,7 +63,9 @@ def train(
     trainer = Trainer(
         network, texts, output, loss=loss, run=run, record=as_record(data, model), tokenizer=tokenizer
     )  # fmt: skip
-    return trainer.run(resume=resume)
+    last = trainer.run(resume=resume)
+    PartialState().destroy_process_group()  # its threads must not outlive the interpreter
+    return last
 
 
 def _tokenizer(model: ModelOptions) -> Any:

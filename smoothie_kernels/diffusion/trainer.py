@@ -281,8 +281,8 @@ class _Reporter:
 
     def close(self) -> None:
         self.screen.close()
-        if self.trainer.options.report_to:
-            self.trainer.accelerator.end_training()
+        for tracker in self.trainer.accelerator.trackers:
+            tracker.finish()
 
     def _write(self, table: int, row: dict[str, Any]) -> None:
         if self.tables:
