@@ -157,7 +157,8 @@ def command(arguments: list[str]) -> int:
     except (TypeError, ValueError) as error:
         print(f"smoothie-kernels train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"trained: {last}")
+    if PartialState().is_main_process:
+        print(f"trained: {last}")
     return 0
 
 
