@@ -17,23 +17,27 @@ class Table:
 
     def __init__(self, path: Path, done: int) -> None:
         self.path = path
-        kept = []
         if path.exists():
             with path.open(newline="") as file:
-                kept = [
-                    row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) <= done
-                ]
-            path.unlink()
-        for row in kept:
-            self.add(row)
+                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+            kept = path.with_suffix(".part")  # moved when it is whole, so that a kill in between loses no row
+            kept.unlink(missing_ok=True)
+            for row in rows:
+                if int(row["step"]) <= done:
+                    _append(kept, row)
+            kept.replace(path) if kept.exists() else path.unlink()
 
     def add(self, row: Mapping[str, object]) -> None:
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        _append(self.path, {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def _append(path: Path, row: Mapping[str, object]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 class Clock:

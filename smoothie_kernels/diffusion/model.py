@@ -67,10 +67,8 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        for name, layers in {
-            "condition_layers": condition_layers,
-            "self_condition_layers": self_condition_layers,
-        }.items():
+        encoders = {"condition_layers": condition_layers, "self_condition_layers": self_condition_layers}
+        for name, layers in encoders.items():
             if layers < 0:
                 raise ValueError(f"{name} must be at least 0, got {layers}")
         if hidden_size % 2 or hidden_size % num_attention_heads:
@@ -117,7 +115,8 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
         wide, layers = config.hidden_size, range(config.num_hidden_layers)
         self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.positions = nn.Embedding(config.target_length, wide)
-        self.input, self.output = self._projection(), nn.Linear(wide, config.embedding_size)
+        self.input = self._projection()
+        self.output = nn.Linear(wide, config.vocab_size if config.token_head else config.embedding_size)
         self.time = nn.Sequential(nn.Linear(wide, 4 * wide), nn.SiLU(), nn.Linear(4 * wide, wide))
         self.time_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
         self.layers = self._layers(config.num_hidden_layers, source=config.condition_layers > 0)
@@ -131,8 +130,6 @@ class SmoothieModel(PreTrainedModel):  # type: ignore[misc]
             self.answer = self._projection()
             self.answer_encoder = self._layers(config.self_condition_layers)
             self.answer_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
-        if config.token_head:
-            self.output = nn.Linear(wide, config.vocab_size)
         self._vocabulary: tuple[Any, Vocabulary] | None = None
         self.post_init()
         self.embeddings.weight.requires_grad_(config.trainable_embeddings)

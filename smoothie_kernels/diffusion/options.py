@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from smoothie_kernels.diffusion.noising import STEPS
+
 
 def option(default: Any, text: str) -> Any:
     """A field with the help text of its flag."""
@@ -104,8 +106,8 @@ class LossOptions:
     seed: int = option(0, "of all randomness: data order, times, noise, dropout, initial weights")
 
     def __post_init__(self) -> None:
-        if self.step not in ("fused", "eager"):
-            raise ValueError(f"step must be one of 'fused', 'eager', got {self.step!r}")
+        if self.step not in STEPS:
+            raise ValueError(f"step must be one of {', '.join(map(repr, STEPS))}, got {self.step!r}")
         if self.torch_noise and self.step != "eager":
             raise ValueError(f"torch_noise must be False with step {self.step!r}, got True")
         check_range(self, 0, 1, "self_conditioning", "guidance_dropout")

@@ -67,13 +67,8 @@ class Trainer:
         record: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        self.output, self.texts, self.loss_options, self.options, self.tokenizer = (
-            Path(output),
-            texts,
-            loss,
-            run,
-            tokenizer,
-        )
+        self.output, self.texts, self.tokenizer = Path(output), texts, tokenizer
+        self.loss_options, self.options = loss, run
         self.accelerator = Accelerator(
             cpu=run.cpu, log_with=run.report_to, project_dir=str(output) if run.report_to else None
         )
