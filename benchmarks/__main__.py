@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -122,10 +122,14 @@ def read_material(arguments: argparse.Namespace, console: Console) -> Material:
     return synthetic(*SYNTHETIC) if arguments.embeddings == "synthetic" else load_material(arguments.embeddings)
 
 
+def check_docs(folder: Path | None, page: str) -> None:
+    if folder and not (folder / page).is_file():
+        raise ValueError(f"--docs {folder}: there is no {page}")
+
+
 def measure_recall(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
     start = time.monotonic()
-    if arguments.docs and not (arguments.docs / recall_report.PAGE).is_file():
-        raise ValueError(f"--docs {arguments.docs}: there is no {recall_report.PAGE}")
+    check_docs(arguments.docs, recall_report.PAGE)
     material, plan = read_material(arguments, console), recall.Plan()
     with progress_bar(console) as bar:
         task = bar.add_task("", total=plan.parts)
@@ -133,23 +137,12 @@ def measure_recall(arguments: argparse.Namespace, console: Console, errors: Cons
             material, machine.describe(arguments.device), arguments.device, plan,
             lambda what, parts: bar.update(task, advance=parts, description=what),
         )  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    drawn = recall_report.draw(result, arguments.out / recall_report.stem_of(result))
-    written = recall_report.save(result, arguments.out)
-    recall_report.show(result, console)
-    if arguments.docs:
-        written += recall_report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
-    tell(written, drawn, console)
-    for failure in result.failures():
-        errors.print(f"red: {failure}", style="bold red")
-    console.print(f"took {time.monotonic() - start:.0f} s")
-    return 1 if result.failures() else 0
+    return conclude(recall_report, result, arguments, console, errors, start)
 
 
 def measure_training(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
     start = time.monotonic()
-    if arguments.docs and not (arguments.docs / training_report.PAGE).is_file():
-        raise ValueError(f"--docs {arguments.docs}: there is no {training_report.PAGE}")
+    check_docs(arguments.docs, training_report.PAGE)
     patterns = filter(None, arguments.cases.split(","))
     plan = training.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
     material = read_material(arguments, console)
@@ -174,12 +167,19 @@ def measure_training(arguments: argparse.Namespace, console: Console, errors: Co
         result.curves.append(
             training.train_curves(plan.curve, plan.curve_steps, material, arguments.device, progress)
         )  # fmt: skip
+    return conclude(training_report, result, arguments, console, errors, start)
+
+
+def conclude(
+    report: Any, result: Any, arguments: argparse.Namespace, console: Console, errors: Console, start: float
+) -> int:
+    """Pictures, files, the page of the docs, and the tables on the screen; `report` is the module of that result."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    drawn = training_report.draw(result, arguments.out / training_report.stem_of(result))
-    written = training_report.save(result, arguments.out)
-    training_report.show(result, console)
+    drawn = report.draw(result, arguments.out / report.stem_of(result))
+    written = report.save(result, arguments.out)
+    report.show(result, console)
     if arguments.docs:
-        written += training_report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
+        written += report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
     tell(written, drawn, console)
     for failure in result.failures():
         errors.print(f"red: {failure}", style="bold red")

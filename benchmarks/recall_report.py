@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.compare import RECALL
 from benchmarks.recall import DEVIATIONS, SLACK, BucketRecall, Result
-from benchmarks.report import machine_lines
+from benchmarks.sections import Page, Section
+from benchmarks.sections import fill as fill_page
 from smoothie_kernels.recall import expected_recall, pick_buckets
 
 PAGE = "topk.md"  # in the folder of the docs; see `fill`
@@ -29,66 +25,30 @@ LINE = {"markersize": 3.5, "linewidth": 1.4}
 SHADES = ("#9ecae9", "#6baed6", "#3787c0", "#1460a8", "#08306b")  # of more and more tokens
 
 
-@dataclass(frozen=True)
-class Section:
-    title: str
-    note: str
-    header: tuple[str, ...]
-    cells: list[tuple[str, ...]]
-
-    def markdown(self) -> list[str]:
-        lines = [
-            self.header,
-            tuple("---" if column == 0 else "---:" for column in range(len(self.header))),
-            *self.cells,
-        ]
-        return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def save(result: Result, folder: Path) -> list[Path]:
-    """Writes the JSON and Markdown files; where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = stem_of(result)
-    pictures = sorted(path.name for path in folder.glob(f"{stem}-*.png"))
-    content = asdict(result) | {"failures": result.failures()}
-    files = {f"{stem}.json": json.dumps(content, indent=1) + "\n", f"{stem}.md": markdown(result, pictures)}
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in files]
-
-
 def stem_of(result: Result) -> str:
     return f"{RECALL}{result.machine.stem}"
 
 
-def markdown(result: Result, pictures: list[str]) -> str:
-    lines = [
-        f"# Top-k: recall, weight, error. {result.machine.processor}, commit {result.machine.commit}",
-        "",
-        *(f"- {line}" for line in machine_lines(result.machine)),
-        f"- {result.plan.rows} rows at every time; how numbers are taken: [README](../README.md).",
-        *(f"- V = {v:,}: {note}" for v, note in result.tables.items()),
-        *(f"- **Red:** {failure}" for failure in result.failures()),
-        "",
-        *(f"![{name}]({name})" for name in pictures),
-    ]
-    for section in sections(result):
-        lines += ["", f"## {section.title}", "", section.note, "", *section.markdown()]
-    return "\n".join(lines) + "\n"
+def page_of(result: Result) -> Page:
+    return Page(
+        f"Top-k: recall, weight, error. {result.machine.processor}, commit {result.machine.commit}",
+        result.machine,
+        [
+            f"{result.plan.rows} rows at every time; how numbers are taken: [README](../README.md).",
+            *(f"V = {v:,}: {note}" for v, note in result.tables.items()),
+        ],
+        result.failures(),
+        sections(result),
+    )
+
+
+def save(result: Result, folder: Path) -> list[Path]:
+    """Writes the JSON and Markdown files; where they are."""
+    return page_of(result).save(folder / stem_of(result), asdict(result))
 
 
 def show(result: Result, console: Console) -> None:
-    for line in machine_lines(result.machine):
-        console.print(line)
-    for section in sections(result):
-        console.print(f"\n{section.title}", style="bold")
-        console.print(section.note)
-        table = Table(box=SIMPLE_HEAD)
-        for column, name in enumerate(section.header):
-            table.add_column(name, justify="right" if column else "left")
-        for cells in section.cells:
-            table.add_row(*cells)
-        console.print(table)
+    page_of(result).show(console)
 
 
 # Pictures
@@ -283,25 +243,12 @@ def significant(error: float) -> str:
 
 
 def fill(result: Result, drawn: list[Path], docs: Path) -> list[Path]:
-    """Puts pictures and tables into the page; what was written.
-
-    A table stands in the page between the lines `<!-- table: NAME -->` and `<!-- end -->`.
-    """
-    page, v = docs / PAGE, result.v
+    """Puts pictures and tables into the page; what was written."""
+    v = result.v
     tables = {
-        "origin": [f"{result.machine.processor}; commit {result.machine.commit}; {result.machine.date[:10]}."],
         "library": lowest_section(result, v).markdown(),
         "buckets": bucket_section(result, v, PAGE_K).markdown(),
         "mass": mass_section(result).markdown(),
         "error": error_section(result).markdown(),
     }
-
-    def table(found: re.Match[str]) -> str:
-        return "\n".join([found[1], "", *tables[found[2]], "", found[3]])
-
-    text = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S), encoding="utf-8")
-    copies = [docs / path.name.replace(stem_of(result), page.stem) for path in drawn]
-    for path, copy in zip(drawn, copies, strict=True):
-        shutil.copy(path, copy)
-    return [page, *copies]
+    return fill_page(docs / PAGE, tables, result.machine, drawn, stem_of(result))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.compare import TRAINING
 from benchmarks.machine import Machine
-from benchmarks.recall_report import BLUE, BROWN, GREY, Section
-from benchmarks.report import duration, machine_lines, size
+from benchmarks.recall_report import BLUE, BROWN, GREY
+from benchmarks.report import duration, size
+from benchmarks.sections import Page, Section
+from benchmarks.sections import fill as fill_page
 from benchmarks.suite import WRONG
 
 PAGE = "training.md"  # in the folder of the docs; see `fill`
@@ -125,49 +123,28 @@ def load(path: Path) -> Result:
     return Result(Machine(**content["machine"]), content["tables"], content["cases"], products, rows, curves)
 
 
-def save(result: Result, folder: Path) -> list[Path]:
-    """Writes the JSON and Markdown files; where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = stem_of(result)
-    pictures = sorted(path.name for path in folder.glob(f"{stem}-*.png"))
-    content = asdict(result) | {"failures": result.failures()}
-    files = {f"{stem}.json": json.dumps(content, indent=1) + "\n", f"{stem}.md": markdown(result, pictures)}
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in files]
-
-
 def stem_of(result: Result) -> str:
     return f"{TRAINING}{result.machine.stem}"
 
 
-def markdown(result: Result, pictures: list[str]) -> str:
-    lines = [
-        f"# Training steps: {result.machine.processor}, commit {result.machine.commit}",
-        "",
-        *(f"- {line}" for line in machine_lines(result.machine)),
-        "- How numbers are taken: [README](../README.md).",
-        *(f"- **Red:** {failure}" for failure in result.failures()),
-        "",
-        *(f"![{name}]({name})" for name in pictures),
-    ]
-    for section in sections(result):
-        lines += ["", f"## {section.title}", "", section.note, "", *section.markdown()]
-    return "\n".join(lines) + "\n"
+def page_of(result: Result) -> Page:
+    return Page(
+        f"Training steps: {result.machine.processor}, commit {result.machine.commit}",
+        result.machine,
+        ["How numbers are taken: [README](../README.md)."],
+        result.failures(),
+        sections(result),
+        OURS,
+    )
+
+
+def save(result: Result, folder: Path) -> list[Path]:
+    """Writes the JSON and Markdown files; where they are."""
+    return page_of(result).save(folder / stem_of(result), asdict(result))
 
 
 def show(result: Result, console: Console) -> None:
-    for line in machine_lines(result.machine):
-        console.print(line)
-    for section in sections(result):
-        console.print(f"\n{section.title}", style="bold")
-        console.print(section.note)
-        table = Table(box=SIMPLE_HEAD)
-        for column, name in enumerate(section.header):
-            table.add_column(name, justify="right" if column else "left")
-        for cells in section.cells:
-            table.add_row(*cells, style="bold green" if cells[0] == OURS else "")
-        console.print(table)
+    page_of(result).show(console)
 
 
 # Tables
@@ -327,25 +304,8 @@ def _finish(figure: Any, all_axes: list[Any], stem: Path, quantity: str) -> Path
 
 
 def fill(result: Result, drawn: list[Path], docs: Path) -> list[Path]:
-    """Puts pictures and tables into the page; what was written.
-
-    A table stands in the page between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a case,
-    "curves" or "origin". What this run has no table for stays as it is.
-    """
-    page = docs / PAGE
-    tables = {
-        "origin": [f"{result.machine.processor}; commit {result.machine.commit}; {result.machine.date[:10]}."],
-        **{name: case_section(result, name).markdown() for name in result.cases},
-    }
+    """Puts pictures and the tables of the cases and "curves" into the page; what was written."""
+    tables = {name: case_section(result, name).markdown() for name in result.cases}
     if result.curves:
         tables["curves"] = curve_section(result.curves[0]).markdown()
-
-    def table(found: re.Match[str]) -> str:
-        return "\n".join([found[1], "", *tables[found[2]], "", found[3]]) if found[2] in tables else found[0]
-
-    text = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r"(<!-- table: ([\w-]+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S), encoding="utf-8")
-    copies = [docs / path.name.replace(stem_of(result), page.stem) for path in drawn]
-    for path, copy in zip(drawn, copies, strict=True):
-        shutil.copy(path, copy)
-    return [page, *copies]
+    return fill_page(docs / PAGE, tables, result.machine, drawn, stem_of(result))

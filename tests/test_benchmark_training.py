@@ -91,7 +91,7 @@ def test_a_wrong_step_is_refused_or_costs_the_case_its_times(tmp_path, monkeypat
     assert all(row.seconds is None for row in result.rows)
     assert not result.products
     assert "'fused': wrong: the loss is off by" in "".join(result.failures())
-    assert "wrong: the loss is off by" in training_report.markdown(result, [])
+    assert "wrong: the loss is off by" in training_report.page_of(result).markdown([])
 
 
 @pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.norms.0.bias"])
@@ -120,7 +120,7 @@ def test_a_contestant_that_fails_is_left_out_with_the_reason(tmp_path, monkeypat
     assert notes[REFERENCE].startswith("absent: MemoryError: needs about")
     assert [row.contestant for row in result.rows if row.seconds] == [OURS]
     assert result.products["tiny"].checked == 1  # as many samples as the eager step has room for
-    assert "no working compiler" in training_report.markdown(result, [])
+    assert "no working compiler" in training_report.page_of(result).markdown([])
 
 
 def test_ours_may_not_fail(tmp_path, monkeypatch):
