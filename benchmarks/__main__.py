@@ -16,7 +16,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from benchmarks import compare, curve, machine, pictures, recall, recall_report, registry, training, training_report
+from benchmarks import (
+    compare,
+    curve,
+    machine,
+    pictures,
+    recall,
+    recall_report,
+    registry,
+    training,
+    training_cases,
+    training_report,
+)
 from benchmarks.check import CheckFailed
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
@@ -144,7 +155,7 @@ def measure_training(arguments: argparse.Namespace, console: Console, errors: Co
     start = time.monotonic()
     check_docs(arguments.docs, training_report.PAGE)
     patterns = filter(None, arguments.cases.split(","))
-    plan = training.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
+    plan = training_cases.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
     material = read_material(arguments, console)
     result = training_report.Result(training.with_transformers(machine.describe(arguments.device)))
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:

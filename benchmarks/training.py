@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,14 +28,13 @@ from benchmarks.check import CheckFailed, frobenius
 from benchmarks.embeddings import Material
 from benchmarks.machine import Machine
 from benchmarks.suite import USABLE, WRONG
+from benchmarks.training_cases import CONTESTANTS, SEED, TrainingCase
 from benchmarks.training_report import OURS, REFERENCE, Curves, Products, Result, Row
 from smoothie_kernels.diffusion.noising import smooth
-from smoothie_kernels.diffusion.options import LossOptions
 
 if TYPE_CHECKING:
     from smoothie_kernels.diffusion.loss import Losses
 
-SEED = 0
 OPTIMIZER = {"lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01, "fused": True}  # the trainer's
 CLIP = 1.0
 PAD = 0  # BERT's
@@ -49,122 +47,6 @@ MEMORY_SECONDS = 180  # for one process that measures
 
 Batch = dict[str, Tensor]
 Progress = Callable[[str, float], None]  # what is being done, and how many parts of `Plan.parts` are done
-
-
-@dataclass(frozen=True)
-class Contestant:
-    name: str
-    what: str
-    options: Mapping[str, Any]  # of the loss
-    compiles: bool = False
-
-
-CONTESTANTS = {
-    contestant.name: contestant
-    for contestant in (
-        Contestant("eager", "the authors' arithmetic and torch.randn", {"step": "eager", "torch_noise": True}),
-        Contestant(REFERENCE, "the same with the package's noise field: the truth of the check", {"step": "eager"}),
-        Contestant(OURS, "fused_smoothie_step", {"step": "fused"}),
-        Contestant("fused + compile", "the same, every layer under torch.compile", {"step": "fused"}, compiles=True),
-    )
-}
-
-
-@dataclass(frozen=True)
-class TrainingCase:
-    name: str
-    why: str
-    batch: int = 32
-    length: int = 32  # of a target
-    source: int = 32  # of a source
-    v: int | None = None  # None: the table's
-    d: int = 384
-    layers: int = 4
-    hidden: int = 384
-    heads: int = 12
-    condition_layers: int = 2
-    self_condition_layers: int = 1
-    self_conditioning: float = 0.0
-    trainable_embeddings: bool = False
-    skip_padding: bool = False
-    bf16: bool = False
-    contestants: tuple[str, ...] = ("eager", OURS)
-    repeats: int = 3
-    groups: tuple[str, ...] = ("cpu",)
-
-    @property
-    def n(self) -> int:
-        return self.batch * self.length
-
-    def options(self, contestant: Contestant) -> LossOptions:
-        chosen = {name: getattr(self, name) for name in ("self_conditioning", "skip_padding", "bf16")}
-        return LossOptions(seed=SEED, **chosen, **contestant.options)
-
-
-ALL = tuple(CONTESTANTS)
-BASE = TrainingCase("train-4x384", "4 layers of width 384", contestants=ALL, repeats=5, groups=("cpu", "cuda"))
-CASES = {
-    case.name: case
-    for case in (
-        TrainingCase(
-            "train-12x768", "the paper's model and batch", batch=256, length=64, source=64, d=768, layers=12,
-            hidden=768, condition_layers=6, self_condition_layers=3, bf16=True, contestants=ALL, repeats=10,
-            groups=("cuda",),
-        ),
-        BASE,
-        replace(
-            BASE, name="train-4x384-self", why="self-conditioning in every step: two predictions, one of them trained",
-            self_conditioning=1.0, contestants=("eager", OURS), repeats=3, groups=("cpu", "cuda full"),
-        ),
-        replace(
-            BASE, name="train-4x384-table", why="trainable embeddings: three times the vocabulary, with gradients",
-            trainable_embeddings=True, contestants=("eager", OURS), repeats=3, groups=("cpu", "cuda full"),
-        ),
-        TrainingCase("train-4x384-small", "a small batch", batch=8, repeats=5),
-        TrainingCase("train-8x384", "a larger network", layers=8),
-        TrainingCase("train-4x384-8k", "a small vocabulary", v=8_000),
-        TrainingCase(
-            "train-4x384-ragged", "half the positions are padding, and skipped", skip_padding=True,
-            groups=("cpu", "cuda full"),
-        ),
-        TrainingCase("train-4x384-large", "a large batch", batch=64, length=64, groups=("cpu full", "cuda full")),
-        TrainingCase("train-4x384-128k", "a large vocabulary", v=128_000, groups=("cpu full", "cuda full")),
-    )
-}  # fmt: skip
-CURVE = TrainingCase(
-    "curves", "2 layers of width 384", batch=8, length=24, source=24, layers=2, condition_layers=1,
-    self_conditioning=0.5,
-)  # fmt: skip
-CUDA_CURVE = replace(CURVE, why="4 layers of width 384", batch=64, length=64, source=64, layers=4, condition_layers=2)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured."""
-
-    cases: tuple[TrainingCase, ...]
-    curve: TrainingCase
-    curve_steps: int = 120
-    repeats: int | None = None  # None: each case's own
-
-    @property
-    def parts(self) -> int:
-        return 3 * len(self.cases) + 1
-
-
-def plan(device: str, *, full: bool = False, patterns: Iterable[str] = (), repeats: int | None = None) -> Plan:
-    """The cases of a device, or those of all that match a pattern. ValueError where a pattern fits none."""
-    wanted = tuple(patterns)
-    for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in CASES):
-            raise ValueError(f"no training case is named {pattern!r}; there are: {', '.join(CASES)}")
-    groups = {device, f"{device} full"} if full else {device}
-    cases = [
-        case
-        for case in CASES.values()
-        if (any(fnmatchcase(case.name, pattern) for pattern in wanted) if wanted else groups & {*case.groups})
-    ]
-    return Plan(tuple(cases), CUDA_CURVE if device == "cuda" else CURVE, repeats=repeats)
 
 
 class Session:

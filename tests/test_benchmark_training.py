@@ -12,13 +12,14 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import __main__, curve, device, memory, training, training_report
+from benchmarks import __main__, curve, device, memory, training, training_cases, training_report
 from benchmarks.check import CheckFailed
 from benchmarks.embeddings import synthetic
 from benchmarks.machine import Machine
 from benchmarks.memory import Peak
 from benchmarks.timing import Timing
-from benchmarks.training import ALL, BATCHES, Plan, Session, TrainingCase, make_batches
+from benchmarks.training import BATCHES, Session, make_batches
+from benchmarks.training_cases import ALL, Plan, TrainingCase
 from benchmarks.training_report import OURS, REFERENCE, Curves, Products, Result, Row
 from smoothie_kernels.diffusion import loss
 from smoothie_kernels.diffusion.model import SmoothieModel
@@ -218,14 +219,14 @@ def test_curves_that_part_early_are_red_and_late_ones_are_not():
 
 
 def test_cases_are_selected_by_device_and_by_name():
-    names = {key: [case.name for case in training.plan(*key[:1], full=key[1]).cases] for key in (
+    names = {key: [case.name for case in training_cases.plan(*key[:1], full=key[1]).cases] for key in (
         ("cpu", False), ("cpu", True), ("cuda", False))}  # fmt: skip
     assert names["cuda", False] == ["train-12x768", "train-4x384"]
     assert {*names["cpu", False]} < {*names["cpu", True]}
     assert "train-12x768" not in names["cpu", True]
-    assert [case.name for case in training.plan("cpu", patterns=["*-8k"]).cases] == ["train-4x384-8k"]
+    assert [case.name for case in training_cases.plan("cpu", patterns=["*-8k"]).cases] == ["train-4x384-8k"]
     with pytest.raises(ValueError, match="no training case is named 'nonsense'"):
-        training.plan("cpu", patterns=["nonsense"])
+        training_cases.plan("cpu", patterns=["nonsense"])
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -236,7 +237,7 @@ def test_the_command_writes_its_files_and_ends_red_where_curves_part(broken, tmp
     blank = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("origin", "tiny", "other", "curves"))
     (docs / training_report.PAGE).write_text(blank)
     tiny = Plan((replace(TINY, contestants=("eager", OURS)),), replace(TINY, self_conditioning=0.5), curve_steps=3)
-    monkeypatch.setattr(training, "plan", lambda *given, **options: tiny)
+    monkeypatch.setattr(training_cases, "plan", lambda *given, **options: tiny)
     monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
     arguments = ["training", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])

@@ -218,6 +218,15 @@ def test_self_conditioning_sees_the_first_answer(monkeypatch):
     assert not answer.requires_grad
 
 
+def test_dropped_sources_are_not_seen():
+    batch = texts()
+    other = {**batch, "source": (batch["source"] + 7) % V}
+    for dropped in (1.0, 0.0):
+        options = LossOptions(guidance_dropout=dropped)
+        before, after = (losses_and_gradients(small(), options, each)[0].prediction for each in (batch, other))
+        assert (before == after) == bool(dropped)
+
+
 def test_x_0_variance_moves_the_input_and_not_the_target(monkeypatch):
     seen = []
     inner = module.smooth

@@ -205,6 +205,24 @@ def test_validation_is_about_the_mean(tmp_path):
     assert skipping["mean_loss"] == pytest.approx(metrics["mean_text_loss"])
 
 
+def test_averaged_weights_are_validated(tmp_path):
+    trainer = training.trainer(tmp_path)
+    averaged = SmoothieModel.from_pretrained(trainer.run())
+    bare = training.trainer(tmp_path / "bare", run={"ema": 0.0})
+    bare.model.load_state_dict(averaged.state_dict())
+    assert trainer.validate() == bare.validate()
+    bare.model.load_state_dict(trainer.model.state_dict())
+    assert trainer.validate() != bare.validate()
+
+
+def test_times_of_validation(tmp_path, monkeypatch):
+    seen = []
+    inner = SmoothieModel.forward
+    monkeypatch.setattr(SmoothieModel, "forward", lambda self, x, t, *rest: seen.append(t) or inner(self, x, t, *rest))
+    training.trainer(tmp_path, run={"eval_samples": 10}).validate()
+    torch.testing.assert_close(torch.cat(seen), (torch.arange(10) + 0.5) / 10)
+
+
 def test_rates_and_files(tmp_path):
     training.trainer(tmp_path, run={"steps": 7, "log_every": 2}).run()
     rows = read(tmp_path / "metrics.csv")
