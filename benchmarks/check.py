@@ -82,7 +82,7 @@ def truth(inputs: Inputs, rows: Tensor, *, noisy: bool) -> Truth:
     naive_logits = inputs.mu[rows, None] * dense_distances(x, inputs.table)
     eps = None
     if noisy:
-        eps = noise.gaussian(*logits.shape, seed=SEED, row_ids=rows, backend="reference")
+        eps = noise.gaussian(*logits.shape, seed=SEED, row_ids=rows, backend="reference", **inputs.fields)
         logits += std * eps
         naive_logits += inputs.std[rows, None] * eps
     weights, smoothed, lse = logits.softmax(1), torch.zeros_like(x, dtype=torch.float64), logits.logsumexp(1)

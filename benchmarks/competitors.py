@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -34,9 +35,20 @@ def dense_mean(
     return logits.softmax(-1).to(table.dtype) @ table
 
 
-def dense_step(x: Tensor, table: Tensor, mu: Tensor, std: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+def normals(like: Tensor, fields: int) -> Tensor:
+    """The sum of so many independent ones, with variance 1."""
+    total = torch.randn_like(like)
+    for _ in range(1, fields):
+        total += torch.randn_like(like)
+    return total if fields == 1 else total.mul_(fields**-0.5)
+
+
+def dense_step(
+    x: Tensor, table: Tensor, mu: Tensor, std: Tensor, noisy: bool, fields: int = 1
+) -> tuple[Tensor, Tensor]:
     distances = dense_distances(x, table)
-    return dense_mean(distances, table, mu, std, torch.randn_like if noisy else None), distances.argmax(-1)
+    noise = partial(normals, fields=fields) if noisy else None
+    return dense_mean(distances, table, mu, std, noise), distances.argmax(-1)
 
 
 def dense_smoothed(x: Tensor, table: Tensor, mu: Tensor, std: Tensor, noisy: bool) -> Tensor:
@@ -69,7 +81,7 @@ def dense(*, compiled: bool = False, dtype: torch.dtype | None = None) -> Mappin
 
     def step(inputs: Inputs) -> Call:
         inputs, run = inputs.to(dtype), program(dense_step)
-        return lambda: Outputs(*run(inputs.x, inputs.table, inputs.mu, inputs.std, inputs.noisy))
+        return lambda: Outputs(*run(inputs.x, inputs.table, inputs.mu, inputs.std, inputs.noisy, inputs.case.fields))
 
     def smoothed(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
         run = program(dense_smoothed)

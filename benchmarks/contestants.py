@@ -47,7 +47,8 @@ def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -
     def run(inputs: Inputs, x: Tensor, table: Tensor | sk.Vocabulary) -> sk.SmoothieStep:
         std = inputs.std if inputs.noisy else 0
         return sk.fused_smoothie_step(
-            x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, workspace=workspace, backend=backend
+            x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, workspace=workspace, backend=backend,
+            **inputs.fields,
         )  # fmt: skip
 
     def prepared(table: Tensor) -> Tensor | sk.Vocabulary:
@@ -108,8 +109,9 @@ def without_mean(
     return StepOutputs(
         *library.step_fwd(
             inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std, row_ids=None, seed=torch.tensor(SEED),
-            offset=torch.tensor(offset), row_offset=0, sigma_min=SIGMA_MIN, has_noise=inputs.noisy, workspace=2**28,
-            smooth="none", topk=topk, recall_target=recall_target, backend="auto",
+            offsets=torch.tensor([offset]), field_weights=None, row_offset=0, sigma_min=SIGMA_MIN,
+            has_noise=inputs.noisy, workspace=2**28, smooth="none", topk=topk, recall_target=recall_target,
+            backend="auto",
         )
     )  # fmt: skip
 

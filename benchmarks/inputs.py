@@ -45,6 +45,12 @@ class Inputs:
         return self.op.noise and self.case.std > 0
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """What names the noise, as this package takes it."""
+        count = self.case.fields
+        return {} if count == 1 else {"offset": range(count), "field_weights": [count**-0.5] * count}
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """N, V, D."""
         return self.x.shape[0], *self.table.shape

@@ -58,6 +58,7 @@ class Case:
     k: int = 64  # of "topk" alone
     mu: float = 0.05
     std: float = 0.99  # 0: no noise
+    fields: int = 1  # whose sum the noise is; "step" alone takes more than one
     t: float | None = None  # time in the paper's schedule, instead of mu and std
     group: str = "default"  # "default", "sweep" (in the default run too), "full", "gpu"
 
@@ -131,6 +132,14 @@ _FULL = (
     ),
     replace(_NEAREST, name="nearest-n1", why="one row", n=1, group="full"),
     replace(_NEAREST, name="nearest-bf16", why="bfloat16", dtype=torch.bfloat16, group="full"),
+    replace(
+        _STEP,
+        name="step-fields8",
+        why="the sum of 8 noise fields, as a sampler has it",
+        contestants=("fused", "eager"),
+        fields=8,
+        group="full",
+    ),
     *(replace(_TOPK, name=f"topk-k{k}", why="few and many", k=k, group="full") for k in (8, 256)),
     *(replace(_TOPK, name=f"topk-n{n}", why="one row, a few rows", n=n, group="full") for n in (1, 8)),
     replace(_TOPK, name="topk-bf16", why="bfloat16 rows and table", dtype=torch.bfloat16, group="full"),

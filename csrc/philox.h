@@ -1,6 +1,6 @@
 // The noise field, version 1: who feeds which Philox counter. Integer part; the twin of smoothie_kernels/noise.py.
 //
-//   once per call:        (key, row_shift, ., .) = Philox4x32-10(counter = (offset, 0x534D4F4F, 0), key = seed)
+//   once per field:       (key, row_shift, ., .) = Philox4x32-10(counter = (offset, 0x534D4F4F, 0), key = seed)
 //   per pair of columns:  (r0, r1) = Philox2x32-10(counter = (column >> 1, row + row_shift), key)
 #pragma once
 

@@ -1,6 +1,7 @@
 """Every rule on input and its message. Shapes, types and devices here, values in library.py."""
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton")
 SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
+OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d int64 tensor"
 
 
 def _number(name: str, value: object, wanted: str = "a number") -> float:
@@ -117,7 +119,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_values(name: str, value: float | Tensor) -> None:
-    """mu finite; std finite and not negative."""
+    """mu and field_weights finite; std finite and not negative."""
     low, high = (float(value.min()), float(value.max())) if isinstance(value, Tensor) else (value, value)
     if not -math.inf < low <= high < math.inf:  # NaN compares false
         raise ValueError(f"{name} must be finite, got {high if -math.inf < low else low}")
@@ -165,9 +167,8 @@ def check_unchanged(version: int, at_first: int) -> None:
         )
 
 
-def word(name: str, value: object) -> Tensor:
+def word(name: str, value: object, wanted: str = "an int or a 0-d int64 tensor") -> Tensor:
     """`value` as a 0-d int64 tensor: 64 bits, in two's complement from 2**63 on."""
-    wanted = "an int or a 0-d int64 tensor"
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(f"{name} must be {wanted}, got {_kind(value)} of shape {_shape(value.shape)}")
@@ -176,3 +177,49 @@ def word(name: str, value: object) -> Tensor:
     if not -(2**63) <= bits < 2**64:
         raise ValueError(f"{name} must fit in 64 bits, got {bits}")
     return torch.full((), bits if bits < 2**63 else bits - 2**64, dtype=torch.int64)
+
+
+def noise_fields(offset: object, field_weights: object, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`offset` as int64 [F] and `field_weights` as [F] in the type of x's sums, None for one field as it is."""
+    several = isinstance(offset, Sequence) or (isinstance(offset, Tensor) and offset.dim() == 1)
+    if not several:
+        if field_weights is not None:
+            raise ValueError(f"field_weights must be None where offset is one, got {_kind(field_weights)}")
+        return word("offset", offset, OFFSETS).reshape(1), None
+    if isinstance(offset, Tensor):
+        if offset.dtype != torch.int64:
+            raise TypeError(f"offset must be {OFFSETS}, got {_kind(offset)} of shape {_shape(offset.shape)}")
+        offsets = offset
+    else:
+        one_by_one = [word("offset", each, OFFSETS) for each in cast(Sequence[object], offset)]
+        offsets = torch.stack(one_by_one) if one_by_one else torch.empty(0, dtype=torch.int64)
+    if len(offsets) == 0:
+        raise ValueError("offset must have at least one entry, got none")
+    if field_weights is None:
+        raise ValueError(f"field_weights must be given where offset is several, got None for {_kind(offset)}")
+    return offsets, _field_weights(field_weights, len(offsets), x)
+
+
+def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
+    dtype, wanted = (
+        torch.float64 if x.dtype == torch.float64 else torch.float32,
+        "a sequence of numbers or a 1-d tensor",
+    )
+    if isinstance(value, Tensor):
+        if value.dtype not in DTYPES:
+            raise TypeError(f"field_weights must be {wanted} of floats, got {_kind(value)}")
+        if value.requires_grad:
+            raise ValueError("field_weights must not require grad: the step has no gradient for it")
+        if value.shape != (count,):
+            raise ValueError(f"field_weights must have shape [{count}] as offset has, got {_shape(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"field_weights must be on the device of x, {x.device}, got {value.device}")
+        return value.to(dtype)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"field_weights must be {wanted}, got {_kind(value)}")
+    if len(value) != count:
+        raise ValueError(f"field_weights must have {count} entries as offset has, got {len(value)}")
+    weights = [_number("field_weights", each, "numbers") for each in value]
+    for weight in weights:
+        check_values("field_weights", weight)
+    return torch.stack([torch.full((), weight, dtype=dtype) for weight in weights])

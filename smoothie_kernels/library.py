@@ -66,7 +66,8 @@ def step_fwd(
     std: Tensor,  # [N]
     row_ids: Tensor | None,  # [N], instead of row_offset + i
     seed: Tensor,  # []
-    offset: Tensor,  # []
+    offsets: Tensor,  # [F]
+    field_weights: Tensor | None,  # [F], None for one field as it is
     row_offset: int,
     sigma_min: float,
     has_noise: bool,
@@ -83,9 +84,11 @@ def step_fwd(
         checks.check_values("std", std)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
+        if field_weights is not None:
+            checks.check_values("field_weights", field_weights)
     inputs = _inputs(
-        x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace, smooth,
-        topk, recall_target,
+        x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
+        workspace, smooth, topk, recall_target,
     )  # fmt: skip
     outputs: StepOutputs = pick_backend(backend, x.device, x.dtype).step_fwd(inputs)
     if smooth == "topk":
@@ -110,13 +113,14 @@ def _empty_step(x: Tensor, smooth: str, topk: int) -> Eight:
 
 def _inputs(
     x: Tensor, embeddings: Tensor, bias: Tensor, mu: Tensor, std: Tensor, row_ids: Tensor | None, seed: Tensor,
-    offset: Tensor, row_offset: int, sigma_min: float, has_noise: bool, workspace: int, smooth: str, topk: int,
-    recall_target: float,
+    offsets: Tensor, field_weights: Tensor | None, row_offset: int, sigma_min: float, has_noise: bool, workspace: int,
+    smooth: str, topk: int, recall_target: float,
 ) -> StepInputs:  # fmt: skip
     return StepInputs(
         x.contiguous(), embeddings, bias, mu.contiguous(), std.contiguous() if has_noise else None,
-        None if row_ids is None else row_ids.contiguous(), row_offset, seed, offset, sigma_min, workspace,
-        smooth == "full", topk, recall_target,
+        None if row_ids is None else row_ids.contiguous(), row_offset, seed, offsets.contiguous(),
+        None if field_weights is None else field_weights.contiguous(), sigma_min, workspace, smooth == "full", topk,
+        recall_target,
     )  # fmt: skip
 
 
@@ -159,7 +163,8 @@ def step_bwd(
     std: Tensor,
     row_ids: Tensor | None,
     seed: Tensor,
-    offset: Tensor,
+    offsets: Tensor,
+    field_weights: Tensor | None,
     row_offset: int,
     sigma_min: float,
     has_noise: bool,
@@ -182,8 +187,8 @@ def step_bwd(
         no_x, no_embeddings = _empty_grads(x, embeddings, needs_x, needs_embeddings)
         return no_x.zero_(), no_embeddings.zero_()
     inputs = _inputs(
-        x, embeddings, bias, mu, std, row_ids, seed, offset, row_offset, sigma_min, has_noise, workspace, smooth,
-        topk, recall_target,
+        x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
+        workspace, smooth, topk, recall_target,
     )  # fmt: skip
     chosen = pick_backend(backend, x.device, x.dtype)
     grad_x = grad_embeddings = None
@@ -228,7 +233,7 @@ def _empty_grads(x: Tensor, embeddings: Tensor, needs_x: bool, needs_embeddings:
     return x.new_empty(x.shape if needs_x else 0), embeddings.new_empty(embeddings.shape if needs_embeddings else 0)
 
 
-STEP_ARGUMENTS = 16  # of step_fwd; step_bwd begins with the same
+STEP_ARGUMENTS = 17  # of step_fwd; step_bwd begins with the same
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Eight) -> None:
@@ -285,7 +290,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
 @step_fwd.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
     """Samples are more rows of one call. Each keeps its row ids, so every sample has the same noise."""
-    for position, name in ((6, "seed"), (7, "offset")):
+    for position, name in ((6, "seed"), (7, "offset"), (8, "field_weights")):
         if in_dims[position] is not None:
             raise _one_for_all(name)
     flat, samples = list(arguments), info.batch_size
@@ -293,9 +298,9 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
         if arguments[position] is not None:
             flat[position] = _samples_first(arguments[position], in_dims[position], samples).flatten(0, 1)
     if flat[5] is None:
-        row_offset, n = flat[8], flat[0].shape[0] // samples
+        row_offset, n = flat[9], flat[0].shape[0] // samples
         flat[5] = torch.arange(row_offset, row_offset + n, device=flat[0].device).repeat(samples)
-        flat[8] = 0
+        flat[9] = 0
     return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 8
 
 
@@ -422,17 +427,33 @@ def _empty_nearest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @custom_op("smoothie_kernels::gaussian", mutates_args=())
 def gaussian(
-    like: Tensor, cols: int, row_ids: Tensor | None, seed: Tensor, offset: Tensor, row_offset: int, backend: str
-) -> Tensor:  # like: [N, 0], for the number of rows and the device
+    like: Tensor,  # [N, 0], for the number of rows and the device
+    cols: int,
+    row_ids: Tensor | None,
+    seed: Tensor,
+    offsets: Tensor,  # [F]
+    field_weights: Tensor | None,  # [F], None for one field as it is
+    row_offset: int,
+    backend: str,
+) -> Tensor:
     out = like.new_empty(like.shape[0], cols)
     if out.numel() == 0:
         return out
-    if row_ids is not None and like.device.type == "cpu":
-        checks.check_row_id_values(row_ids)
-    field: Tensor = pick_backend(backend, like.device, torch.float32).gaussian(
-        out, None if row_ids is None else row_ids.contiguous(), row_offset, seed, offset
-    )
-    return field
+    if like.device.type == "cpu":
+        if row_ids is not None:
+            checks.check_row_id_values(row_ids)
+        if field_weights is not None:
+            checks.check_values("field_weights", field_weights)
+    ids = None if row_ids is None else row_ids.contiguous()
+    make = pick_backend(backend, like.device, torch.float32).gaussian
+    if field_weights is None:
+        field: Tensor = make(out, ids, row_offset, seed, offsets[0])
+        return field
+    room = torch.empty_like(out)
+    out.zero_()
+    for offset, weight in zip(offsets, field_weights, strict=True):
+        out += weight * make(room, ids, row_offset, seed, offset)
+    return out
 
 
 @gaussian.register_fake

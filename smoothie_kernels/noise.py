@@ -1,6 +1,6 @@
 """The noise field, version 1: a pure function of (seed, offset, row id, column). The same in all backends and releases.
 
-    once per call:        (key, row_shift, ., .) = Philox4x32-10(counter = (offset, 0x534D4F4F, 0), key = seed)
+    once per field:       (key, row_shift, ., .) = Philox4x32-10(counter = (offset, 0x534D4F4F, 0), key = seed)
     per pair of columns:  (r0, r1) = Philox2x32-10(counter = (column >> 1, row + row_shift), key)
     normals:              sqrt(-2 ln u) * (cos 2 pi v, sin 2 pi v),  u = (r0 + 1/2) / 2**32, v = (r1 + 1/2) / 2**32
 
@@ -8,6 +8,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def gaussian(
     cols: int,
     *,
     seed: int | Tensor,
-    offset: int | Tensor = 0,
+    offset: int | Sequence[int] | Tensor = 0,
+    field_weights: Sequence[float] | Tensor | None = None,
     row_offset: int = 0,
     row_ids: Tensor | None = None,
     device: torch.device | str | None = None,
@@ -36,17 +38,20 @@ def gaussian(
     """The standard normals of the field: (rows, cols) float32.
 
     Element (i, j) is the noise that `fused_smoothie_step` adds to the logit of token j in row i, for the same seed,
-    offset and row ids; |value| <= 6.77. Any part of the field may be asked for: it does not depend on rows and cols.
+    offset and row ids; |value| <= 6.77, or that times the sum of |field_weights|. Any part of the field may be asked
+    for: it does not depend on rows and cols.
 
     Args:
         rows, cols: how much of it.
-        seed, offset: 64 bits each; ints or 0-d int64 tensors.
+        seed, offset: 64 bits each; ints or 0-d int64 tensors. Several offsets, F ints or int64 (F,): the sum of fields.
+        field_weights: what each counts in it: F finite numbers, or a float tensor (F,). None where offset is one.
         row_offset: row i has the id `row_offset + i`.
         row_ids: int64, shape (rows,): the ids themselves, in [0, 2**32).
         device: where to make it; that of row_ids where they are given.
         backend: "auto", or "reference", "cpu", "triton" by name.
 
-    Backends agree in every 32-bit word; their normals lie within 5e-5 (rms 2e-6) of the float64 values.
+    Backends agree in every 32-bit word; their normals lie within 5e-5 (rms 2e-6) of the float64 values; of a sum of
+    fields, within so much times the sum of |field_weights|.
     """
     checks.check_backend(backend)
     checks.check_count("rows", rows)
@@ -54,13 +59,13 @@ def gaussian(
     device = row_ids.device if isinstance(row_ids, Tensor) and device is None else torch.device(device or "cpu")
     shape_of_rows = torch.empty(rows, 0, device=device)
     ids = checks.check_row_ids(row_ids, row_offset, shape_of_rows)
-    seed, offset = checks.word("seed", seed), checks.word("offset", offset)
-    field: Tensor = library.gaussian(shape_of_rows, cols, ids, seed, offset, row_offset, backend)
-    return field
+    seed, fields = checks.word("seed", seed), checks.noise_fields(offset, field_weights, shape_of_rows)
+    noise: Tensor = library.gaussian(shape_of_rows, cols, ids, seed, *fields, row_offset, backend)
+    return noise
 
 
 def noise_key(seed: int, offset: int) -> tuple[int, int]:
-    """(key, row_shift) of a call: Philox4x32-10, once, on the host."""
+    """(key, row_shift) of a field: Philox4x32-10, once, on the host."""
     words = philox4x32((offset & _MASK, offset >> 32 & _MASK, _DOMAIN, 0), (seed & _MASK, seed >> 32 & _MASK))
     return words[0], words[1]
 

@@ -1,5 +1,6 @@
 """The public operators: contract, then check, pick, call, and nothing else."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ def fused_smoothie_step(
     *,
     sigma_min: float = 1.5,
     seed: int | Tensor | None = None,
-    offset: int | Tensor = 0,
+    offset: int | Sequence[int] | Tensor = 0,
+    field_weights: Sequence[float] | Tensor | None = None,
     row_offset: int = 0,
     row_ids: Tensor | None = None,
     topk: int | None = None,
@@ -49,7 +51,8 @@ def fused_smoothie_step(
     Equal to, without ever holding a tensor of rows x vocabulary::
 
         D = -torch.cdist(x.double(), E.double()).square() / (2 * sigma_min**2)
-        eps = noise.gaussian(N, V, seed=seed, offset=offset, row_offset=row_offset, row_ids=row_ids)
+        where = dict(seed=seed, offset=offset, field_weights=field_weights, row_offset=row_offset, row_ids=row_ids)
+        eps = noise.gaussian(N, V, **where)
         logits = mu[:, None] * D + std[:, None] * eps
         smoothed, lse = logits.softmax(-1) @ E.double(), logits.logsumexp(-1)
         tokens, noisy_tokens = D.argmax(-1), logits.argmax(-1)
@@ -64,6 +67,8 @@ def fused_smoothie_step(
         seed: 64 bits that name the noise field. None draws one from torch's default generator, so that
             `torch.manual_seed` rules. An int, or a 0-d int64 tensor.
         offset: 64 bits, the caller's step counter: every offset has a fresh field. An int, or a 0-d int64 tensor.
+            Several of them, F ints or int64 (F,): the noise is the sum of their fields, times `field_weights`.
+        field_weights: F finite numbers, or a float tensor (F,) on x's device; None where offset is one.
         row_offset: row i of x (in order of the flattened leading dimensions) has the row id `row_offset + i`.
         row_ids: int64, shape `x.shape[:-1]`: the row ids themselves, in [0, 2**32), instead of `row_offset`.
         topk: how many of the largest noisy logits, in [1, V], or None. They come with the same pass.
@@ -101,14 +106,14 @@ def fused_smoothie_step(
     gives the same bits, forward and backward.
 
     Gradients flow to x and embeddings from smoothed, lse, topk.values and topk.tail_mass; the weights are made again,
-    never stored, and the choice of the top-k tokens is taken for constant. mu and std take none, and there is no second
-    derivative. A Vocabulary passes its gradient on to the table that it was made of.
+    never stored, and the choice of the top-k tokens is taken for constant. mu, std and field_weights take none, and
+    there is no second derivative. A Vocabulary passes its gradient on to the table that it was made of.
 
     Under torch.autocast the inputs keep their types: bfloat16 rows with a float32 table are fine. torch.compile makes
     no graph break. torch.func.vmap over x, mu, std or row_ids gives every sample the noise of the same row ids; the
-    table, seed and offset cannot be batched, and torch.func.grad does not take PyTorch's custom operators: use
-    torch.autograd.grad. A CUDA graph replays what it captured: pass seed or offset as a tensor on
-    the GPU, and change it between replays for new noise.
+    table, seed, offset and field_weights cannot be batched, and torch.func.grad does not take PyTorch's custom
+    operators: use torch.autograd.grad. A CUDA graph replays what it captured: pass seed, offset or field_weights as a
+    tensor on the GPU, and change it between replays for new noise.
 
     Equations 4, 5 of arXiv 2505.18853 and its sampling step.
     """
@@ -128,7 +133,7 @@ def fused_smoothie_step(
         checks.per_row("std", std, x),
         checks.check_row_ids(row_ids, row_offset, x),
         checks.word("seed", _draw_seed() if seed is None else seed),
-        checks.word("offset", offset),
+        *checks.noise_fields(offset, field_weights, x),
         row_offset,
         float(sigma_min),
         not (isinstance(std, int | float) and std == 0),

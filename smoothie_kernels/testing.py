@@ -48,11 +48,14 @@ def check_step(
     std: Tensor,
     eps: Tensor,
     sigma_min: float = 1.5,
+    *,
+    loudness: float = 1.0,
 ) -> list[str]:
     """What is wrong with `step`, held against the dense step in float64; an empty list where nothing is.
 
-    smoothed: relative error at most FLOOR of its type (times std where that is above 1: the float32 field is good to
-    2e-6) or twice that of the naive float32 step on the same inputs. lse: 1e-5 relative, or twice the naive error.
+    smoothed: relative error at most FLOOR of its type (times std * loudness where that is above 1: the float32 field is
+    good to 2e-6, a sum of fields to that times `loudness`, the sum of |field_weights|) or twice that of the naive
+    float32 step on the same inputs. lse: 1e-5 relative, or twice the naive error.
     tokens and noisy_tokens: equal but for ties.
     """
 
@@ -66,7 +69,8 @@ def check_step(
     wrong = []
     error = relative_error(step.smoothed, exact.smoothed)
     bound = max(
-        FLOOR[x.dtype] * max(1.0, float(std.max())), NAIVE_MARGIN * relative_error(naive.smoothed, exact.smoothed)
+        FLOOR[x.dtype] * max(1.0, loudness * float(std.max())),
+        NAIVE_MARGIN * relative_error(naive.smoothed, exact.smoothed),
     )
     if not error <= bound:
         wrong.append(f"smoothed: relative error {error:.2e} > {bound:.2e}")
@@ -93,11 +97,13 @@ def check_topk(
     sigma_min: float = 1.5,
     *,
     recall: float = 1.0,
+    loudness: float = 1.0,
 ) -> list[str]:
     """What is wrong with `topk`, held against the dense logits in float64; an empty list where nothing is.
 
-    values: 1e-5 of max(|logit|, std, 1), or twice the error of the naive float32 logits; descending. indices: distinct,
-    each with its value; together at least `recall` of the largest logits, in the mean over rows, but for ties.
+    values: 1e-5 of max(|logit|, std * loudness, 1), or twice the error of the naive float32 logits; descending.
+    indices: distinct, each with its value; together at least `recall` of the largest logits, in the mean over rows,
+    but for ties.
     tail_mass: the bound of values, as that is a weight's relative error.
     """
 
@@ -108,7 +114,7 @@ def check_topk(
     naive = (logits_in(torch.float64 if x.dtype == torch.float64 else torch.float32) - logits).abs()
     of_tokens = logits.gather(1, topk.indices)
     relative = 1e-5 if x.dtype != torch.float64 else 1e-7  # float64 reference, float32 field
-    bound = (relative * of_tokens.abs().maximum(std.double()[:, None]).clamp_min(1)).clamp_min(
+    bound = (relative * of_tokens.abs().maximum(loudness * std.double()[:, None]).clamp_min(1)).clamp_min(
         NAIVE_MARGIN * float(naive.max())
     )
     wrong = []
@@ -164,12 +170,14 @@ def check_gradients(
     sigma_min: float = 1.5,
     *,
     cancelled: float = 0.0,
+    loudness: float = 1.0,
 ) -> list[str]:
     """What is wrong with the gradients of x and embeddings (None: not asked for), held against float64.
 
     Relative error at most twice that of naive float32 autograd on the same inputs, or FLOOR of the coarser of the two
-    types (times std where that is above 1). Where terms may cancel by chance: or the share `cancelled` of that FLOOR,
-    of the sizes of all terms. 0.25 of it is 5e-7, what float32 keeps of a weight: roundings of log_sum, noise and exp.
+    types (times std * loudness where that is above 1). Where terms may cancel by chance: or the share `cancelled` of
+    that FLOOR, of the sizes of all terms. 0.25 of it is 5e-7, what float32 keeps of a weight: roundings of log_sum,
+    noise and exp.
     """
 
     def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -180,7 +188,7 @@ def check_gradients(
 
     exact = dense(torch.float64)
     naive = dense(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    floor = max(FLOOR[x.dtype], FLOOR[embeddings.dtype]) * max(1.0, float(std.max()))
+    floor = max(FLOOR[x.dtype], FLOOR[embeddings.dtype]) * max(1.0, loudness * float(std.max()))
     sizes = _sizes_of_terms(
         x.double(), embeddings.double(), mu.double(), std.double(), eps.double(),
         grad_smoothed.double(), grad_lse.double(), sigma_min,

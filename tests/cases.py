@@ -24,6 +24,19 @@ CASES = {
     "attracted by distance": (5, 90, 16, -0.4, 0.9, 1.0),
 }
 
+# id: offsets, field_weights, std. Words of 64 bits, negative and equal ones among them; weights of either sign, zero.
+FIELDS = {
+    "one": ([2**40 + 1], [0.7], 0.99),
+    "two": ([1, 2**32 + 1], [0.6, -0.8], 0.99),
+    "seven": ([-5, 0, 2**64 - 7, 3, 3, -(2**63), 2**32], [0.3, 0.0, -0.9, 0.5, 0.5, 1.1, -0.2], 0.9),
+    "loud": ([0, 1, 2], [-1.5, 4.0, 2.0], 30.0),
+    "nothing": ([0, 1], [0.0, 0.0], 0.9),
+}
+
+
+def loudness(field_weights):
+    return sum(map(abs, field_weights))
+
 
 def inputs(n, v, d, scale, device, dtype=torch.float32):
     table = torch.randn(v, d)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, inputs
+from cases import CASES, FIELDS, inputs, loudness
 from conftest import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,18 +16,21 @@ WHERE = {"seed": 3, "offset": 1, "row_offset": 5}
 class Problem:
     """Inputs, gradients that come in, and the noise that goes with them."""
 
-    def __init__(self, backend, n, v, d, mu=0.05, std=0.99, scale=1.0, x_type=torch.float32, table_type=torch.float32):
+    def __init__(
+        self, backend, n, v, d, mu=0.05, std=0.99, scale=1.0, x_type=torch.float32, table_type=torch.float32,
+        where=WHERE,
+    ):  # fmt: skip
         device = device_of(backend)
         x, table = inputs(n, v, d, scale, device)
         self.backend, self.mu, self.std = backend, mu, std
         self.x, self.table = x.to(x_type), table.to(table_type)
         self.grad_smoothed, self.grad_lse = torch.randn(n, d).to(device, x_type), torch.randn(n, device=device)
-        self.eps = noise.gaussian(n, v, backend="reference", **WHERE).to(device)
+        self.eps, self.where = noise.gaussian(n, v, backend="reference", **where).to(device), where
 
     def grads(self, *, x=True, table=True, smoothed=True, lse=True, **options):
         """Gradients of x and the table; None where it is not asked for."""
         inputs = [self.x.detach().requires_grad_(x), self.table.detach().requires_grad_(table)]
-        step = fused_smoothie_step(*inputs, self.mu, self.std, backend=self.backend, **{**WHERE, **options})
+        step = fused_smoothie_step(*inputs, self.mu, self.std, backend=self.backend, **{**self.where, **options})
         outputs, grads = [], []
         if smoothed:
             outputs, grads = [step.smoothed], [self.grad_smoothed]
@@ -40,13 +43,27 @@ class Problem:
         rows = torch.ones(len(self.x), device=self.x.device)
         incoming = self.grad_smoothed * smoothed, self.grad_lse * lse
         given = self.x, self.table, self.mu * rows, self.std * rows, self.eps
-        return check_gradients(grads, *given, *incoming, cancelled=cancelled)
+        loud = loudness(self.where.get("field_weights", [1]))
+        return check_gradients(grads, *given, *incoming, cancelled=cancelled, loudness=loud)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(backend, case):
     problem = Problem(backend, *CASES[case])
     assert problem.wrong(problem.grads()) == []
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_sum_of_fields(backend, fields):
+    """The backward makes the same sum again."""
+    offset, weights, std = FIELDS[fields]
+    where = {**WHERE, "offset": offset, "field_weights": weights}
+    problem = Problem(backend, 19, 150, 24, 0.1, std, where=where)
+    grads = problem.grads()
+    assert problem.wrong(grads) == []
+    on = {"offset": torch.tensor([o - 2**64 if o >= 2**63 else o for o in offset]).to(problem.x.device)}
+    again = problem.grads(**on, field_weights=torch.tensor(weights).to(problem.x.device))
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 
 
 @pytest.mark.parametrize("case", ["odd", "one token", "peaked", "flat", "far away"])

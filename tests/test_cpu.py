@@ -41,6 +41,21 @@ def test_every_tier(tier, n, v, d, dtype):
     assert check_gradients(grads, x, table, 0.1 * rows, 0.9 * rows, eps, *incoming) == []
 
 
+def test_sum_of_fields_in_every_tier(tier):
+    where, rows = {"seed": 2, "offset": [1, 2**40, 1], "field_weights": [0.7, -0.4, 0.3]}, torch.ones(35)
+    table = torch.randn(300, 24)
+    x = table[:35] + 0.3 * torch.randn(35, 24)
+    eps = noise.gaussian(35, 300, **where, backend="reference")
+    inputs = x.requires_grad_(), table.requires_grad_()
+    step = fused_smoothie_step(*inputs, 0.1, 0.9, **where, backend="cpu")
+    incoming = torch.randn(35, 24), torch.randn(35)
+    grads = torch.autograd.grad((step.smoothed, step.lse), inputs, incoming)
+    x, table = (t.detach() for t in inputs)
+    step = step._replace(smoothed=step.smoothed.detach(), lse=step.lse.detach())
+    assert check_step(step, x, table, 0.1 * rows, 0.9 * rows, eps, loudness=1.4) == []
+    assert check_gradients(grads, x, table, 0.1 * rows, 0.9 * rows, eps, *incoming, loudness=1.4) == []
+
+
 def test_16_bit_rounding_is_torch_s(tier):
     """Results of every size, subnormals, overflow and ties among them, rounded to 16 bits as torch rounds."""
     values = torch.cat((torch.randn(500), 10.0 ** torch.linspace(-9, 6, 500), torch.tensor([0.0, 65519.0, 65520.0])))

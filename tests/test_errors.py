@@ -9,6 +9,49 @@ from smoothie_kernels.backends import cpu
 X, TABLE = torch.randn(2, 3, 8), torch.randn(20, 8)
 INT_ROWS = torch.zeros(2, 3, dtype=torch.int64)
 
+# What offset and field_weights are, and what comes of it; of noise.gaussian too.
+FIELD_ERRORS = [
+    ({"offset": "7", "field_weights": [1]}, TypeError, "or several: a sequence of ints or a 1-d int64 tensor, got str"),
+    ({"offset": [1, 2.0], "field_weights": [1, 1]}, TypeError, "offset must be an int .* or several: .*, got float"),
+    (
+        {"offset": [1, 2**64], "field_weights": [1, 1]},
+        ValueError,
+        "offset must fit in 64 bits, got 18446744073709551616",
+    ),
+    ({"offset": torch.ones(2), "field_weights": [1, 1]}, TypeError, r"got torch.float32 tensor of shape \[2\]"),
+    (
+        {"offset": torch.ones(2, 1).long(), "field_weights": [1, 1]},
+        ValueError,
+        "field_weights must be None where offset",
+    ),
+    ({"offset": torch.ones(2, 1).long()}, TypeError, r"got torch.int64 tensor of shape \[2, 1\]"),
+    ({"offset": [], "field_weights": []}, ValueError, "offset must have at least one entry, got none"),
+    (
+        {"offset": torch.ones(0).long(), "field_weights": []},
+        ValueError,
+        "offset must have at least one entry, got none",
+    ),
+    ({"offset": [1]}, ValueError, "field_weights must be given where offset is several, got None for list"),
+    ({"offset": torch.ones(1).long()}, ValueError, "where offset is several, got None for torch.int64 tensor"),
+    ({"offset": 1, "field_weights": [1.0]}, ValueError, "field_weights must be None where offset is one, got list"),
+    ({"field_weights": torch.ones(1)}, ValueError, "must be None where offset is one, got torch.float32 tensor"),
+    ({"offset": [1, 2], "field_weights": [1]}, ValueError, "field_weights must have 2 entries as offset has, got 1"),
+    ({"offset": [1, 2], "field_weights": 1.0}, TypeError, "must be a sequence of numbers or a 1-d tensor, got float"),
+    ({"offset": [1, 2], "field_weights": "12"}, TypeError, "must be a sequence of numbers or a 1-d tensor, got str"),
+    ({"offset": [1, 2], "field_weights": [1, "2"]}, TypeError, "field_weights must be numbers, got str"),
+    ({"offset": [1, 2], "field_weights": [1, float("nan")]}, ValueError, "field_weights must be finite, got nan"),
+    ({"offset": [1, 2], "field_weights": torch.tensor([-1, -float("inf")])}, ValueError, "finite, got -inf"),
+    ({"offset": [1, 2], "field_weights": torch.ones(3)}, ValueError, r"must have shape \[2\] as offset has, got \[3\]"),
+    ({"offset": [1, 2], "field_weights": torch.ones(2, 1)}, ValueError, r"\[2\] as offset has, got \[2, 1\]"),
+    ({"offset": [1, 2], "field_weights": torch.ones(2).long()}, TypeError, "1-d tensor of floats, got torch.int64"),
+    ({"offset": [1, 2], "field_weights": torch.ones(2).requires_grad_()}, ValueError, "field_weights must not require"),
+    (
+        {"offset": [1, 2], "field_weights": torch.ones(2, device="meta")},
+        ValueError,
+        "on the device of x, cpu, got meta",
+    ),
+]
+
 # What is changed in fused_smoothie_step(X, TABLE, 0.1, 0.9, seed=0), and what comes of it.
 STEP_ERRORS = [
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
@@ -43,8 +86,10 @@ STEP_ERRORS = [
     ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
     ({"seed": 2**64}, ValueError, "seed must fit in 64 bits, got 18446744073709551616"),
     ({"seed": torch.zeros(2, dtype=torch.int64)}, TypeError, r"seed must be an int .* tensor of shape \[2\]"),
-    ({"offset": torch.tensor(1.0)}, TypeError, "offset must be an int or a 0-d int64 tensor, got torch.float32 tensor"),
-    ({"offset": None}, TypeError, "offset must be an int or a 0-d int64 tensor, got NoneType"),
+    ({"offset": torch.tensor(1.0)}, TypeError, "offset must be an int or a 0-d int64 tensor, or several: .*float32"),
+    ({"offset": None}, TypeError, "offset must be an int or a 0-d int64 tensor, or several: .*, got NoneType"),
+    ({"offset": 2**64}, ValueError, "offset must fit in 64 bits, got 18446744073709551616"),
+    *FIELD_ERRORS,
     ({"row_offset": 1.0}, TypeError, "row_offset must be an int, got float"),
     ({"row_offset": -1}, ValueError, r"row_offset must keep row ids in \[0, 2\*\*32\), got -1 with 6 rows"),
     ({"row_offset": 2**32 - 5}, ValueError, r"row_offset must keep row ids in \[0, 2\*\*32\)"),
@@ -100,6 +145,7 @@ def test_nearest_token(change, error, message):
         ({"row_ids": torch.tensor([0, 1])}, ValueError, r"row_ids must have the shape of x.shape\[:-1\], \[3\]"),
         ({"row_ids": torch.tensor([0, 1, -7])}, ValueError, r"row_ids must be in \[0, 2\*\*32\), got -7"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
+        *FIELD_ERRORS,
     ],
 )
 def test_gaussian(change, error, message):

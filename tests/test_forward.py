@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from cases import CASES, inputs
+from cases import CASES, FIELDS, inputs, loudness
 from conftest import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +40,67 @@ def test_against_float64(backend, case):
     eps = noise.gaussian(n, v, seed=3, offset=1, row_offset=5, backend="reference").to(x.device)
     rows = torch.ones(n, device=x.device)
     assert check_step(step, x, table, mu * rows, std * rows, eps) == []
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_sum_of_fields(backend, fields):
+    offset, weights, std = FIELDS[fields]
+    x, table = inputs(33, 301, 24, 1.0, device_of(backend))
+    where = {"seed": 3, "offset": offset, "field_weights": weights, "row_offset": 2**32 - 33}
+    step = fused_smoothie_step(x, table, 0.1, std, **where, backend=backend)
+    eps = noise.gaussian(33, 301, **where, backend="reference").to(x.device)
+    rows = torch.ones(33, device=x.device)
+    assert check_step(step, x, table, 0.1 * rows, std * rows, eps, loudness=loudness(weights)) == []
+    words = [o - 2**64 if o >= 2**63 else o for o in offset]
+    where |= {"offset": torch.tensor(words).to(x.device), "field_weights": torch.tensor(weights).to(x.device)}
+    of_tensors = fused_smoothie_step(x, table, 0.1, std, **where, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(step[:4], of_tensors[:4], strict=True))
+    wide = torch.stack((where["offset"], where["offset"]), 1)[:, 0], torch.tensor(weights).double().to(x.device)
+    where |= {"offset": wide[0], "field_weights": wide[1]}  # neither contiguous nor of the sums' type
+    of_others = fused_smoothie_step(x, table, 0.1, std, **where, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(step[:4], of_others[:4], strict=True))
+
+
+@pytest.mark.parametrize(("n", "far"), [(1, 0.0), (20, 30.0)])
+def test_sum_of_many_fields(backend, n, far):
+    """So many that the largest noise is far below what it could be; rows far from all tokens among others."""
+    if backend == "triton" and device_of(backend) == "cpu":
+        pytest.skip("too many for the interpreter")
+    x, table = inputs(n, 140, 16, 1.0, device_of(backend))
+    x[::2] += far
+    where = {"seed": 3, "offset": range(300), "field_weights": [(-1) ** f / 300**0.5 for f in range(300)]}
+    step = fused_smoothie_step(x, table, 0.1, 0.9, **where, backend=backend)
+    eps = noise.gaussian(n, 140, **where, backend="reference").to(x.device)
+    assert 0.9 < eps.std() < 1.1
+    rows = torch.ones(n, device=x.device)
+    assert check_step(step, x, table, 0.1 * rows, 0.9 * rows, eps, loudness=300**0.5) == []
+
+
+def test_fields_that_are_one(backend):
+    """One field of weight 1 has the bits of the field as it is; a weight is a factor of std, equal offsets add."""
+    x, table = inputs(20, 200, 16, 1.0, device_of(backend))
+
+    def step(std, **fields):
+        return fused_smoothie_step(x, table, 0.1, std, seed=3, backend=backend, **fields)
+
+    plain = step(0.9, offset=5)
+    for a, b in zip(plain[:4], step(0.9, offset=[5], field_weights=[1])[:4], strict=True):
+        assert torch.equal(a, b)
+    for fields in (([5], [2.0]), ([5, 5], [1.0, 1.0]), ([5, 6, 5], [2.5, 0.0, -0.5])):
+        found = step(0.45, offset=fields[0], field_weights=fields[1])
+        assert relative_error(found.smoothed, plain.smoothed) <= 2e-6
+        torch.testing.assert_close(found.lse, plain.lse, rtol=1e-6, atol=2e-6)
+        assert torch.equal(found.noisy_tokens, plain.noisy_tokens)
+    assert not torch.equal(step(0.9, offset=[5], field_weights=[-1.0]).lse, plain.lse)
+
+
+def test_weights_are_float64_for_float64():
+    x, table = inputs(5, 60, 8, 1.0, device_of("reference"), torch.float64)
+    where = {"offset": [1, 2], "field_weights": [0.1, 0.7], "seed": 3, "backend": "reference"}
+    step, ids = fused_smoothie_step(x, table, 0.1, 3.0, **where), torch.arange(5, device=x.device)
+    eps = 0.1 * noise.normals(ids, 0, 60, 3, 1) + 0.7 * noise.normals(ids, 0, 60, 3, 2)
+    rows = torch.ones_like(ids).double()
+    assert check_step(step, x, table, 0.1 * rows, 3.0 * rows, eps) == []
 
 
 @pytest.mark.parametrize("table_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)

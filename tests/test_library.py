@@ -7,20 +7,22 @@ from conftest import DEVICE, device_of
 from smoothie_kernels import Vocabulary, fused_smoothie_step, library, nearest_token, noise
 
 
-def step_args(backend="auto"):
+def step_args(backend="auto", weights=None):
     table = torch.randn(40, 8, device=DEVICE)
     rows = torch.ones(6, device=DEVICE)
-    seed = torch.tensor(3)
+    seed, offsets = torch.tensor(3), torch.arange(len(weights or [1]))
+    weights = None if weights is None else torch.tensor(weights, device=DEVICE)
     x, bias = table[:6] + 0.1, Vocabulary(table).bias
     return (
-        x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, torch.tensor(0), 0, 1.5, True, 2**28,
+        x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, offsets, weights, 0, 1.5, True, 2**28,
         "full", 0, 1.0, backend,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]], ids=["one field", "three"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_opcheck(backend):
-    x, table, bias, *_ = args = step_args(backend)
+def test_opcheck(backend, weights):
+    x, table, bias, *_ = args = step_args(backend, weights)
     torch.library.opcheck(library.step_fwd, args)
     torch.library.opcheck(library.step_fwd, [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]])
     args = (*args[:-3], 4, *args[-2:])  # the four largest logits
@@ -38,7 +40,7 @@ def test_opcheck(backend):
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, backend))
     torch.library.opcheck(library.column_bias, (table, True, backend))
     like = x.new_empty(6, 0)
-    torch.library.opcheck(library.gaussian, (like, 11, None, torch.tensor(3), torch.tensor(0), 5, backend))
+    torch.library.opcheck(library.gaussian, (like, 11, None, *args[6:9], 5, backend))
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["table", "vocabulary"])
@@ -55,6 +57,27 @@ def test_compile_fullgraph(bare):
     for mu, std, offset in ((0.1, 0.9, 0), (0.2, 0.8, 1), (torch.rand(2, 1, device=DEVICE), 0.0, 2)):
         for a, b in zip(compiled(x, mu, std, offset), both(x, mu, std, offset), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_compile_with_several_fields():
+    """Numbers or tensors, their values and how many they are may change; forward and backward."""
+    table = torch.randn(50, 16, device=DEVICE)
+    x = torch.randn(9, 16, device=DEVICE, requires_grad=True)
+
+    def loss(x, offset, weights):
+        step = fused_smoothie_step(x, table, 0.1, 0.9, seed=7, offset=offset, field_weights=weights)
+        eps = noise.gaussian(9, 50, seed=7, offset=offset, field_weights=weights, device=x.device)
+        return step.lse.sum() + step.smoothed.square().sum() + eps.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ranges = torch.arange(3), torch.arange(3) + 2**40, torch.arange(5)
+    for offset, weights in (
+        ([1, 2], [0.5, 0.25]), ([3, 4], [0.125, -2.0]), ([-1, 2**62, 5], [1.0, 2.0, 3.0]),
+        *((r.to(DEVICE), torch.randn(len(r), device=DEVICE)) for r in ranges),
+    ):  # fmt: skip
+        found, expected = (f(x, offset, weights) for f in (compiled, loss))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(of, x)[0] for of in (found, expected)))
 
 
 def test_compile_dynamic_rows():
@@ -79,6 +102,13 @@ def test_values_are_checked_under_compile():
     compiled = torch.compile(lambda x, std: fused_smoothie_step(x, table, 0.1, std, seed=0).lse, fullgraph=True)
     with pytest.raises(ValueError, match="std must not be negative"):
         compiled(torch.randn(3, 16), torch.tensor([0.1, -0.1, 0.1]))
+    weighted = torch.compile(
+        lambda x, w: fused_smoothie_step(x, table, 0.1, 0.9, seed=0, offset=[1, 2], field_weights=w).lse,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(ValueError, match="field_weights must be finite, got inf"):
+        weighted(torch.randn(3, 16), torch.tensor([0.1, float("inf")]))
 
 
 def test_fake_tensors():
@@ -89,6 +119,9 @@ def test_fake_tensors():
         assert (step.lse.shape, step.lse.dtype) == ((4, 7), torch.float32)
         assert step.tokens.dtype == torch.int64
         assert noise.gaussian(3, 5, seed=0).shape == (3, 5)
+        fields = {"offset": [1, 2], "field_weights": [0.5, 0.5]}
+        assert fused_smoothie_step(x, table, 0.1, 0.9, seed=0, **fields).lse.shape == (4, 7)
+        assert noise.gaussian(3, 5, seed=0, **fields).shape == (3, 5)
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["table", "vocabulary"])
@@ -153,6 +186,10 @@ def test_vmap(backend):
         samples = [[a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)] for i in range(4)]
         for a, b in zip(found, zip(*(step(*s) for s in samples), strict=True), strict=True):
             torch.testing.assert_close(a, torch.stack(b))
+    fields = {"seed": 3, "offset": [4, 5], "field_weights": [0.5, -2.0], "backend": backend}
+    lse = torch.func.vmap(lambda x: fused_smoothie_step(x, table, 0.1, 0.9, **fields).lse)(x)
+    one_by_one = torch.stack([fused_smoothie_step(sample, table, 0.1, 0.9, **fields).lse for sample in x])
+    torch.testing.assert_close(lse, one_by_one)
     one_row = torch.func.vmap(lambda x: nearest_token(x, table, backend=backend).tokens)(x)
     assert torch.equal(one_row, nearest_token(x, table, backend=backend).tokens)
 
@@ -163,6 +200,17 @@ def test_vmap_says_what_it_cannot():
         torch.func.vmap(lambda table: fused_smoothie_step(x, table, 0.1, 0.9, seed=3).lse)(tables)
     with pytest.raises(NotImplementedError, match="one seed for all samples"):
         torch.func.vmap(lambda seed: fused_smoothie_step(x, tables[0], 0.1, 0.9, seed=seed).lse)(torch.arange(4))
+
+    def lse(**fields):
+        return fused_smoothie_step(x, tables[0], 0.1, 0.9, seed=3, **fields).lse
+
+    several, weights = torch.arange(8).view(4, 2), torch.rand(4, 2)
+    with pytest.raises(NotImplementedError, match="one offset for all samples"):
+        torch.func.vmap(lambda offset: lse(offset=offset))(torch.arange(4))
+    with pytest.raises(NotImplementedError, match="one offset for all samples"):
+        torch.func.vmap(lambda offset: lse(offset=offset, field_weights=weights[0]))(several)
+    with pytest.raises(NotImplementedError, match="one field_weights for all samples"):
+        torch.func.vmap(lambda weights: lse(offset=[1, 2], field_weights=weights))(weights)
     with pytest.raises(NotImplementedError, match="one embeddings for all samples"):
         torch.func.vmap(lambda table: nearest_token(x, table).tokens)(tables)
 
@@ -187,12 +235,17 @@ def test_batched_gradients(backend):
 def test_cuda_graph_draws_new_noise():
     x, table = torch.randn(40, 64, device=DEVICE, requires_grad=True), torch.randn(500, 64, device=DEVICE)
     vocabulary, seed = Vocabulary(table), torch.tensor(3, device=DEVICE)
-    offset = torch.tensor(0, device=DEVICE)
+    offset, several = torch.tensor(0, device=DEVICE), torch.arange(3, device=DEVICE)
+    fields = {"offset": [1, 2], "field_weights": [0.5, -0.5]}  # numbers are filled in
 
     def step():
         smoothed = fused_smoothie_step(x, vocabulary, 0.1, 0.9, seed=seed, offset=offset).smoothed
+        smoothed = smoothed + fused_smoothie_step(x, vocabulary, 0.1, 0.9, seed=seed, **fields).smoothed
+        weighted = {"offset": several, "field_weights": weights}
+        smoothed = smoothed + fused_smoothie_step(x, vocabulary, 0.1, 0.9, seed=seed, **weighted).smoothed
         return smoothed, *torch.autograd.grad(smoothed.square().sum(), x)
 
+    weights = torch.rand(3, device=DEVICE)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         step()  # compiles
@@ -202,6 +255,8 @@ def test_cuda_graph_draws_new_noise():
         captured = step()
     for k in (0, 1, 5):
         offset.fill_(k)
+        several.add_(k)
+        weights.mul_(-1.5)
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             torch.testing.assert_close(a, b)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from cases import FIELDS, loudness
 from conftest import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +125,23 @@ def test_seed_and_offset_as_tensors(backend):
     assert torch.equal(ints, tensors)
 
 
+@pytest.mark.parametrize("fields", FIELDS)
+def test_sum_of_fields(backend, fields):
+    offsets, weights, _ = FIELDS[fields]
+    ids = torch.tensor([0, 2**32 - 1, 77])
+    exact = sum(w * noise.normals(ids, 0, 31, -3, offset) for w, offset in zip(weights, offsets, strict=True))
+    where = {"seed": -3, "row_ids": ids.to(device_of(backend))}
+    found = field(backend, 3, 31, offset=offsets, field_weights=weights, **where)
+    error = found - exact
+    assert error.abs().max() <= MAX_ERROR * loudness(weights)
+    assert error.square().mean().sqrt() <= RMS_ERROR * loudness(weights)
+    assert found.abs().max() <= noise.MAX_ABS_NORMAL * loudness(weights)
+    words = torch.tensor([o - 2**64 if o >= 2**63 else o for o in offsets])
+    weights = torch.tensor(weights).to(device_of(backend))
+    assert torch.equal(field(backend, 3, 31, offset=words, field_weights=weights, **where), found)
+
+
 def test_empty(backend):
     assert field(backend, 0, 5, seed=0).shape == (0, 5)
     assert field(backend, 5, 0, seed=0).shape == (5, 0)
+    assert field(backend, 0, 5, seed=0, offset=[1, 2], field_weights=[1, 2]).shape == (0, 5)

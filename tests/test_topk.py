@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, inputs
+from cases import CASES, FIELDS, inputs, loudness
 from conftest import DEVICE, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +124,19 @@ def test_exact(backend, case):
         assert (step.topk.values.dtype, step.topk.indices.dtype) == (torch.float32, torch.int64)
         if k == v:
             assert step.topk.tail_mass.max() <= 2e-6 * max(1.0, float(std.max()))
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_of_a_sum_of_fields(backend, fields):
+    offset, weights, std = FIELDS[fields]
+    x, table = inputs(9, 150, 24, 1.0, device_of(backend))
+    where = {"seed": 3, "offset": offset, "field_weights": weights}
+    mu, std = 0.1 * torch.ones(9, device=x.device), std * torch.ones(9, device=x.device)
+    step = fused_smoothie_step(x, table, mu, std, **where, topk=7, backend=backend)
+    eps, loud = noise.gaussian(9, 150, **where, backend="reference").to(x.device), loudness(weights)
+    assert check_step(step, x, table, mu, std, eps, loudness=loud) == []
+    assert check_topk(step.topk, x, table, mu, std, eps, loudness=loud) == []
+    assert torch.equal(step.topk.indices[:, 0], step.noisy_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -446,8 +459,8 @@ def library_args(backend, **how):
     bias = Vocabulary(table, backend=backend).bias
     given = {"smooth": "topk", "topk": 5, "recall_target": 1.0} | how
     return (
-        table[:6] + 0.1, table, bias, 0.1 * rows, 0.9 * rows, None, zero, zero, 0, 1.5, True, 2**28, *given.values(),
-        backend,
+        table[:6] + 0.1, table, bias, 0.1 * rows, 0.9 * rows, None, zero, zero[None], None, 0, 1.5, True, 2**28,
+        *given.values(), backend,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from smoothie_kernels.backends import triton as backend
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-from smoothie_kernels.backends.triton import forward, parts  # noqa: E402  (they import triton)
+from smoothie_kernels.backends.triton import forward, launch, parts  # noqa: E402  (they import triton)
 from smoothie_kernels.backends.triton.merge import Parts, merge  # noqa: E402
 from smoothie_kernels.backends.triton.tiles import FAMILIES, TILES, Tile, pick_splits, pick_tile  # noqa: E402
 
@@ -119,12 +119,16 @@ class Step(NamedTuple):
     best_logit: torch.Tensor
 
 
-def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0):
+def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0, field_weights=None):
     rows = torch.ones(len(x), device=x.device)
     seed, offset = words_of(3, 1)
+    offsets = offset.reshape(1)
+    if field_weights is not None:
+        offsets = offset - 2**40 * torch.arange(len(field_weights), device=x.device)
+        field_weights = torch.tensor(field_weights, device=x.device)
     return StepInputs(
-        x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, row_offset, seed, offset,
-        sigma_min=1.5, workspace=0,
+        x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, row_offset, seed, offsets,
+        field_weights, sigma_min=1.5, workspace=0,
     )  # fmt: skip
 
 
@@ -188,6 +192,13 @@ def test_tiles_do_not_matter(tile, std):
     tokens, distance = forward.nearest_fwd(x, table, bias, OTHER_TILES[tile])
     assert torch.equal(tokens, found.tokens)
     torch.testing.assert_close(distance, forward.nearest_fwd(x, table, bias)[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("tile", "splits"), [(None, None), (SHORT, 2), (OTHER_TILES["one tile"], 3)])
+def test_sum_of_fields_in_all_tiles(tile, splits):
+    x, table = inputs(18, 75, 40)
+    how = {"field_weights": [0.7, -1.1, 0.0, 0.4], "row_offset": 2**32 - 7}
+    assert_same_step(step(x, table, tile, splits, **how), exact_step(x, table, **how))
 
 
 # Of 5 tiles: 7 parts leave some empty.
@@ -446,6 +457,15 @@ def test_seed_and_offset_may_be_on_the_device():
     seed, offset = words_of(-7, 2**40)
     tensors = fused_smoothie_step(x, table, 0.05, 0.99, seed=seed, offset=offset, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(numbers[:4], tensors[:4], strict=True))
+
+
+def test_numbers_are_brought_to_the_device():
+    """One by one, so that a CUDA graph can hold it; what stands there is taken as it is."""
+    for numbers in (torch.tensor(-(2**63) + 1), torch.tensor([2**40, -1, 0]), torch.tensor([0.1, -2.5])):
+        there = launch.on_device(torch.device("meta"), numbers)
+        assert (there.shape, there.dtype, there.device.type) == (numbers.shape, numbers.dtype, "meta")
+        assert launch.on_device(numbers.device, numbers) is numbers
+        assert torch.equal(launch.fill_like(numbers, numbers.device), numbers)
 
 
 # --- where it cannot run

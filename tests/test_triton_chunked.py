@@ -37,15 +37,21 @@ def runs_here():
         pytest.skip(f"triton: {reason}")
 
 
-def inputs(n, v, d, mu=0.05, std=0.99, scale=1.0, *, x_type=torch.float32, table_type=None, workspace=DEFAULT):
+def inputs(
+    n, v, d, mu=0.05, std=0.99, scale=1.0, *, x_type=torch.float32, table_type=None, workspace=DEFAULT,
+    field_weights=None,
+):  # fmt: skip
     table = torch.randn(v, d)
     x = (scale * (table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d))).to(DEVICE, x_type)
     table = table.to(DEVICE, table_type or x_type)
     rows = torch.ones(n, device=DEVICE)
-    seed, offset = (torch.tensor(word, device=DEVICE) for word in (3, 1))
+    seed, offsets = torch.tensor(3, device=DEVICE), torch.tensor([1], device=DEVICE)
+    if field_weights is not None:
+        offsets = 1 + 2**40 * torch.arange(len(field_weights), device=DEVICE)
+        field_weights = torch.tensor(field_weights, device=DEVICE)
     return StepInputs(
         x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, ROW_OFFSET,
-        seed, offset, 1.5, workspace,
+        seed, offsets, field_weights, 1.5, workspace,
     )  # fmt: skip
 
 
@@ -58,12 +64,19 @@ def mean(how, tile=None):
 def field(how):
     """std [N] and the noise [N, V]."""
     ids = how.row_offset + torch.arange(len(how.x)) if how.row_ids is None else how.row_ids.cpu()
-    eps = noise.gaussian(len(how.x), len(how.embeddings), seed=3, offset=1, row_ids=ids, backend="reference")
+    offset, weights = how.offsets.cpu(), None if how.field_weights is None else how.field_weights.cpu()
+    where = {"seed": 3, "offset": offset[0] if weights is None else offset, "field_weights": weights, "row_ids": ids}
+    eps = noise.gaussian(len(how.x), len(how.embeddings), **where, backend="reference")
     return torch.zeros_like(how.mu) if how.std is None else how.std, eps.to(DEVICE)
 
 
+def loudness(how):
+    return 1.0 if how.field_weights is None else float(how.field_weights.abs().sum())
+
+
 def wrong_step(how, outputs):
-    return check_step(SmoothieStep(*outputs[:4]), how.x, how.embeddings, how.mu, *field(how))
+    given = how.x, how.embeddings, how.mu, *field(how)
+    return check_step(SmoothieStep(*outputs[:4]), *given, loudness=loudness(how))
 
 
 def incoming(how, *, smoothed=True, lse=True):
@@ -84,7 +97,8 @@ def wrong_gradients(how, found, grads):
     lse = torch.zeros_like(how.mu) if grads.lse is None else grads.lse
     # P and dS are rounded to bfloat16, like the naive form's: an error of terms, which may cancel in their sum.
     cancelled = 0.25 if how.x.dtype == how.embeddings.dtype == torch.bfloat16 else 0.0
-    return check_gradients(found, how.x, how.embeddings, how.mu, *field(how), smoothed, lse, cancelled=cancelled)
+    given = how.x, how.embeddings, how.mu, *field(how)
+    return check_gradients(found, *given, smoothed, lse, cancelled=cancelled, loudness=loudness(how))
 
 
 # --- forward
@@ -121,6 +135,20 @@ def test_forward_blocks_do_not_matter(x_type):
         assert torch.equal(found.noisy_tokens, expected.noisy_tokens)
         for name in ("lse", "best_score", "log_sum"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=2e-6, atol=2e-6)
+
+
+WEIGHTS = [0.7, -1.1, 0.0, 0.4]
+
+
+@pytest.mark.parametrize(("std", "x_type"), [(0.99, torch.float32), (0.99, torch.bfloat16), (8.0, torch.float32)])
+def test_sum_of_fields(std, x_type):
+    """Forward and backward; with std 8 the reference knows how loud the sum can be."""
+    how = inputs(21, 141, 24, std=std, x_type=x_type, workspace=TINY, field_weights=WEIGHTS)
+    assert wrong_step(how, mean(how, SMALL)) == []
+    highest = chunked._empty_parts(how, 1).highest
+    torch.testing.assert_close(highest, torch.full_like(highest, 6.77 * std * 2.2 - chunked.HEADROOM))
+    grads = incoming(how)
+    assert wrong_gradients(how, backward(how, grads, tile=SMALL), grads) == []
 
 
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)

@@ -41,14 +41,19 @@ def pick(monkeypatch):
     return of
 
 
-def inputs(n, v, d=24, *, mu=0.3, std=0.99, dtype=torch.float32, workspace=2**28, mean=False, **how):
+def inputs(
+    n, v, d=24, *, mu=0.3, std=0.99, dtype=torch.float32, workspace=2**28, mean=False, field_weights=None, **how
+):
     table = torch.randn(v, d)
     x = (table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d)).to(DEVICE, dtype)
     rows = torch.ones(n, device=DEVICE)
-    seed, offset = (torch.tensor(word, device=DEVICE) for word in (3, 1))
+    seed, offsets = torch.tensor(3, device=DEVICE), torch.tensor([1], device=DEVICE)
+    if field_weights is not None:
+        offsets = 1 - 2**40 * torch.arange(len(field_weights), device=DEVICE)
+        field_weights = torch.tensor(field_weights, device=DEVICE)
     step = StepInputs(
-        x, table.to(DEVICE, dtype), rows, mu * rows, std * rows if std else None, None, 2**32 - 5, seed, offset, 1.5,
-        workspace, mean, **how,
+        x, table.to(DEVICE, dtype), rows, mu * rows, std * rows if std else None, None, 2**32 - 5, seed, offsets,
+        field_weights, 1.5, workspace, mean, **how,
     )  # fmt: skip
     return step._replace(bias=forward.column_bias(step.embeddings))
 
@@ -70,7 +75,7 @@ def all_logits(how):
     wide = in_double(how)
     scores = wide.x @ wide.embeddings.T + wide.bias
     ids = (how.row_offset + torch.arange(len(how.x), device=DEVICE)) % 2**32
-    eps = noise.normals(ids, 0, scores.shape[1], int(how.seed), int(how.offset)).double()
+    eps = noise.normals(ids, 0, scores.shape[1], int(how.seed), int(how.offsets)).double()
     std = 0.0 if wide.std is None else wide.std[:, None]
     return (wide.mu / how.sigma_min**2)[:, None] * (scores - scores.amax(1, keepdim=True)) + std * eps
 
@@ -165,6 +170,12 @@ def test_exact_against_float64(n, v, k, mu, std):
     found = backend.step_fwd(how)
     assert found.smoothed.shape == (n, 0)
     assert_same(found, exact_step(how))
+
+
+@pytest.mark.parametrize("buckets", [None, Buckets(128, 2)])
+def test_sum_of_fields(buckets, pick):
+    how = with_buckets(inputs(7, 300, topk=9, field_weights=[0.7, -1.1, 0.0, 0.4]), buckets, pick)
+    assert_same(backend.step_fwd(how), exact_step(how))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "../philox.h"
 #include "tiers.h"
@@ -61,25 +62,37 @@ Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
   return p;
 }
 
+// The keys of all fields, once per call.
+std::vector<smoothie::NoiseField> noise_fields(int64_t seed, const Tensor& offsets,
+                                               const std::optional<Tensor>& weights) {
+  std::vector<smoothie::NoiseField> fields;
+  for (int64_t f = 0; f < offsets.size(0); ++f) {
+    const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(pointer<int64_t>(offsets)[f]));
+    fields.push_back({key.key, key.row_shift, weights ? pointer<float>(*weights)[f] : 1.0f});
+  }
+  return fields;
+}
+
 template <class Params>
 Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const Tensor& mu,
-              const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset, int64_t seed,
-              int64_t offset, double sigma_min) {
+              const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset,
+              const std::vector<smoothie::NoiseField>& fields, double sigma_min) {
   Params p = inputs<Params>(x, embeddings, bias);
   p.mu = pointer<float>(mu);
   p.std = pointer_or_null<float>(std);
   p.row_ids = pointer_or_null<int64_t>(row_ids), p.row_offset = row_offset;
   p.sigma_min = float(sigma_min);
-  const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
-  p.noise_key = key.key, p.noise_row_shift = key.row_shift;
+  p.fields = fields.data(), p.n_fields = int64_t(fields.size());
   return p;
 }
 
 void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
-              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
-              std::string tier_name, std::optional<Tensor> smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse,
-              Tensor best_score, Tensor log_sum, Tensor top_logits, Tensor top_tokens) {
-  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min);
+              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
+              std::optional<Tensor> field_weights, double sigma_min, std::string tier_name,
+              std::optional<Tensor> smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse, Tensor best_score,
+              Tensor log_sum, Tensor top_logits, Tensor top_tokens) {
+  const auto fields = noise_fields(seed, offsets, field_weights);
+  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
   p.smoothed = pointer_or_null<void>(smoothed);
   p.tokens = pointer<int64_t>(tokens), p.noisy_tokens = pointer<int64_t>(noisy_tokens);
   p.lse = pointer<float>(lse), p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
@@ -89,11 +102,12 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
 }
 
 void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
-              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, double sigma_min,
-              std::string tier_name, Tensor smoothed, Tensor best_score, Tensor log_sum,
-              std::optional<Tensor> grad_smoothed, std::optional<Tensor> grad_lse, std::optional<Tensor> grad_x,
-              std::optional<Tensor> grad_embeddings) {
-  auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, seed, offset, sigma_min);
+              std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
+              std::optional<Tensor> field_weights, double sigma_min, std::string tier_name, Tensor smoothed,
+              Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed, std::optional<Tensor> grad_lse,
+              std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
+  const auto fields = noise_fields(seed, offsets, field_weights);
+  auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
   p.smoothed = pointer<void>(smoothed);
   p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
   p.grad_smoothed = pointer_or_null<void>(grad_smoothed), p.grad_lse = pointer_or_null<float>(grad_lse);
@@ -141,13 +155,14 @@ std::string supported_tiers() {
 STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
   m.def(
       "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, int offset, float sigma_min, str tier, Tensor(a!)? smoothed, Tensor(b!) tokens, "
-      "Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, Tensor(g!) top_logits, "
-      "Tensor(h!) top_tokens) -> ()");
+      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, str tier, Tensor(a!)? smoothed, "
+      "Tensor(b!) tokens, Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, "
+      "Tensor(g!) top_logits, Tensor(h!) top_tokens) -> ()");
   m.def(
       "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, int offset, float sigma_min, str tier, Tensor smoothed, Tensor best_score, Tensor log_sum, "
-      "Tensor? grad_smoothed, Tensor? grad_lse, Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
+      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, str tier, Tensor smoothed, Tensor best_score, "
+      "Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> "
+      "()");
   m.def(
       "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, str tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
   m.def("average(Tensor weights, Tensor tokens, Tensor embeddings, str tier, Tensor(a!) out) -> ()");

@@ -53,7 +53,7 @@ class StepBackward {
         splits_(splits),
         panels_(ceil_div(n_rows, kPanel)),
         padded_width_(ceil_div(params.width, kColumns) * kColumns),
-        keys_(params.noise_key),
+        noise_(params),
         layout_(n_rows, params.width),
         xt_(panels_ * kPanel * params.width),
         gt_(kMean ? panels_ * kPanel * params.width : 0),
@@ -135,7 +135,7 @@ class StepBackward {
     RowConstants row{score_scale(p_, r), 0.0f, p_.best_score[r], p_.log_sum[r], 0};
     if (kNoise) {
       row.std = p_.std[r];
-      row.noise_row = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+      row.row_id = int32_t(row_id(p_.row_ids, p_.row_offset, r));
     }
     return row;
   }
@@ -180,7 +180,7 @@ class StepBackward {
     if constexpr (kMean)
       score<S, kVectors, kGroup>(tile.rows, tile.stride, nullptr, gt_ + start, p_.width, tile.count, ds);
     for (int n = 0; n < kVectors; ++n)
-      weigh_grad<S, kNoise, kMean>(p + n * kLanes, ds + n * kLanes, stride, tile.first, tile.count, keys_, s.eps,
+      weigh_grad<S, kNoise, kMean>(p + n * kLanes, ds + n * kLanes, stride, tile.first, tile.count, noise_, s.eps,
                                    s.rows[panel * 2 + n], s.columns);
     if (p_.grad_x) gather<S, kVectors, kGroup>(tile.rows, tile.stride, ds, p_.width, tile.count, s.ot + start);
   }
@@ -238,7 +238,7 @@ class StepBackward {
   const StepBwdParams& p_;
   const Threads& threads_;
   int64_t first_, n_rows_, splits_, panels_, padded_width_;
-  RoundKeys<S> keys_;
+  Noise<S> noise_;
   Layout<S> layout_;
   Buffer<float> xt_, gt_;                // [panel][D][lanes]
   Buffer<float> x_columns_, g_columns_;  // [D / kColumns][row][kColumns]

@@ -8,9 +8,9 @@
 //         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
 //     finish: smoothed = ot / sum, lse = ref + log(sum)
 //
-// Logits are at most 6.77 std (distances are never positive), so no running maximum: `ref` is fixed beforehand and
-// partial sums of any tiles add. Rows whose largest logit turns out far from it are done again: exact for every input,
-// another pass only for the rows that need one.
+// Logits are at most 6.77 std sum_f |weight_f| (distances are never positive), so no running maximum: `ref` is fixed
+// beforehand and partial sums of any tiles add. Rows whose largest logit turns out far from it are done again: exact
+// for every input, another pass only for the rows that need one.
 #pragma once
 
 #include <cmath>
@@ -25,8 +25,8 @@
 namespace smoothie {
 namespace {  // one copy per tier
 
-constexpr int kBlockPanels = 8;  // panels that share a tile: xt and ot of 256 rows x 384 columns take 0.8 MB of L2
-constexpr float kMaxNormal = 6.77f;
+constexpr int kBlockPanels = 8;      // panels that share a tile: xt and ot of 256 rows x 384 columns take 0.8 MB of L2
+constexpr float kMaxNormal = 6.77f;  // of one field
 // Where a row's maximum may lie over its reference: fp32 holds all that counts.
 constexpr float kLargest = 20.0f, kSmallest = -50.0f;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -118,7 +118,7 @@ class Step {
         n_rows_(n_rows),
         references_(references),
         pass_(pass),
-        keys_(params.noise_key),
+        noise_(params),
         plan_(make_plan(ceil_div(n_rows, kPanel), ceil_div(params.n_vocab, kTile), threads.count)),
         layout_(n_rows, params.width) {}
 
@@ -180,7 +180,7 @@ class Step {
     RowConstants row{score_scale(p_, r), 0.0f, ref.score, ref.logit, 0};
     if (kNoise) {
       row.std = p_.std[r];
-      row.noise_row = int32_t(row_id(p_.row_ids, p_.row_offset, r) + p_.noise_row_shift);
+      row.row_id = int32_t(row_id(p_.row_ids, p_.row_offset, r));
     }
     return row;
   }
@@ -199,7 +199,7 @@ class Step {
     const int64_t start = panel * p_.width * kPanel;
     score<S, kVectors, kGroup>(tile.rows, tile.stride, p_.bias + tile.first, s.xt + start, p_.width, tile.count, s.p);
     for (int n = 0; n < kVectors; ++n) {
-      weigh<S, kLogits, kNoise, kTop>(s.p + n * kLanes, kVectors * kLanes, tile.first, tile.count, keys_, s.eps,
+      weigh<S, kLogits, kNoise, kTop>(s.p + n * kLanes, kVectors * kLanes, tile.first, tile.count, noise_, s.eps,
                                       partial.state[panel * 2 + n]);
       if constexpr (kTop) keep_largest<S>(s.eps, tile.first, tile.count, partial.top[panel * 2 + n]);
     }
@@ -295,16 +295,24 @@ class Step {
   int64_t n_rows_;
   Reference* references_;
   int pass_;
-  RoundKeys<S> keys_;
+  Noise<S> noise_;
   Plan plan_;
   Layout<S> layout_;
 };
 
+// No |eps| is larger.
+inline float loudest(const StepInputs& p) {
+  double sum = 0.0;
+  for (int64_t f = 0; f < p.n_fields; ++f) sum += std::fabs(double(p.fields[f].weight));
+  return float(kMaxNormal * sum);
+}
+
 template <class S, bool kNoise, bool kTop>
 void step_with_logits(const StepParams& p, const Threads& threads) {
   Buffer<Reference> references(p.n_rows);
+  const float most_noise = loudest(p);
   half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, [&](int64_t i, double half_square) {
-    const float highest = kNoise ? kMaxNormal * p.std[i] : 0.0f;
+    const float highest = kNoise ? most_noise * p.std[i] : 0.0f;
     references[i] = {float(half_square), highest > kLargest ? highest - kLargest : 0.0f, half_square, false};
   });
   Buffer<int64_t> rows(p.n_rows);

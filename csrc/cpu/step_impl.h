@@ -29,7 +29,8 @@ void gaussian(const int64_t* row_ids, int64_t row_offset, int64_t n_rows, int64_
     for (int64_t i = 0; i < count; ++i) rows[i] = int32_t(row_id(row_ids, row_offset, first + i) + row_shift);
     for (int64_t j = 0; j < n_cols; j += kTile) {
       const int64_t cols = least(kTile, n_cols - j);
-      normals<S>(uint32_t(j >> 1), (cols + 1) / 2, S::load_int(rows), keys, eps);
+      normals<S>(uint32_t(j >> 1), (cols + 1) / 2, S::load_int(rows), keys, eps,
+                 [&](int64_t k, typename S::F normal) { S::store(eps + k * S::kLanes, normal); });
       for (int64_t i = 0; i < count; ++i)
         for (int64_t k = 0; k < cols; ++k) out[(first + i) * n_cols + j + k] = eps[k * S::kLanes + i];
     }

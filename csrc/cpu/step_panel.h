@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "step_params.h"
 #include "vector_math.h"
@@ -104,10 +105,49 @@ void gather(const float* tile, int64_t tile_stride, const float* p, int64_t widt
   });
 }
 
+// The noise of a call: the weighted sum of its fields.
+template <class S>
+class Noise {
+ public:
+  explicit Noise(const StepInputs& p) {
+    for (int64_t f = 0; f < p.n_fields; ++f)
+      fields_.push_back({RoundKeys<S>(p.fields[f].key), int32_t(p.fields[f].row_shift), p.fields[f].weight});
+  }
+
+  // eps [column][lanes] of `count` columns of a tile, for one vector of rows by their ids. first_column is even.
+  void make(int64_t first_column, int64_t count, typename S::I row_ids, float* eps) const {
+    using F = typename S::F;
+    const auto first_pair = uint32_t(first_column) >> 1;
+    const int64_t pairs = (count + 1) / 2;
+    const auto of_field = [&](const Field& field, float* words, const auto& put) {
+      normals<S>(first_pair, pairs, S::add_int(row_ids, S::set_int(field.row_shift)), field.keys, words, put);
+    };
+    const auto at = [&](int64_t column) { return eps + column * S::kLanes; };
+    if (fields_.size() == 1 && fields_[0].weight == 1.0f)
+      return of_field(fields_[0], eps, [&](int64_t column, F normal) { S::store(at(column), normal); });
+    const F first_weight = S::set(fields_[0].weight);
+    of_field(fields_[0], eps, [&](int64_t column, F normal) { S::store(at(column), S::mul(first_weight, normal)); });
+    alignas(64) float words[kTile * S::kLanes];
+    for (size_t f = 1; f < fields_.size(); ++f) {
+      const F weight = S::set(fields_[f].weight);
+      of_field(fields_[f], words,
+               [&](int64_t column, F normal) { S::store(at(column), S::fma(weight, normal, S::load(at(column)))); });
+    }
+  }
+
+ private:
+  struct Field {
+    RoundKeys<S> keys;
+    int32_t row_shift;
+    float weight;
+  };
+  std::vector<Field> fields_;
+};
+
 // What a row brings: weight = exp(scale (score - ref_score) + std eps - ref_logit).
 struct RowConstants {
   float scale = 0.0f, std = 0.0f, ref_score = 0.0f, ref_logit = 0.0f;
-  int32_t noise_row = 0;  // row id + row_shift
+  int32_t row_id = 0;  // of the noise
 };
 
 // The constants of a vector of rows and its running results, by lane.
@@ -115,13 +155,13 @@ template <class S>
 struct RowState {
   static constexpr int kLanes = S::kLanes;
   float scale[kLanes], std[kLanes], ref_score[kLanes], ref_logit[kLanes];
-  int32_t noise_row[kLanes];
+  int32_t row_id[kLanes];
   float best_score[kLanes], best_logit[kLanes];
   float sum[kLanes], sum_low[kLanes];  // of the weights, in two parts
   int32_t token[kLanes], noisy_token[kLanes];
 
   void begin(int64_t lane, const RowConstants& row) {
-    scale[lane] = row.scale, std[lane] = row.std, noise_row[lane] = row.noise_row;
+    scale[lane] = row.scale, std[lane] = row.std, row_id[lane] = row.row_id;
     ref_score[lane] = row.ref_score, ref_logit[lane] = row.ref_logit;
     best_score[lane] = best_logit[lane] = -std::numeric_limits<float>::infinity();
     sum[lane] = sum_low[lane] = 0.0f;
@@ -145,7 +185,7 @@ struct Best {
 // room for kTile columns of noise; where kTop it ends up with the logits, and their largest is left to whoever keeps
 // more of them.
 template <class S, bool kLogits, bool kNoise, bool kTop>
-void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys, float* eps,
+void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const Noise<S>& noise, float* eps,
            RowState<S>& rows) {
   using F = typename S::F;
   const F scale = S::load(rows.scale), std = S::load(rows.std);
@@ -153,8 +193,7 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
   Best<S> nearest{S::load(rows.best_score), S::load_int(rows.token)};
   Best<S> noisy{S::load(rows.best_logit), S::load_int(rows.noisy_token)};
   F sum = S::set(0.0f);
-  if constexpr (kNoise)
-    normals<S>(uint32_t(first_column) >> 1, (count + 1) / 2, S::load_int(rows.noise_row), keys, eps);
+  if constexpr (kNoise) noise.make(first_column, count, S::load_int(rows.row_id), eps);
   for (int64_t v = 0; v < count; ++v, p += stride, eps += S::kLanes) {
     const auto column = S::set_int(int32_t(first_column + v));
     const F score = S::load(p);
@@ -191,11 +230,11 @@ template <class S>
 struct RowGrads {
   static constexpr int kLanes = S::kLanes;
   float scale[kLanes], std[kLanes], ref_score[kLanes], ref_logit[kLanes], shift[kLanes];
-  int32_t noise_row[kLanes];
+  int32_t row_id[kLanes];
   float sum[kLanes];  // of dS
 
   void begin(int64_t lane, const RowConstants& row, float row_shift) {
-    scale[lane] = row.scale, std[lane] = row.std, noise_row[lane] = row.noise_row;
+    scale[lane] = row.scale, std[lane] = row.std, row_id[lane] = row.row_id;
     ref_score[lane] = row.ref_score, ref_logit[lane] = row.ref_logit;
     shift[lane] = row_shift, sum[lane] = 0.0f;
   }
@@ -204,14 +243,13 @@ struct RowGrads {
 // The scores p[v][lanes] of one vector of rows become P, and ds, which holds dP where kMean, becomes dS;
 // columns[v][lanes] takes the sum of dS over vectors of rows.
 template <class S, bool kNoise, bool kMean>
-void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64_t count, const RoundKeys<S>& keys,
+void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64_t count, const Noise<S>& noise,
                 float* eps, RowGrads<S>& rows, float* columns) {
   using F = typename S::F;
   const F scale = S::load(rows.scale), std = S::load(rows.std), shift = S::load(rows.shift);
   const F ref_score = S::load(rows.ref_score), ref_logit = S::load(rows.ref_logit);
   F sum = S::set(0.0f);
-  if constexpr (kNoise)
-    normals<S>(uint32_t(first_column) >> 1, (count + 1) / 2, S::load_int(rows.noise_row), keys, eps);
+  if constexpr (kNoise) noise.make(first_column, count, S::load_int(rows.row_id), eps);
   for (int64_t v = 0; v < count; ++v, p += stride, ds += stride, eps += S::kLanes, columns += S::kLanes) {
     F logit = S::sub(S::mul(scale, S::sub(S::load(p), ref_score)), ref_logit);
     if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);

@@ -7,6 +7,12 @@ namespace smoothie {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// One of the fields whose weighted sum is the noise: Philox4x32-10 of (seed, offset), see philox.h.
+struct NoiseField {
+  uint32_t key, row_shift;
+  float weight;
+};
+
 struct StepInputs {
   const void* x;           // [N, D] contiguous, x_dtype
   const void* table;       // [V, D] unit inner stride, table_dtype
@@ -19,7 +25,8 @@ struct StepInputs {
   int64_t table_stride;
   DType x_dtype, table_dtype;
   float sigma_min;
-  uint32_t noise_key, noise_row_shift;  // Philox4x32-10 of (seed, offset), see philox.h
+  const NoiseField* fields;  // [F]  the noise: eps_ij = sum_f weight_f normal_ij(key_f, row_shift_f)
+  int64_t n_fields;
 };
 
 struct StepParams : StepInputs {

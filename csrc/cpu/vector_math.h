@@ -104,27 +104,29 @@ inline void box_muller(typename S::I r0, typename S::I r1, typename S::F& first,
 
 constexpr int kPairsAtOnce = 4;
 
-// The noise of 2 * pairs columns for one vector of rows: eps [column][lanes], written in steps of 2 * kPairsAtOnce.
+// One field's noise of 2 * pairs columns for one vector of rows, shifted: put(column, normals) takes it. words
+// [column][lanes] is room for Philox's, written in steps of 2 * kPairsAtOnce; put may write there.
 //
 // Two loops, because the chain of dependent instructions from counter to weight is long: in one loop over all of it the
 // processor's window holds two columns and waits. Noise took 23 ms of a step with AVX2 (N = 512, V = 30,522, two
 // threads), 12 with the loops apart, 9 with four pairs side by side.
-template <class S>
-inline void normals(uint32_t first_pair, int64_t pairs, typename S::I rows, const RoundKeys<S>& keys, float* eps) {
+template <class S, class Put>
+inline void normals(uint32_t first_pair, int64_t pairs, typename S::I rows, const RoundKeys<S>& keys, float* words,
+                    const Put& put) {
   constexpr int kPairs = kPairsAtOnce;
   typename S::I r0[kPairs], r1[kPairs];
   for (int64_t i = 0; i < pairs; i += kPairs) {
     philox<S, kPairs>(first_pair + uint32_t(i), rows, keys, r0, r1);
     for (int k = 0; k < kPairs; ++k) {
-      S::store(eps + 2 * (i + k) * S::kLanes, S::as_float(r0[k]));
-      S::store(eps + (2 * (i + k) + 1) * S::kLanes, S::as_float(r1[k]));
+      S::store(words + 2 * (i + k) * S::kLanes, S::as_float(r0[k]));
+      S::store(words + (2 * (i + k) + 1) * S::kLanes, S::as_float(r1[k]));
     }
   }
   typename S::F even, odd;
-  for (int64_t i = 0; i < pairs; ++i, eps += 2 * S::kLanes) {
-    box_muller<S>(S::as_int(S::load(eps)), S::as_int(S::load(eps + S::kLanes)), even, odd);
-    S::store(eps, even);
-    S::store(eps + S::kLanes, odd);
+  for (int64_t i = 0; i < 2 * pairs; i += 2, words += 2 * S::kLanes) {
+    box_muller<S>(S::as_int(S::load(words)), S::as_int(S::load(words + S::kLanes)), even, odd);
+    put(i, even);
+    put(i + 1, odd);
   }
 }
 

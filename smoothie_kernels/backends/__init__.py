@@ -27,7 +27,8 @@ class StepInputs(NamedTuple):
     row_ids: Tensor | None  # [N], instead of row_offset + i
     row_offset: int
     seed: Tensor  # []
-    offset: Tensor  # []
+    offsets: Tensor  # [F]: the noise is the sum of so many fields
+    field_weights: Tensor | None  # [F], None for one field as it is; these three may be on the host
     sigma_min: float
     workspace: int  # bytes that a backend may take for weights of some rows and tokens
     mean: bool = True  # whether smoothed is wanted

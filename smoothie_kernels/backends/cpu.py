@@ -73,7 +73,7 @@ def _arguments(inputs: StepInputs) -> tuple[object, ...]:
     std = inputs.std if inputs.std is not None and inputs.std.any() else None
     return (
         inputs.x, inputs.embeddings, inputs.bias, inputs.mu, std, inputs.row_ids, inputs.row_offset,
-        int(inputs.seed), int(inputs.offset), inputs.sigma_min, tier(),
+        int(inputs.seed), inputs.offsets.cpu(), inputs.field_weights, inputs.sigma_min, tier(),
     )  # fmt: skip
 
 

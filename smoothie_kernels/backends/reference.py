@@ -153,8 +153,11 @@ def _rows(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
 def _noise(inputs: StepInputs, ids: Tensor, first: int, count: int) -> Tensor | float:
     if inputs.std is None:
         return 0.0
-    eps = noise.normals(ids, first, count, int(inputs.seed), int(inputs.offset))
-    return inputs.std[:, None] * eps.to(inputs.std.dtype)
+    eps: Tensor | float = 0.0
+    weights = [1.0] if inputs.field_weights is None else inputs.field_weights.tolist()
+    for weight, offset in zip(weights, inputs.offsets.tolist(), strict=True):
+        eps = weight * noise.normals(ids, first, count, int(inputs.seed), offset) + eps
+    return inputs.std[:, None] * torch.as_tensor(eps).to(inputs.std.dtype)
 
 
 def _keep_first_max(best: Tensor, index: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:

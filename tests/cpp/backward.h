@@ -82,7 +82,7 @@ void check_gradients(const Problem& problem, const Backward& b, const Gradients&
     }
     for (int64_t j = 0; j < v; ++j) sum += weight[size_t(j)] = std::exp(logit[size_t(j)] - best);
     for (int64_t j = 0; j < v; ++j) delta += (weight[size_t(j)] /= sum) * dot(g, j);
-    const double relative = 4 * logit_bound(scale, x2, table2, std) + 8 * kEps,
+    const double relative = 4 * logit_bound(scale, x2, table2, std * loudness(p)) + 8 * kEps,
                  lse = parts & kLse ? b.grad_lse[size_t(i)] : 0;
     std::vector<Sum> row(static_cast<size_t>(d));
     for (int64_t j = 0; j < v; ++j) {
@@ -118,8 +118,7 @@ void check_same(const Gradients& a, const Gradients& b, int parts) {
 void test_gradient_case(const Tier& tier, const Case& c, int parts, int n_threads) {
   Problem problem(tier, c);
   StepParams& p = problem.params;
-  const auto eps = array<float>(c.n * c.v, kNan);
-  tier.gaussian(p.row_ids, p.row_offset, c.n, c.v, p.noise_key, p.noise_row_shift, eps.get(), threads(1));
+  const auto eps = noise_of(tier, p);
   for (bool noise : {true, false}) {
     context = "gradients, " + name(tier, c, noise) + ", parts " + std::to_string(parts);
     if (!noise) p.std = nullptr;
@@ -139,7 +138,7 @@ void test_gradients(const Tier& tier) {
         Case c{n, v, d};
         c.x_dtype = kDTypes[count % 3], c.table_dtype = kDTypes[count / 3 % 3];
         c.gap = count % 4 == 1 ? 5 : 0, c.shift = count % 5 == 2;
-        c.row_ids = count % 7 % 3;
+        c.row_ids = count % 7 % 3, c.fields = count % 6 == 5 ? 3 : 0;
         test_gradient_case(tier, c, parts[count % 7], count % 3 + 1);
         ++count;
       }

@@ -136,12 +136,13 @@ struct Case {
   int row_ids = 0;             // 0: row_offset 0, 1: row_offset next to 2^32, 2: ids next to 2^32
   double mu = 0.7, std = 0.5;  // of row 0; other rows have others
   double far = 0.0;            // added to every second row of x
+  int fields = 0;              // of the noise; 0: one as it is
 };
 
 std::string name(const Tier& tier, const Case& c, bool noise) {
   char text[200];
-  std::snprintf(text, sizeof(text), "%s N %d V %d D %d x %d table %d gap %d std %g far %g%s", tier.name, int(c.n),
-                int(c.v), int(c.d), int(c.x_dtype), int(c.table_dtype), int(c.gap), c.std, c.far,
+  std::snprintf(text, sizeof(text), "%s N %d V %d D %d x %d table %d gap %d std %g far %g fields %d%s", tier.name,
+                int(c.n), int(c.v), int(c.d), int(c.x_dtype), int(c.table_dtype), int(c.gap), c.std, c.far, c.fields,
                 noise ? "" : " no noise");
   return text;
 }
@@ -150,6 +151,7 @@ struct Problem {
   Matrix x, table;
   std::unique_ptr<float[]> bias, mu, std;
   std::unique_ptr<int64_t[]> row_ids;
+  std::vector<smoothie::NoiseField> fields;
   StepParams params{};
 
   Problem(const Tier& tier, const Case& c)
@@ -178,8 +180,13 @@ struct Problem {
     params.row_ids = c.row_ids == 2 ? row_ids.get() : nullptr;
     params.sigma_min = 1.5f;
     params.topk = 1 + (7 * c.n + 3 * c.d) % c.v;
-    const auto key = smoothie::noise_key(1234, 7);
-    params.noise_key = key.key, params.noise_row_shift = key.row_shift;
+    // Of several, the third has the first one's offset, and the fourth counts nothing.
+    constexpr float weights[] = {0.8f, -0.5f, 0.3f, 0.0f, 1.1f};
+    for (int f = 0; f < (c.fields ? c.fields : 1); ++f) {
+      const auto key = smoothie::noise_key(1234, f == 2 ? 7 : 7 + uint64_t(f) * 0x100000001u);
+      fields.push_back({key.key, key.row_shift, c.fields ? weights[f % 5] : 1.0f});
+    }
+    params.fields = fields.data(), params.n_fields = int64_t(fields.size());
   }
   void set_bias(const Tier& tier) {
     tier.bias(table.data, table.dtype, table.stride, table.rows, table.cols, bias.get(), threads(2));
@@ -190,6 +197,27 @@ struct Problem {
     }
   }
 };
+
+// The noise, [N, V]: the sum of the fields that `gaussian` gives one by one.
+std::unique_ptr<float[]> noise_of(const Tier& tier, const StepParams& p) {
+  const int64_t count = p.n_rows * p.n_vocab;
+  auto field = array<float>(count, kNan), sum = array<float>(count, 0.0f);
+  std::vector<double> exact(size_t(count), 0.0);
+  for (int64_t f = 0; f < p.n_fields; ++f) {
+    tier.gaussian(p.row_ids, p.row_offset, p.n_rows, p.n_vocab, p.fields[f].key, p.fields[f].row_shift, field.get(),
+                  threads(1));
+    for (int64_t i = 0; i < count; ++i) exact[size_t(i)] += double(p.fields[f].weight) * field[size_t(i)];
+  }
+  for (int64_t i = 0; i < count; ++i) sum[size_t(i)] = float(exact[size_t(i)]);
+  return sum;
+}
+
+// What the noise can be over what one field can be, and so its error.
+double loudness(const StepParams& p) {
+  double sum = 0.0;
+  for (int64_t f = 0; f < p.n_fields; ++f) sum += std::fabs(p.fields[f].weight);
+  return sum;
+}
 
 struct Result {
   Matrix smoothed;

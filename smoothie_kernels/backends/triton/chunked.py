@@ -36,7 +36,8 @@ from smoothie_kernels.backends.triton.launch import (
     device_of,
     dot_type,
     family,
-    on_device,
+    noise_arguments,
+    noise_on_device,
     signed,
     stored_type,
     triton_type,
@@ -48,8 +49,9 @@ MAX_ROWS = 4096  # of a block: more do not make the products any faster
 USEFUL_TOKENS = 1024  # of a block, before it takes more rows
 USEFUL_ROWS = 128
 
-# A row's reference lies so far below the highest logit that there can be, 6.77 std: no weight is above e^15. More would
-# leave room for rows farther away, but a logarithm about that large would be rounded too coarsely for lse.
+# A row's reference lies so far below the highest logit that there can be, 6.77 std sum_f |weight_f|: no weight is above
+# e^15. More would leave room for rows farther away, but a logarithm about that large would be rounded too coarsely for
+# lse.
 HEADROOM = 15.0
 # The best logit of a row, less its reference, for which its weights and their sum are sound in float32 and bfloat16:
 # above, a sum over 10^5 tokens comes near 10^38; below, tokens of 10^-11 of the best one's weight begin to vanish. Rows
@@ -85,6 +87,16 @@ BACKWARD = {
 }
 
 
+def pick_tile(table: dict[str, dict[int, Tile]], inputs: StepInputs) -> Tile:
+    tile = table[family(inputs.x.device)][dot_type(inputs.x, inputs.embeddings).itemsize]
+    return tile if inputs.field_weights is None else tile_of_fields(tile)
+
+
+def tile_of_fields(tile: Tile) -> Tile:
+    """With a loop over fields the forward's tiles would spill: 80 bytes for bfloat16 on sm_90."""
+    return tile._replace(n=tile.n // 2)
+
+
 # --- forward
 
 
@@ -109,11 +121,11 @@ def prefers(inputs: StepInputs) -> bool:
 
 
 def mean(inputs: StepInputs, tile: Tile | None = None) -> tuple[Tensor, Statistics]:
-    """As forward.mean, but with no running maximum: logits are at most 6.77 std, so a row's reference is known before,
-    and blocks add."""
+    """As forward.mean, but with no running maximum: logits are at most 6.77 std sum_f |weight_f|, so a row's
+    reference is known before, and blocks add."""
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
-    tile = tile or FORWARD[family(x.device)][dot_type(x, embeddings).itemsize]
+    tile = tile or pick_tile(FORWARD, inputs)
     weight_type = _weight_type(inputs)
     row_bytes = 4 * d + 4 * len(Parts._fields) * triton.cdiv(v, tile.v)  # its sum and its parts
     block_n, block_v = pick_block(n, v, inputs.workspace, weight_type.itemsize, row_bytes, tile)
@@ -164,7 +176,8 @@ def _empty_parts(inputs: StepInputs, tiles: int) -> Parts:
     ref_score = -forward.column_bias(x)
     highest = torch.full_like(ref_score, -HEADROOM)
     if inputs.std is not None:
-        highest += noise.MAX_ABS_NORMAL * inputs.std
+        loudest = 1.0 if inputs.field_weights is None else inputs.field_weights.abs().sum()
+        highest += noise.MAX_ABS_NORMAL * loudest * inputs.std
     numbers = (x.new_empty(tiles, n, dtype=torch.float32) for _ in range(3))
     tokens = (x.new_empty(tiles, n, dtype=torch.int32) for _ in range(2))
     shared = (s.expand(tiles, n).contiguous() for s in (ref_score, highest))
@@ -183,6 +196,7 @@ def step_bwd(
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As reference.step_bwd: a block of its loop in two."""
+    inputs = noise_on_device(inputs)
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
     tile = tile or BACKWARD[family(x.device)][dot_type(x, embeddings).itemsize]
@@ -287,8 +301,7 @@ def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any
     dot = dot_type(x, embeddings)
     return dict(
         x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], mu_ptr=inputs.mu, std_ptr=inputs.std,
-        row_ids_ptr=inputs.row_ids,
-        seed_ptr=on_device(x.device, inputs.seed), offset_ptr=on_device(x.device, inputs.offset),
+        row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         N=len(x), V=len(embeddings), first_token=tokens.start,
         stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
         row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,

@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 
 from smoothie_kernels.backends.triton.parts import (
+    add_noise,
+    begin_noise,
     keep_first_max,
     load_row_ids,
     load_tile,
-    noise_key,
-    normals,
     score_tile,
     sort_key,
 )
 
 
-@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
+@triton.jit(do_not_specialize=["N", "V", "F", "first_token", "row_offset"])
 def chunk_fwd_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
@@ -27,7 +27,8 @@ def chunk_fwd_kernel(
     std_ptr,  # [N], None without noise
     row_ids_ptr,  # [N], None for row_offset + i
     seed_ptr,  # []
-    offset_ptr,  # []
+    offsets_ptr,  # [F]
+    field_weights_ptr,  # [F], None for one field as it is
     ref_score_ptr,  # [N]
     highest_ptr,  # [N]
     total_ptr,  # [V / BLOCK_V, N]; this and the last four are merge.Parts
@@ -38,6 +39,7 @@ def chunk_fwd_kernel(
     noisy_token_ptr,  # [V / BLOCK_V, N]
     N,
     V,
+    F,
     first_token,
     stride_xn,
     stride_ev,
@@ -64,8 +66,8 @@ def chunk_fwd_kernel(
     best_score, token = keep_first_max(nothing, no_token, scores, first_token + o_v)
     scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     logits = _logits(
-        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset,
-        o_n, m_n, first_token + tile_v * BLOCK_V,
+        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
+        row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
     logits = tl.where(m_v[None, :], logits, -float("inf"))
     best_logit, noisy_token = keep_first_max(nothing, no_token, logits, first_token + o_v)
@@ -81,7 +83,7 @@ def chunk_fwd_kernel(
         tl.store(noisy_token_ptr + at_part, noisy_token, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
+@triton.jit(do_not_specialize=["N", "V", "F", "first_token", "row_offset"])
 def chunk_keys_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
@@ -90,11 +92,13 @@ def chunk_keys_kernel(
     std_ptr,  # [N], None without noise
     row_ids_ptr,  # [N], None for row_offset + i
     seed_ptr,  # []
-    offset_ptr,  # []
+    offsets_ptr,  # [F]
+    field_weights_ptr,  # [F], None for one field as it is
     ref_score_ptr,  # [N]
     keys_ptr,  # [N, V] int64: parts.sort_key of logits relative to ref_score
     N,
     V,
+    F,
     first_token,
     stride_xn,
     stride_ev,
@@ -119,15 +123,15 @@ def chunk_keys_kernel(
     scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
     scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     logits = _logits(
-        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset,
-        o_n, m_n, first_token + tile_v * BLOCK_V,
+        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
+        row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
     keys = sort_key(logits, first_token + o_v[None, :])
     at = o_n.to(tl.int64)[:, None] * stride_kn + o_v[None, :]
     tl.store(keys_ptr + at, keys, mask=m_n[:, None] & m_v[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "V", "first_token", "row_offset"])
+@triton.jit(do_not_specialize=["N", "V", "F", "first_token", "row_offset"])
 def chunk_bwd_kernel(
     x_ptr,  # [N, D]
     grad_ptr,  # [N, D], None where smoothed has no gradient
@@ -137,7 +141,8 @@ def chunk_bwd_kernel(
     std_ptr,  # [N], None without noise
     row_ids_ptr,  # [N], None for row_offset + i
     seed_ptr,  # []
-    offset_ptr,  # []
+    offsets_ptr,  # [F]
+    field_weights_ptr,  # [F], None for one field as it is
     best_score_ptr,  # [N]
     log_sum_ptr,  # [N]
     shift_ptr,  # [N]: grad_lse - delta
@@ -147,6 +152,7 @@ def chunk_bwd_kernel(
     token_sums_ptr,  # [N / BLOCK_N, V]
     N,
     V,
+    F,
     first_token,
     stride_xn,
     stride_gn,
@@ -176,8 +182,8 @@ def chunk_bwd_kernel(
     scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
     logits = _logits(
-        scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset,
-        o_n, m_n, first_token + tile_v * BLOCK_V,
+        scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
+        row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
     weights = tl.exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
     at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
@@ -197,14 +203,17 @@ def chunk_bwd_kernel(
 
 
 @triton.jit
-def _logits(scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offset_ptr, row_offset, o_n, m_n, first):
+def _logits(
+    scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F, row_offset,
+    o_n, m_n, first,
+):  # fmt: skip
     """scale (scores - ref_score) + std eps, [n, v]; first: the token of the first column."""
     logits = scale[:, None] * (scores - tl.load(ref_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
     if std_ptr is not None:
         std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
-        key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
-        logits += std[:, None] * normals(first, noise_rows, key, scores.shape[1])
+        row_ids = load_row_ids(row_ids_ptr, row_offset, o_n, m_n)
+        key, noise_rows = begin_noise(seed_ptr, offsets_ptr, field_weights_ptr, row_ids)
+        logits = add_noise(logits, std, first, key, noise_rows, seed_ptr, offsets_ptr, field_weights_ptr, F)
     return logits
 
 

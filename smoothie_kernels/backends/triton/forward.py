@@ -33,6 +33,7 @@ from smoothie_kernels.backends.triton.launch import (
     device_of,
     dot_type,
     family,
+    noise_arguments,
     on_device,
     processors,
     signed,
@@ -41,6 +42,8 @@ from smoothie_kernels.backends.triton.launch import (
 )
 from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge, merge_kept, merge_nearest
 from smoothie_kernels.backends.triton.parts import (
+    add_noise,
+    begin_noise,
     keep_first_max,
     keep_largest,
     load_row_ids,
@@ -138,8 +141,7 @@ def _stream(
     token, noisy_token = (x.new_empty(splits, n, dtype=torch.int32) for _ in range(2))
     _launch(
         x, inputs.embeddings, tile, splits, bias_ptr=inputs.bias, best_score_ptr=best_score, token_ptr=token,
-        mu_ptr=inputs.mu, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids,
-        seed_ptr=on_device(x.device, inputs.seed), offset_ptr=on_device(x.device, inputs.offset),
+        mu_ptr=inputs.mu, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         highest_ptr=highest, total_ptr=total, noisy_token_ptr=noisy_token, acc_ptr=acc, only_ptr=only,
         keys_ptr=keys, KEEP=0 if keys is None else keys.shape[2],
         row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
@@ -148,8 +150,9 @@ def _stream(
 
 
 _ABSENT: dict[str, Any] = {
-    **dict.fromkeys(("mu_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offset_ptr", "only_ptr", "acc_ptr")),
-    **dict.fromkeys(("highest_ptr", "total_ptr", "noisy_token_ptr", "keys_ptr")),
+    **dict.fromkeys(("mu_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offsets_ptr", "field_weights_ptr")),
+    **dict.fromkeys(("only_ptr", "acc_ptr", "highest_ptr", "total_ptr", "noisy_token_ptr", "keys_ptr")),
+    "F": 0,
     "KEEP": 0,
     "row_offset": 0,
     "inverse_variance": 0.0,
@@ -192,7 +195,7 @@ def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor,
     return out
 
 
-@triton.jit(do_not_specialize=["N", "V", "row_offset"])
+@triton.jit(do_not_specialize=["N", "V", "F", "row_offset"])
 def _stream_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
@@ -201,7 +204,8 @@ def _stream_kernel(
     std_ptr,  # [N] fp32, None without noise
     row_ids_ptr,  # [N] int64, None for row_offset + i
     seed_ptr,  # [] int64
-    offset_ptr,  # [] int64
+    offsets_ptr,  # [F] int64
+    field_weights_ptr,  # [F] fp32, None for one field as it is
     best_score_ptr,  # [S, N] fp32; these six are merge.Parts and acc, S the parts of the vocabulary
     token_ptr,  # [S, N] int32
     highest_ptr,  # [S, N] fp32
@@ -212,6 +216,7 @@ def _stream_kernel(
     keys_ptr,  # [N, S, KEEP, BLOCK_V] int64, None without top-k: parts.sort_key of logits relative to best_score
     N,
     V,
+    F,
     stride_xn,
     stride_ev,
     row_offset,
@@ -240,8 +245,8 @@ def _stream_kernel(
         scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     if HAS_NOISE:
         std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
-        key, row_shift = noise_key(seed_ptr, offset_ptr)
-        noise_rows = load_row_ids(row_ids_ptr, row_offset, o_n, m_n) + row_shift
+        row_ids = load_row_ids(row_ids_ptr, row_offset, o_n, m_n)
+        key, noise_rows = begin_noise(seed_ptr, offsets_ptr, field_weights_ptr, row_ids)
     if ONE_TILE:
         b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_d, D).to(DOT)
 
@@ -273,7 +278,9 @@ def _stream_kernel(
             # Relative to the nearest score, so that logits of rows far from the origin lose nothing to rounding.
             logits = scale[:, None] * (scores - nearest[:, None])
             if HAS_NOISE:
-                logits += std[:, None] * normals(first, noise_rows, key, BLOCK_V)
+                logits = add_noise(
+                    logits, std, first, key, noise_rows, seed_ptr, offsets_ptr, field_weights_ptr, F
+                )  # fmt: skip
             logits = tl.where(m_v[None, :], logits, -float("inf"))
             moved = tl.where(before == -float("inf"), 0.0, scale * (before - nearest))
             highest_before = highest + moved

@@ -5,12 +5,14 @@
 
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from smoothie_kernels.backends import StepInputs
 from smoothie_kernels.backends.triton.parts import load_tile
 
 # Triton decides where it decorates a function: for its own when it is imported, for ours when this module is.
@@ -63,9 +65,33 @@ def stored_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def on_device(device: torch.device, word: Tensor) -> Tensor:
-    """A fill, not a copy: it can be captured in a CUDA graph."""
-    return word if word.device == device else torch.full((), int(word), dtype=torch.int64, device=device)
+def noise_on_device(inputs: StepInputs) -> StepInputs:
+    """The same call; what names its noise stands beside x. Every launcher of the step takes it so."""
+    device, weights = inputs.x.device, inputs.field_weights
+    return inputs._replace(
+        seed=on_device(device, inputs.seed),
+        offsets=on_device(device, inputs.offsets),
+        field_weights=None if weights is None else on_device(device, weights),
+    )
+
+
+def noise_arguments(inputs: StepInputs) -> dict[str, Any]:
+    """What kernels take to make the noise, beside std and row ids."""
+    return dict(
+        seed_ptr=inputs.seed, offsets_ptr=inputs.offsets, field_weights_ptr=inputs.field_weights, F=len(inputs.offsets)
+    )
+
+
+def on_device(device: torch.device, numbers: Tensor) -> Tensor:
+    return numbers if numbers.device == device else fill_like(numbers, device)
+
+
+def fill_like(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy by fills: they can be captured in a CUDA graph."""
+    there = torch.empty_like(numbers, device=device)
+    for one, number in zip(there.view(-1), numbers.view(-1).tolist(), strict=True):
+        one.fill_(number)
+    return there
 
 
 def signed(row_offset: int) -> int:

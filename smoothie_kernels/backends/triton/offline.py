@@ -45,8 +45,9 @@ TYPES = {
     **dict.fromkeys(("bias_ptr", "mu_ptr", "std_ptr", "best_score_ptr", "best_logit_ptr", "highest_ptr"), "*fp32"),
     **dict.fromkeys(("total_ptr", "ref_score_ptr", "part_score_ptr", "part_logit_ptr", "log_sum_ptr"), "*fp32"),
     **dict.fromkeys(("lse_ptr", "distance_ptr", "shift_ptr", "row_sums_ptr", "token_sums_ptr", "out_ptr"), "*fp32"),
-    **dict.fromkeys(("acc_ptr", "inverse_variance_ptr", "weight_ptr"), "*fp32"),
-    **dict.fromkeys(("seed_ptr", "offset_ptr", "row_ids_ptr", "tokens_ptr", "noisy_tokens_ptr", "keys_ptr"), "*i64"),
+    **dict.fromkeys(("acc_ptr", "inverse_variance_ptr", "weight_ptr", "field_weights_ptr"), "*fp32"),
+    **dict.fromkeys(("seed_ptr", "offset_ptr", "offsets_ptr", "row_ids_ptr", "tokens_ptr"), "*i64"),
+    **dict.fromkeys(("noisy_tokens_ptr", "keys_ptr"), "*i64"),
     **dict.fromkeys(("token_ptr", "noisy_token_ptr"), "*i32"),
     "only_ptr": "*i1",
     "inverse_variance": "fp32",
@@ -95,13 +96,16 @@ def _streaming(target: str, dtype: str) -> Iterator[Launch]:
     }
     keeps = {f"statistics, keep {keep}": keep for keep in KEEPS}
     absent |= {name: ["row_ids_ptr", "only_ptr", "acc_ptr"] for name in keeps}
+    absent = {name: sorted({*none, "field_weights_ptr"}) for name, none in absent.items()}
+    absent["mean, fields"] = ["row_ids_ptr", "only_ptr", "keys_ptr"]
+    of_mean = {"redo", "mean, fields"}
     for name, none in absent.items():
-        for few in [""] if name == "redo" else ["", ", few rows"]:
-            kind = {"nearest": "statistics", "redo": "mean"}.get(name, name) + few
+        for few in [""] if name in of_mean else ["", ", few rows"]:
+            kind = ("mean" if name in of_mean else "statistics" if name == "nearest" else name) + few
             last = None
             for width in WIDTHS:
                 tile = pick_tile(kind, target, DTYPES[dtype], width)
-                if width not in MUST_FIT and (tile == last or name == "redo" or name in keeps):
+                if width not in MUST_FIT and (tile == last or name in of_mean or name in keeps):
                     continue
                 last = tile
                 tile = forward.redo_tile(target, tile) if name == "redo" else tile
@@ -121,10 +125,13 @@ def _chunked(target: str, dtype: str, width: int) -> Iterator[Launch]:
         "chunked keys": (chunked_kernels.chunk_keys_kernel, topk.KEYS, ()),
     }
     for name, (kernel, table, none) in forms.items():
-        tile = table[target][size]
-        constants = {**_blocks(tile.n, tile.v), **_product(target, dtype, width, tile.k)}
-        constants |= dict.fromkeys(("row_ids_ptr", *none))
-        yield Launch(target, name, dtype, width, kernel, constants, _options(tile), True)
+        for several in (False, True):
+            tile = table[target][size]
+            tile = chunked.tile_of_fields(tile) if several and table is not chunked.BACKWARD else tile
+            constants = {**_blocks(tile.n, tile.v), **_product(target, dtype, width, tile.k)}
+            constants |= dict.fromkeys(("row_ids_ptr", *none, *([] if several else ["field_weights_ptr"])))
+            label = name + ", fields" * several
+            yield Launch(target, label, dtype, width, kernel, constants, _options(tile), True)
 
 
 def _without_products(target: str, dtype: str, width: int) -> Iterator[Launch]:

@@ -23,7 +23,7 @@ def _multiply(a, b):
 
 @triton.jit
 def noise_key(seed_ptr, offset_ptr):
-    """(key, row_shift) of a call, two uint32: the twin of noise.noise_key, without waiting for seeds on the device."""
+    """(key, row_shift) of a field, two uint32: the twin of noise.noise_key, without waiting for seeds on the device."""
     seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
@@ -94,6 +94,33 @@ def normals(first, rows, key, BLOCK_V: tl.constexpr):
     r0, r1 = words(pairs[None, :], rows[:, None], key)
     even, odd = box_muller(r0, r1)
     return tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_V])
+
+
+@triton.jit
+def begin_noise(seed_ptr, offsets_ptr, field_weights_ptr, row_ids):
+    """(key, rows) for add_noise: what tiles of tokens share. Of one field all; of several each tile makes its own."""
+    if field_weights_ptr is None:
+        key, row_shift = noise_key(seed_ptr, offsets_ptr)
+        rows = row_ids + row_shift
+    else:
+        key, rows = tl.full((), 0, tl.uint32), row_ids
+    return key, rows
+
+
+@triton.jit
+def add_noise(logits, std, first, key, rows, seed_ptr, offsets_ptr, field_weights_ptr, F):
+    """logits [n, v] + std [n] times the weighted sum of F fields, from column `first` on; key, rows: of begin_noise.
+
+    Field by field to the logits themselves: a tile for their sum would be one more in registers.
+    """
+    if field_weights_ptr is None:
+        logits += std[:, None] * normals(first, rows, key, logits.shape[1])
+    else:
+        for f in range(F):
+            of_field, row_shift = noise_key(seed_ptr, offsets_ptr + f)
+            weighted = std * tl.load(field_weights_ptr + f)
+            logits += weighted[:, None] * normals(first, rows + row_shift, of_field, logits.shape[1])
+    return logits
 
 
 @triton.jit

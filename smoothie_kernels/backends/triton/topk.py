@@ -22,9 +22,15 @@ from torch import Tensor
 from smoothie_kernels.backends import StepInputs, StepOutputs
 from smoothie_kernels.backends.triton import chunked, forward
 from smoothie_kernels.backends.triton.chunked import Tile as BlockTile
-from smoothie_kernels.backends.triton.chunked import arguments_of, even, pick_block, rows_of, slices
+from smoothie_kernels.backends.triton.chunked import arguments_of, even, pick_block, pick_tile, rows_of, slices
 from smoothie_kernels.backends.triton.chunked_kernels import chunk_keys_kernel
-from smoothie_kernels.backends.triton.launch import OPTIONS, device_of, dot_type, family, processors, stored_type
+from smoothie_kernels.backends.triton.launch import (
+    OPTIONS,
+    device_of,
+    noise_on_device,
+    processors,
+    stored_type,
+)
 from smoothie_kernels.backends.triton.merge import Statistics
 from smoothie_kernels.backends.triton.parts import load_tile
 from smoothie_kernels.backends.triton.tiles import Tile, pick_bucket_splits
@@ -43,6 +49,7 @@ BLOCK_K, BLOCK_D = 16, 128  # tokens at a time and columns of a program of _aver
 def step_fwd(inputs: StepInputs) -> StepOutputs:
     """All but the mean is of one pass, or brought to it. What buckets keep takes registers that a mean has not: with
     both, top-k is a pass of its own, and so one product more."""
+    inputs = noise_on_device(inputs)
     x, k = inputs.x, inputs.topk
     smoothed, found = x.new_empty(len(x), 0), None
     if inputs.mean:
@@ -124,7 +131,7 @@ def exact(inputs: StepInputs, ref_score: Tensor, tile: BlockTile | None = None) 
     x, k = inputs.x, inputs.topk
     n, v = len(x), len(inputs.embeddings)
     largest = x.new_empty(n, k, dtype=torch.int64)
-    tile = tile or KEYS[family(x.device)][dot_type(x, inputs.embeddings).itemsize]
+    tile = tile or pick_tile(KEYS, inputs)
     ahead = triton.cdiv(k, 16) * 16  # so that rows are aligned
     block_n, block_v = pick_block(n, v, inputs.workspace, KEY, KEY * ahead, tile)
     workspace = x.new_empty(min(n, block_n), ahead + block_v, dtype=torch.int64)
