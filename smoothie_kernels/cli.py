@@ -3,11 +3,18 @@
 import argparse
 import platform
 import sys
+from importlib import import_module
 
 import torch
 
 import smoothie_kernels
 from smoothie_kernels import dispatch
+
+DIFFUSION = {  # commands: their modules, the extras that these need, and what they do
+    "train": ("train", "train", "train a Smoothie model on text"),
+    "sample": ("sample_command", "train", "sample texts from a trained model"),
+    "evaluate": ("evaluate", "evaluate", "score generated texts"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,27 +22,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=smoothie_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backends can run here, and why the others cannot")
-    commands.add_parser("train", help="train a Smoothie model on text", add_help=False)
+    for name, (_, _, text) in DIFFUSION.items():
+        commands.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "train":
-        return train(rest)
+    if arguments.command in DIFFUSION:
+        return diffusion(arguments.command, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(doctor())
     return 0
 
 
-def train(arguments: list[str]) -> int:
-    """The trainer's command, whose packages are not needed by anything else."""
+def diffusion(name: str, arguments: list[str]) -> int:
+    """A command of `smoothie_kernels.diffusion`, whose packages are not needed by anything else."""
+    where, extra, _ = DIFFUSION[name]
     try:
-        from smoothie_kernels.diffusion import train as trainer
+        module = import_module(f"smoothie_kernels.diffusion.{where}")
     except ModuleNotFoundError as error:
         print(
-            f"smoothie-kernels train needs the package {error.name}: pip install 'smoothie-kernels[train]'",
+            f"smoothie-kernels {name} needs the package {error.name}: pip install 'smoothie-kernels[{extra}]'",
             file=sys.stderr,
         )
         return 2
-    return trainer.command(arguments)
+    status: int = module.command(arguments)
+    return status
 
 
 def doctor() -> str:

@@ -18,8 +18,9 @@ PACKAGE = Path(smoothie_kernels.__file__).parent
 LAYERS = ["recall", "dispatch", "checks", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names and `vocabulary`.
 DIFFUSION = [
-    "schedules", "noising", "options", "layers", "model", "embeddings", "batches", "data", "loss", "evaluation", "ema",
-    "checkpoint", "metrics", "trainer", "train",
+    "schedules", "noising", "solvers", "options", "states", "live", "sampling", "generation", "layers", "model",
+    "embeddings", "batches", "data", "loss", "evaluation", "ema", "checkpoint", "metrics", "trainer", "flags", "train",
+    "pipeline", "sample_command", "scores", "evaluate",
 ]  # fmt: skip
 PUBLIC = {*smoothie_kernels.__all__, "vocabulary", "diffusion"}
 BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "nearest_fwd", "gaussian"}
@@ -43,15 +44,16 @@ def test_signatures():
     none = inspect.Parameter.empty
     assert parameters(smoothie_kernels.fused_smoothie_step) == [
         ("x", none), ("embeddings", none), ("mu", none), ("std", none), ("sigma_min", 1.5), ("seed", None),
-        ("offset", 0), ("row_offset", 0), ("row_ids", None), ("topk", None), ("recall_target", 1.0),
-        ("smooth", "full"), ("workspace", 2**28), ("backend", "auto"),
+        ("offset", 0), ("field_weights", None), ("row_offset", 0), ("row_ids", None), ("topk", None),
+        ("recall_target", 1.0), ("smooth", "full"), ("workspace", 2**28), ("backend", "auto"),
     ]  # fmt: skip
     assert parameters(smoothie_kernels.expected_recall) == [
         ("V", none), ("K", none), ("buckets", none), ("keep", none),
     ]  # fmt: skip
     assert parameters(smoothie_kernels.nearest_token) == [("x", none), ("embeddings", none), ("backend", "auto")]
-    assert parameters(smoothie_kernels.noise.gaussian)[:6] == [
-        ("rows", none), ("cols", none), ("seed", none), ("offset", 0), ("row_offset", 0), ("row_ids", None),
+    assert parameters(smoothie_kernels.noise.gaussian)[:7] == [
+        ("rows", none), ("cols", none), ("seed", none), ("offset", 0), ("field_weights", None), ("row_offset", 0),
+        ("row_ids", None),
     ]  # fmt: skip
 
 

@@ -1,33 +1,58 @@
-"""The reference trainer and its parts, made of the package's public functions.
+"""The reference trainer and sampler and their parts, made of the package's public functions.
 
-Schedules and noising need torch alone. All else needs what `pip install 'smoothie-kernels[train]'` brings, and is
-imported when it is asked for.
+Schedules, noising and `sample` need torch alone. All else needs what `pip install 'smoothie-kernels[train]'` brings,
+and is imported when it is asked for.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from smoothie_kernels.diffusion.noising import noise_tokens, smooth
+from smoothie_kernels.diffusion.sampling import Samples, sample
 from smoothie_kernels.diffusion.schedules import SCHEDULES, Arctan, Schedule, make_schedule
+from smoothie_kernels.diffusion.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from smoothie_kernels.diffusion.embeddings import load_embeddings
     from smoothie_kernels.diffusion.loss import Losses, Place, TrainingLoss
     from smoothie_kernels.diffusion.model import Condition, SmoothieConfig, SmoothieModel
-    from smoothie_kernels.diffusion.options import LossOptions, RunOptions
+    from smoothie_kernels.diffusion.options import LossOptions, RunOptions, SampleOptions
+    from smoothie_kernels.diffusion.pipeline import Generated, SmoothiePipeline
     from smoothie_kernels.diffusion.trainer import Texts, Trainer
 
 _MODULES = {
     "embeddings": ("load_embeddings",),
     "loss": ("Losses", "Place", "TrainingLoss"),
     "model": ("Condition", "SmoothieConfig", "SmoothieModel"),
-    "options": ("LossOptions", "RunOptions"),
+    "options": ("LossOptions", "RunOptions", "SampleOptions"),
+    "pipeline": ("Generated", "SmoothiePipeline"),
     "trainer": ("Texts", "Trainer"),
 }
 
 __all__ = [
-    "SCHEDULES", "Arctan", "Condition", "LossOptions", "Losses", "Place", "RunOptions", "Schedule", "SmoothieConfig",
-    "SmoothieModel", "Texts", "Trainer", "TrainingLoss", "load_embeddings", "make_schedule", "noise_tokens", "smooth",
+    "SCHEDULES",
+    "SOLVERS",
+    "Arctan",
+    "Condition",
+    "Generated",
+    "LossOptions",
+    "Losses",
+    "Place",
+    "RunOptions",
+    "SampleOptions",
+    "Samples",
+    "Schedule",
+    "SmoothieConfig",
+    "SmoothieModel",
+    "SmoothiePipeline",
+    "Texts",
+    "Trainer",
+    "TrainingLoss",
+    "load_embeddings",
+    "make_schedule",
+    "noise_tokens",
+    "sample",
+    "smooth",
 ]  # fmt: skip
 
 

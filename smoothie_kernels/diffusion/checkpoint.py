@@ -68,15 +68,18 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 def check_options(checkpoint: Path, options: Mapping[str, Any], free: set[str]) -> None:
     """Refuses to go on with another run than the checkpoint's; names in `free` may differ."""
-    before = json.loads((checkpoint / OPTIONS).read_text())
+    if other := differences(json.loads((checkpoint / OPTIONS).read_text()), options, free):
+        raise ValueError(f"options must be those of {checkpoint} to resume it: it has {'; '.join(other)}")
+
+
+def differences(before: Mapping[str, Any], options: Mapping[str, Any], free: set[str]) -> list[str]:
+    """What is not as it was, in words."""
     now = json.loads(json.dumps(dict(options)))
-    differences = [
+    return [
         f"{name} = {json.dumps(before.get(name))}, got {json.dumps(now.get(name))}"
         for name in sorted((before.keys() | now.keys()) - free)
         if before.get(name) != now.get(name)
     ]
-    if differences:
-        raise ValueError(f"options must be those of {checkpoint} to resume it: it has {'; '.join(differences)}")
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional
 
+KeysValues = tuple[Tensor, Tensor]
+
 
 class Attention(nn.Module):
     """Scaled dot-product attention of x, (B, L, width), to a context, (B, S, width)."""
@@ -21,14 +23,21 @@ class Attention(nn.Module):
         self.query, self.value, self.output = (nn.Linear(width, width) for _ in range(3))
         self.key = nn.Linear(width, width, bias=False)  # one would add the same to all scores of a query
 
-    def forward(self, x: Tensor, context: Tensor, there: Tensor | None) -> Tensor:
-        """there: (B, S) bool, what of the context may be looked at; None for all."""
-        queries, keys, values = self.query(x), self.key(context), self.value(context)
-        queries, keys, values = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (queries, keys, values))
+    def project(self, context: Tensor) -> KeysValues:
+        """Its keys and values, (B, heads, S, width / heads): the same for every x."""
+        return self._heads(self.key(context)), self._heads(self.value(context))
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues, there: Tensor | None) -> Tensor:
+        """context: itself or what `project` makes of it; there: (B, S) bool, what of it may be looked at; None: all."""
+        keys, values = self.project(context) if isinstance(context, Tensor) else context
+        queries = self._heads(self.query(x))
         mask, dropout = None if there is None else there[:, None, None], self.dropout if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return output
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return y.view(*y.shape[:2], self.heads, y.shape[2] // self.heads).transpose(1, 2)
 
 
 class Layer(nn.Module):
@@ -50,8 +59,11 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 + source))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, there: Tensor | None, source: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x: (B, L, width); there: (B, L) bool, None for all; source: its states and which of them are there."""
+    def forward(
+        self, x: Tensor, there: Tensor | None, source: tuple[Tensor | KeysValues, Tensor] | None = None
+    ) -> Tensor:
+        """x: (B, L, width); there: (B, L) bool, None for all; source: its states, or the keys and values of this layer,
+        and which of them are there."""
         x = self._with(x, 0, lambda y: self.attention(y, y, there))
         if self.source_attention is not None and source is not None:
             attention, (states, source_there) = self.source_attention, source

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from smoothie_kernels.diffusion.noising import STEPS
+from smoothie_kernels.diffusion.solvers import ACCUMULATE, SOLVERS
 
 
 def option(default: Any, text: str) -> Any:
@@ -148,6 +149,51 @@ class RunOptions:
             raise ValueError(f"clip must be positive, got {self.clip}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+
+
+# Of the sampler's noise, as the paper found best: with a source, and without.
+DELTAS = {True: 0.25, False: 1.05}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How text is sampled; the defaults are the paper's."""
+
+    _argument_group_name = "sampling"
+
+    solver: Literal["re-noise", "ddim", "ddpm", "sde"] = option("re-noise", "rule from one step to the next")
+    steps: int = option(200, "how often the model is called")
+    delta: float | None = option(None, "loudness of the noise; default: 0.25 with a source, 1.05 without")
+    seed: int = option(0, "of all noise; with the sample's number it decides on a sample")
+    guidance: float = option(0.0, "classifier-free: how far beyond the answer, away from that without the source")
+    clamp: bool = option(False, "replace every answer by its nearest token's embedding")
+    self_conditioning: bool = option(True, "show the model its last answer, where it can look at one")
+    stop_after: int | None = option(
+        None, "a sample is done when its text was the same for so many steps; default: never"
+    )
+    shrink_after: int | None = option(
+        None, "positions behind the end leave when the end was where it is for so many steps; default: never"
+    )
+    accumulate: Literal["bridge", "sum"] = option(
+        "bridge", "noise of ddpm and sde: the field of every step in a sum, or a few fields with the law of that sum"
+    )
+    step: Literal["fused", "eager"] = option("fused", "the package's kernels, or the authors' dense arithmetic")
+    bf16: bool = option(False, "run the network in bfloat16; the step stays in float32")
+
+    def __post_init__(self) -> None:
+        for name, choices in (("solver", SOLVERS), ("accumulate", ACCUMULATE), ("step", STEPS)):
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} must be one of {wanted}, got {getattr(self, name)!r}")
+        check_range(self, 1, float("inf"), "steps")
+        for name in ("stop_after", "shrink_after"):
+            if getattr(self, name) is not None:
+                check_range(self, 1, float("inf"), name)
+        if self.delta is not None:
+            check_range(self, 0, float("inf"), "delta")
+
+    def loudness(self, has_source: bool) -> float:
+        return DELTAS[has_source] if self.delta is None else self.delta
 
 
 # What may differ between a checkpoint and the run that goes on from it.

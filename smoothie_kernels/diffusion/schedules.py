@@ -50,6 +50,11 @@ class Schedule(ABC):
         dtype = torch.float64 if time.dtype == torch.float64 and isinstance(t, Tensor) else torch.float32
         return log_mu.exp().to(dtype), (self.delta * (-torch.expm1(2 * log_mu)).sqrt()).to(dtype)
 
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the logits from which sampling starts: noise alone."""
+        return self.delta
+
     @abstractmethod
     def log_mu(self, t: Tensor) -> Tensor:
         """log mu(t) of float64 times, at most 0."""
@@ -110,6 +115,10 @@ class Tess(Schedule):
     s = 1e-4, and noise as loud as the simplex (arXiv 2305.08379)."""
 
     simplex: float = 5.0
+
+    @property
+    def prior_std(self) -> float:
+        return self.simplex * self.delta
 
     def log_mu(self, t: Tensor) -> Tensor:
         return (_tess_log_cos(t) - _tess_log_cos(torch.zeros((), dtype=t.dtype))).clamp(max=0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -17,6 +15,7 @@ from smoothie_kernels.diffusion.batches import Collate
 from smoothie_kernels.diffusion.checkpoint import newest
 from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
 from smoothie_kernels.diffusion.embeddings import load_embeddings
+from smoothie_kernels.diffusion.flags import Help, from_config
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
 from smoothie_kernels.diffusion.trainer import Texts, Trainer
@@ -124,17 +123,9 @@ def _json(text: str) -> dict[str, Any]:
     return options
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help with defaults, where they say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, False, argparse.SUPPRESS)
-        return f"{action.help}" if silent else f"{action.help} (default: %(default)s)"
-
-
 def arguments_parser() -> HfArgumentParser:
     groups = (DataOptions, ModelOptions, LossOptions, RunOptions)
-    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
+    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
     parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT")
@@ -149,7 +140,7 @@ def command(arguments: list[str]) -> int:
     parser = arguments_parser()
     try:
         data, model, loss, run, rest, unknown = parser.parse_args_into_dataclasses(
-            _from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
+            from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
         )
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -160,25 +151,3 @@ def command(arguments: list[str]) -> int:
     if PartialState().is_main_process:
         print(f"trained: {last}")
     return 0
-
-
-def _from_config(arguments: list[str]) -> list[str]:
-    """The options of a --config file, as flags."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", type=Path)
-    path = parser.parse_known_args(arguments)[0].config
-    if path is None:
-        return []
-    if not path.is_file():
-        raise ValueError(f"config must be a file, got {str(path)!r}")
-    try:
-        options = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"config must be YAML or JSON, got {str(path)!r}: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"config must hold options by name, got {type(options).__name__} in {str(path)!r}")
-    return [
-        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
-        for name, value in options.items()
-        if value is not None
-    ]

@@ -1,0 +1,189 @@
+"""A model with its tokenizer: from texts to texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from smoothie_kernels.diffusion.batches import Collate, check_positive
+from smoothie_kernels.diffusion.checkpoint import found
+from smoothie_kernels.diffusion.data import end_token, pad_token
+from smoothie_kernels.diffusion.live import FREE
+from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
+from smoothie_kernels.diffusion.options import SampleOptions
+
+MASK = "[MASK]"
+
+
+class Generated(NamedTuple):
+    """One sample."""
+
+    id: int
+    text: str
+    tokens: list[int]  # up to and with the end token
+    steps: int  # how often the model was called
+
+
+class SmoothiePipeline:
+    """Texts from a trained model.
+
+    pipeline = SmoothiePipeline.from_pretrained("runs/questions")
+    pipeline(["Copper conducts electricity better than iron."], steps=50)  # [Generated(id=0, text="...", ...)]
+
+    Args:
+        model: on its device.
+        tokenizer: the one that it was trained with.
+    """
+
+    def __init__(self, model: SmoothieModel, tokenizer: Any) -> None:
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if size > model.config.vocab_size:
+            rows = model.config.vocab_size
+            raise ValueError(f"tokenizer must be the model's, of at most {rows} tokens, got one of {size}")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.end, self.pad = end_token(tokenizer), pad_token(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: Path | str, *, device: torch.device | str = "cpu") -> SmoothiePipeline:
+        """Of a checkpoint-N folder, of a training run's folder (its newest), or of a name on the Hugging Face hub.
+
+        Raises:
+            ValueError: no such thing, or of another kind of model.
+        """
+        folder = newest_checkpoint(checkpoint)
+        wanted = "checkpoint must be a Smoothie model's folder, a training run's, or a name on the Hugging Face hub"
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            if not isinstance(config, SmoothieConfig):  # else all its weights would be drawn anew, and only logged
+                raise ValueError(f"its model_type is {config.model_type!r}")
+            model, about = SmoothieModel.from_pretrained(folder, output_loading_info=True)
+            if about["missing_keys"]:
+                raise ValueError(f"it has no {min(about['missing_keys'])}")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{wanted}, got {str(checkpoint)!r}: {error}") from error
+        return cls(model.to(device), tokenizer)
+
+    def __call__(self, sources: str | Sequence[str] | None = None, **how: Any) -> list[Generated]:
+        """All samples of `stream`, which has the arguments."""
+        return [generated for batch in self.stream(sources, **how) for generated in batch]
+
+    def stream(
+        self,
+        sources: str | Sequence[str] | None = None,
+        *,
+        count: int | None = None,
+        samples: int = 1,
+        templates: str | Sequence[str] | None = None,
+        prefixes: str | Sequence[str] | None = None,
+        first_id: int = 0,
+        batch_size: int = 16,
+        truncate: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+        options: SampleOptions | None = None,
+        **choices: Any,
+    ) -> Iterator[list[Generated]]:
+        """Samples, batch by batch.
+
+        Args:
+            sources: texts, where the model has a source.
+            count: how many texts, where nothing else says it.
+            samples: of each. Sample k of text i has the id i * samples + k: on it and the seed alone it depends.
+            templates: whole texts, one for each or one for all, in which "[MASK]" stands for every token to fill in.
+            prefixes: how texts begin, likewise.
+            first_id: the first sample to make: to go on where another call ended.
+            batch_size: samples at once.
+            truncate: cut sources that are longer than the model's, as training does, instead of refusing them.
+            progress: called with (steps done, steps) of every batch.
+            options, choices: a `SampleOptions`, or its fields by name: solver, steps, delta, guidance, seed, ...
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name.
+        """
+        check_positive("samples", samples)
+        check_positive("batch_size", batch_size)
+        texts, templates, prefixes = _listed(sources), _listed(templates), _listed(prefixes)
+        if templates is not None and prefixes is not None:
+            raise ValueError("prefixes must be None where there are templates, got both")
+        total = _count({"sources": texts, "templates": templates, "prefixes": prefixes}, count) * samples
+        config = self.model.config
+        given = None if texts is None else [self._source(text, truncate) for text in texts]
+        fixed = [self._fixed(text, whole=templates is not None) for text in templates or prefixes or ()]
+        collate = Collate(self.pad, config.target_length, config.source_length)
+        for first in range(first_id, total, batch_size):
+            ids = range(first, min(first + batch_size, total))
+            batch: dict[str, Tensor] = {}
+            if given is not None:
+                batch = collate([{"source": given[i // samples]} for i in ids])
+            rows = [fixed[i // samples if len(fixed) > 1 else 0] for i in ids] if fixed else None
+            result = self.model.generate(
+                batch.get("source"), batch.get("source_mask"), sample_ids=ids,
+                fixed=None if rows is None else torch.tensor(rows), progress=progress, options=options, **choices,
+            )  # fmt: skip
+            tokens = [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
+            steps = result.steps.tolist()
+            yield [Generated(i, self.decode(row), row, n) for i, row, n in zip(ids, tokens, steps, strict=True)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens, without special and unused ones."""
+        names = self.tokenizer.convert_ids_to_tokens(tokens)
+        words = [token for token, name in zip(tokens, names, strict=True) if name and not name.startswith("[unused")]
+        text: str = self.tokenizer.decode(words, skip_special_tokens=True)
+        return text.strip()
+
+    def _source(self, text: str, truncate: bool) -> list[int]:
+        ids = [*self._begun(text), self.end]
+        most = self.model.config.source_length
+        if len(ids) <= most:
+            return ids
+        if not truncate:
+            raise ValueError(f"sources must have at most {most} tokens, or be truncated, got {len(ids)}: {text[:60]!r}")
+        return [*ids[: most - 1], self.end]
+
+    def _fixed(self, text: str, *, whole: bool) -> list[int]:
+        """Tokens that are given, FREE elsewhere; behind a whole text there is nothing but padding."""
+        begun: list[int] = self._begun("")
+        for i, part in enumerate(text.split(MASK) if whole else [text]):
+            words = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            begun += [FREE, *words] if i else words
+        ids, most = [*begun, self.end] if whole else begun, self.model.config.target_length
+        if len(ids) > most:
+            name = "templates" if whole else "prefixes"
+            raise ValueError(f"{name} must have at most {most} tokens, got {len(ids)}: {text[:60]!r}")
+        return ids + [self.pad if whole else FREE] * (most - len(ids))
+
+    def _begun(self, text: str) -> list[int]:
+        """As training texts begin, without their end."""
+        ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.end else ids
+
+
+def newest_checkpoint(checkpoint: Path | str) -> Path | str:
+    """The newest checkpoint of a training run's folder; anything else as it is."""
+    checkpoints = found(Path(checkpoint)) if Path(checkpoint).is_dir() else []
+    return checkpoints[-1] if checkpoints else checkpoint
+
+
+def _listed(texts: str | Sequence[str] | None) -> list[str] | None:
+    return [texts] if isinstance(texts, str) else None if texts is None else list(texts)
+
+
+def _count(texts: dict[str, list[str] | None], count: int | None) -> int:
+    """How many texts are asked for; one template or prefix is for all."""
+    numbers = {name: len(each) for name, each in texts.items() if each is not None}
+    if count is not None:
+        check_positive("count", count)
+        numbers["count"] = count
+    shared = {name: number for name, number in numbers.items() if number != 1 or name in ("sources", "count")}
+    if len({*shared.values()}) > 1:
+        said = ", ".join(f"{number} {name}" for name, number in shared.items())
+        raise ValueError(f"{' and '.join(shared)} must be as many, got {said}")
+    if not numbers:
+        raise ValueError("count must be given where there are no sources, templates or prefixes, got None")
+    return next(iter(shared.values()), 1)

@@ -1,0 +1,177 @@
+"""From a checkpoint to a file of texts: what `smoothie-kernels sample` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from smoothie_kernels.diffusion.checkpoint import differences
+from smoothie_kernels.diffusion.data import load_text
+from smoothie_kernels.diffusion.flags import Help, from_config
+from smoothie_kernels.diffusion.options import SampleOptions, check_range, option
+from smoothie_kernels.diffusion.pipeline import SmoothiePipeline, newest_checkpoint
+
+USAGE = "smoothie-kernels sample CHECKPOINT OUTPUT [options]"
+DESCRIPTION = """\
+Sample texts from a trained model. CHECKPOINT is a checkpoint-N folder, or a training run's folder, of which it takes
+the newest. OUTPUT gets one JSON object per line: id, text, steps, and source and reference where there are such; -
+prints them. A killed run goes on where it was with the same command.
+"""
+EPILOG = """\
+  smoothie-kernels sample runs/questions questions.jsonl --data question-generation --limit 64 --steps 50
+  smoothie-kernels sample runs/questions - --source "Copper conducts electricity better than iron." --samples 4
+  smoothie-kernels sample runs/questions - --source "..." --template "what does [MASK] [MASK] better than iron ?"
+"""
+RECORD = ".options.json"  # behind the name of OUTPUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """For what. Without any of these an unconditional model gives --count texts."""
+
+    _argument_group_name = "text"
+
+    data: str | None = option(None, "sources and references: a shipped sample, a folder, a file or a Hugging Face name")
+    split: str = option("validation", "of --data")
+    source_column: str | None = option(None, "column of the source; default: looked for by the usual names")
+    target_column: str | None = option(None, "column of the reference; default: looked for by the usual names")
+    limit: int | None = option(None, "only the first rows of --data")
+    source: list[str] | None = option(None, "sources themselves, instead of --data")  # noqa: RUF009
+    count: int | None = option(None, "how many texts, where nothing else says it")
+    samples: int = option(1, "of each source")
+    template: str | None = option(None, "a whole text in which [MASK] stands for every token to fill in")
+    prefix: str | None = option(None, "how texts begin")
+    truncate: bool = option(False, "cut sources that are longer than the model's, as training does")
+    batch_size: int = option(16, "samples at once")
+    cpu: bool = option(False, "on the CPU although there is a GPU")
+    overwrite: bool = option(False, "begin OUTPUT again where it is there")
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, float("inf"), "samples", "batch_size")
+        for name in ("limit", "count"):
+            if getattr(self, name) is not None:
+                check_range(self, 1, float("inf"), name)
+        if self.data is not None and self.source is not None:
+            raise ValueError(f"source must be None where there are data, got {self.source!r}")
+
+
+# What may differ between an interrupted run and the one that goes on from it.
+FREE = {"overwrite", "limit", "count"}
+
+
+def sample(checkpoint: Path | str, output: str, text: TextOptions, options: SampleOptions) -> int:
+    """Writes samples to a file, or on to its end; returns how many are in it.
+
+    Raises:
+        ValueError: options that are wrong, or do not fit the model, the data, or the samples that are there.
+    """
+    folder = newest_checkpoint(checkpoint)
+    device = "cuda" if torch.cuda.is_available() and not text.cpu else "cpu"
+    pipeline = SmoothiePipeline.from_pretrained(folder, device=device)
+    rows = _rows(text, bool(pipeline.model.config.condition_layers))
+    sources = [row["source"] for row in rows] if rows and "source" in rows[0] else None
+    total = (len(rows) or text.count or 1) * text.samples
+    record = asdict(text) | asdict(options) | {"checkpoint": _fingerprint(folder)}
+    with _opened(output, record, text, total) as (file, done):
+        bar = tqdm(total=total, initial=done, unit="text", disable=None, file=sys.stderr)
+        batches = pipeline.stream(
+            sources, count=len(rows) or text.count or 1, samples=text.samples, templates=text.template,
+            prefixes=text.prefix, first_id=done, batch_size=text.batch_size, truncate=text.truncate,
+            progress=lambda step, steps: bar.set_postfix(step=f"{step}/{steps}"), options=options,
+        )  # fmt: skip
+        for batch in batches:
+            for each in batch:
+                row = rows[each.id // text.samples] if rows else {}
+                line = {"id": each.id, "text": each.text, "steps": each.steps} | row
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+        bar.close()
+    return total
+
+
+def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
+    """Source and reference of every text, as far as there are such."""
+    if text.source is not None:
+        return [{"source": source} for source in text.source]
+    if text.data is None:
+        return []
+    data = load_text(
+        text.data, text.split, source_column=text.source_column if conditional else None,
+        target_column=text.target_column, unconditional=not conditional,
+    )  # fmt: skip
+    if text.limit is not None:
+        data = data.select(range(min(text.limit, len(data))))
+    names = {"source": "source", "target": "reference"}
+    return [{names[column]: row[column] for column in names if column in row} for row in data]
+
+
+def _fingerprint(folder: Path | str) -> str:
+    """What tells a checkpoint from another: its weights, or its name on the hub."""
+    weights = Path(folder) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else str(folder)
+
+
+@contextmanager
+def _opened(output: str, record: Mapping[str, Any], text: TextOptions, total: int) -> Iterator[tuple[IO[str], int]]:
+    """The file to write on, and how many samples are in it: whole batches, so that a run goes on as it would have."""
+    if output == "-":
+        yield sys.stdout, 0
+        return
+    path, notes = Path(output), Path(output + RECORD)
+    if not path.parent.is_dir():
+        raise ValueError(f"output must be a file in a folder that exists, got {output!r}")
+    done = 0
+    if path.exists() and not text.overwrite:
+        if not notes.is_file():
+            raise ValueError(
+                f"output must be one of this command, or be overwritten, got {output!r} without {notes.name}"
+            )
+        if other := differences(json.loads(notes.read_text()), record, FREE):
+            raise ValueError(
+                f"options must be those of {output}, or overwrite must be given: it has {'; '.join(other)}"
+            )
+        lines = path.read_bytes().split(b"\n")[:-1]
+        done = len(lines) if len(lines) >= total else len(lines) // text.batch_size * text.batch_size
+        os.truncate(path, sum(len(line) + 1 for line in lines[:done]))
+    notes.write_text(json.dumps(record, indent=2) + "\n")
+    with path.open("a" if done else "w", encoding="utf-8") as file:
+        yield file, done
+
+
+def arguments_parser() -> HfArgumentParser:
+    groups = (TextOptions, SampleOptions)
+    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, or Hugging Face name")
+    parser.add_argument("output", metavar="OUTPUT", help="file of JSON lines, or -")
+    parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
+    return parser
+
+
+def command(arguments: list[str]) -> int:
+    """`smoothie-kernels sample`: what is wrong with its options is one line on stderr, and exit status 2."""
+    parser = arguments_parser()
+    try:
+        text, options, rest, unknown = parser.parse_args_into_dataclasses(
+            from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        total = sample(rest.checkpoint, rest.output, text, options)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"smoothie-kernels sample: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if rest.output != "-":
+        print(f"sampled: {rest.output}, {total:,} texts")
+    return 0
