@@ -39,15 +39,6 @@ SMALL = [
 
 
 @pytest.fixture
-def own_caches(monkeypatch, tmp_path):
-    """Data sets are cached in the test's own folder, and the hub is not asked."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
 def words(tmp_path):
     """Folder of a tokenizer of 49 tokens."""
     tokenizer().save_pretrained(tmp_path / "words")
