@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks list | run | recall | training | curve | compare."""
+"""Command line: python -m benchmarks list | run | recall | training | sampling | quality | curve | compare."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,10 +21,16 @@ from benchmarks import (
     compare,
     curve,
     machine,
+    models,
     pictures,
+    quality,
     recall,
     recall_report,
     registry,
+    sampling,
+    sampling_cases,
+    sampling_noise,
+    sampling_report,
     training,
     training_cases,
     training_report,
@@ -52,7 +59,10 @@ def main() -> int:
             console.print(curve.draw(arguments.run, arguments.picture))
             return 0
         prepare(arguments)
-        commands = {"run": run, "recall": measure_recall, "training": measure_training}
+        commands = {
+            "run": run, "recall": measure_recall, "training": measure_training, "sampling": measure_sampling,
+            "quality": measure_quality,
+        }  # fmt: skip
         return commands[arguments.command](arguments, console, errors)
     except (NoEmbeddings, compare.NoResult, curve.NoRun, ValueError) as error:
         errors.print(f"benchmarks: {error}", style="bold red")
@@ -79,20 +89,24 @@ def parse() -> argparse.Namespace:
     of_top = commands.add_parser("recall", help="top-k: what is found, how much it weighs, how far its mean is off")
     of_top.add_argument("--docs", type=Path, help=f"folder of {recall_report.PAGE}, which gets pictures and tables")
     steps = commands.add_parser("training", help="whole training steps, fused and eager: time, memory, loss curves")
-    steps.add_argument("--docs", type=Path, help=f"folder of {training_report.PAGE}, which gets pictures and tables")
-    steps.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
-    steps.add_argument("--full", action="store_true", help="a large batch and a large vocabulary too")
-    steps.add_argument("--repeats", type=int, help="timed steps of every contestant; by default 3 to 10")
-    steps.add_argument(
-        "--keep-going", action="store_true", help="a wrong step of ours costs that case its times; write as we go"
-    )
-    for each in (run, of_top, steps):
-        each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        each.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
+    calls = commands.add_parser("sampling", help="sampling, fused and eager: time, memory, what noise costs")
+    for each, report in ((steps, training_report), (calls, sampling_report)):
+        each.add_argument("--docs", type=Path, help=f"folder of {report.PAGE}, which gets pictures and tables")
+        each.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
+        each.add_argument("--full", action="store_true", help="a large batch too")
+        each.add_argument("--repeats", type=int, help="timed runs of every contestant; by default 2 to 10")
+        each.add_argument(
+            "--keep-going", action="store_true", help="a wrong result of ours costs that case its times; write as we go"
+        )
+    for each in (run, of_top, steps, calls):
         each.add_argument(
             "--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'"
         )
         each.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
+    of_texts = add_quality(commands)
+    for each in (run, of_top, steps, calls, of_texts):
+        each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        each.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
     of_run = commands.add_parser("curve", help="draw the losses of a training run")
     of_run.add_argument("run", type=Path, help="folder that `smoothie-kernels train` wrote")
     of_run.add_argument("picture", type=Path, help="file to draw into, .png or .svg")
@@ -100,6 +114,28 @@ def parse() -> argparse.Namespace:
     of_two.add_argument("before")
     of_two.add_argument("after")
     return parser.parse_args()
+
+
+def add_quality(commands: Any) -> argparse.ArgumentParser:
+    def listed(kind: type) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    parser: argparse.ArgumentParser = commands.add_parser("quality", help="what a model's texts are worth, over steps")
+    parser.add_argument("checkpoint", help="folder of a checkpoint or of a training run, or a Hugging Face name")
+    parser.add_argument("--data", required=True, help="a shipped sample, a folder, a file or a Hugging Face name")
+    parser.add_argument("--split", default="validation", help="of --data")
+    parser.add_argument("--samples", type=int, default=64, help="the first texts of the split, one sample of each")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at once")
+    parser.add_argument("--steps", type=listed(int), default=[10, 20, 50, 100, 200], help="separated by commas")
+    parser.add_argument("--solvers", type=listed(str), default=["re-noise", "ddim", "ddpm", "sde"], help="likewise")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument(
+        "--patience", type=listed(int), default=[0],
+        help="stop_after and shrink_after, separated by commas; 0, which is never, is the default",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="CSV file; goes on where it is there")
+    parser.add_argument("--docs", type=Path, help=f"folder of {sampling_report.PAGE}, which gets picture and tables")
+    return parser
 
 
 def list_cases(console: Console) -> None:
@@ -120,8 +156,8 @@ def list_cases(console: Console) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    if arguments.command == "training":
-        training.flush_denormals()
+    if arguments.command in ("training", "sampling", "quality"):
+        models.flush_denormals()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
     if arguments.threads:
@@ -152,12 +188,34 @@ def measure_recall(arguments: argparse.Namespace, console: Console, errors: Cons
 
 
 def measure_training(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    def curves(plan: Any, result: Any, material: Material, progress: models.Progress) -> None:
+        found = training.train_curves(plan.curve, plan.curve_steps, material, arguments.device, progress)
+        result.curves.append(found)
+
+    return measure_models(arguments, console, errors, (training, training_cases, training_report), curves)
+
+
+def measure_sampling(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    def noise(plan: Any, result: Any, material: Material, progress: models.Progress) -> None:
+        progress("noise that is gathered", 0)
+        result.noise.extend(sampling_noise.measure(material, plan.noise, arguments.device))
+        progress("noise that is gathered", 1)
+
+    return measure_models(arguments, console, errors, (sampling, sampling_cases, sampling_report), noise)
+
+
+def measure_models(
+    arguments: argparse.Namespace, console: Console, errors: Console, modules: tuple[Any, Any, Any],
+    last: Callable[[Any, Any, Material, models.Progress], None],
+) -> int:  # fmt: skip
+    """All cases of a plan, then what comes `last`; the modules are those that measure, plan and report."""
+    measuring, cases, report = modules
     start = time.monotonic()
-    check_docs(arguments.docs, training_report.PAGE)
+    check_docs(arguments.docs, report.PAGE)
     patterns = filter(None, arguments.cases.split(","))
-    plan = training_cases.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
+    plan = cases.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
     material = read_material(arguments, console)
-    result = training_report.Result(training.with_transformers(machine.describe(arguments.device)))
+    result = report.Result(models.with_transformers(machine.describe(arguments.device)))
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
         task = bar.add_task("", total=plan.parts)
 
@@ -166,7 +224,7 @@ def measure_training(arguments: argparse.Namespace, console: Console, errors: Co
 
         for case in plan.cases:
             try:
-                training.measure(
+                measuring.measure(
                     result, case, material, Path(folder), arguments.device, plan.repeats,
                     keep_going=arguments.keep_going, progress=progress,
                 )  # fmt: skip
@@ -174,11 +232,33 @@ def measure_training(arguments: argparse.Namespace, console: Console, errors: Co
                 errors.print(f"check failed, no speed is reported: {error}", style="bold red")
                 return 1
             if arguments.keep_going:
-                training_report.save(result, arguments.out)
-        result.curves.append(
-            training.train_curves(plan.curve, plan.curve_steps, material, arguments.device, progress)
+                report.save(result, arguments.out)
+        last(plan, result, material, progress)
+    return conclude(report, result, arguments, console, errors, start)
+
+
+def measure_quality(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    start, out = time.monotonic(), arguments.out
+    check_docs(arguments.docs, sampling_report.PAGE)
+    names = ("checkpoint", "data", "split", "samples", "batch_size")
+    settings = quality.Settings(**{name: getattr(arguments, name) for name in names})
+    calls = quality.plan(arguments.solvers, arguments.steps, arguments.seeds, arguments.patience)
+    surroundings = models.with_transformers(machine.describe(arguments.device))
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=len(calls))
+        lines = quality.measure(
+            settings, calls, out, surroundings, arguments.device,
+            lambda what, parts: bar.update(task, advance=parts, description=what or None),
         )  # fmt: skip
-    return conclude(training_report, result, arguments, console, errors, start)
+    stem = out.with_suffix("")
+    drawn = quality.draw(lines, settings, stem)
+    quality.page_of(lines, settings, surroundings).show(console)
+    written = [out]
+    if arguments.docs:
+        written += quality.fill(lines, settings, drawn if isinstance(drawn, list) else [], stem, arguments.docs)
+    tell(written, drawn, console)
+    console.print(f"took {time.monotonic() - start:.0f} s")
+    return 0
 
 
 def conclude(

@@ -12,7 +12,7 @@ from benchmarks.machine import commit_of
 from benchmarks.report import Report, duration, size
 
 RESULTS = Path(__file__).parent / "results"
-RECALL, TRAINING = "recall-", "training-"  # begin the names of results of another form
+RECALL, TRAINING, SAMPLING = "recall-", "training-", "sampling-"  # begin the names of results of another form
 
 
 class NoResult(Exception):
@@ -37,7 +37,8 @@ def _candidates(name: str, folder: Path) -> list[Path]:
             raise NoResult(f"there is no file {name}")
         return [Path(name)]
     commit = commit_of(name)
-    found = sorted(path for path in folder.glob(f"*-{commit}.json") if not path.name.startswith((RECALL, TRAINING)))
+    others = RECALL, TRAINING, SAMPLING
+    found = sorted(path for path in folder.glob(f"*-{commit}.json") if not path.name.startswith(others))
     if not found:
         raise NoResult(f"{name!r} is no .json file, and no result of commit {commit} is in {folder}")
     return found

@@ -3,7 +3,8 @@ accesses, within a time limit.
 
 Needs no network and no package beyond those of the `bench` and `test` extras; where the package with the embedding
 table is missing, the tables are synthetic, and the results say so. Every file is written as soon as its part is done:
-the benchmark's after every case. Training steps are measured on request: `--parts build training`.
+the benchmark's after every case. On request it measures training steps and sampling:
+`--parts build training sampling`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ BUILD_SECONDS, TESTS_SHARE = 150, 0.35  # of what is left when they begin
 CHECKERS_SECONDS = 120  # are kept for what comes after the benchmark
 LAST_CASE_SECONDS = 35  # no case of the benchmark begins later than this before its end
 MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 60, 40, 25  # starting under a checker is slow
-OFFLINE_SECONDS, TRAINING_SECONDS = 60, 240
+OFFLINE_SECONDS = 60
+MODEL_SECONDS = {"training": 240, "sampling": 300}
 USUAL_PARTS = ("build", "tests", "benchmark", "checkers", "offline")
-PARTS = (*USUAL_PARTS, "training")
+PARTS = (*USUAL_PARTS, *MODEL_SECONDS)
 CHECKERS = ("memcheck", "racecheck", "initcheck")
 TOOLKITS = ("/usr/local", "/opt/nvidia", "/opt")  # where CUDA toolkits are, in folders named cuda*
 TAIL = 30  # lines of a part's output that are shown
@@ -71,7 +73,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--out", type=Path, help="output folder; $OUT or benchmarks/results without it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for everything")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=USUAL_PARTS, help="all but training without it")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=USUAL_PARTS, help=f"without it: {', '.join(USUAL_PARTS)}"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.device: PyTorch sees no CUDA GPU on this machine; nothing was run", file=sys.stderr)
@@ -96,9 +100,10 @@ def main() -> int:
         sanitize(parts, python)
     if "offline" in wanted:
         offline(parts, python)
-    if "training" in wanted:
-        measure = [python, "-m", "benchmarks", "training", "--device", "cuda", "--keep-going"]
-        parts.run("training", [*measure, "--out", str(out), *embeddings()], min(TRAINING_SECONDS, parts.left()))
+    for part, seconds in MODEL_SECONDS.items():
+        if part in wanted:
+            measure = [python, "-m", "benchmarks", part, "--device", "cuda", "--keep-going"]
+            parts.run(part, [*measure, "--out", str(out), *embeddings()], min(seconds, parts.left()))
     if out != RESULTS.resolve():
         RESULTS.mkdir(exist_ok=True)
         for path in out.glob(f"*{parts.log_stem.name}*"):

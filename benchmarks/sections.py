@@ -81,13 +81,16 @@ class Page:
             console.print(table)
 
 
-def fill(page: Path, tables: Mapping[str, list[str]], machine: Machine, drawn: list[Path], stem: str) -> list[Path]:
+def fill(
+    page: Path, tables: Mapping[str, list[str]], machine: Machine | None, drawn: list[Path], stem: str
+) -> list[Path]:
     """Puts tables into a page of the docs and copies pictures beside it; what was written.
 
-    A table stands in the page between the lines `<!-- table: NAME -->` and `<!-- end -->`; "origin" is the machine.
-    What there is no table for stays as it is.
+    A table stands in the page between the lines `<!-- table: NAME -->` and `<!-- end -->`; "origin" is the machine, if
+    any. What there is no table for stays as it is.
     """
-    tables = {"origin": [f"{machine.processor}; commit {machine.commit}; {machine.date[:10]}."], **tables}
+    if machine is not None:
+        tables = {"origin": [f"{machine.processor}; commit {machine.commit}; {machine.date[:10]}."], **tables}
 
     def table(found: re.Match[str]) -> str:
         return "\n".join([found[1], "", *tables[found[2]], "", found[3]]) if found[2] in tables else found[0]

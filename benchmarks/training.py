@@ -5,31 +5,27 @@ Nothing here imports transformers before something is measured.
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.flop_counter import FlopCounterMode
 
 import smoothie_kernels as sk
-from benchmarks import memory, timing
+from benchmarks import memory, models, timing
 from benchmarks.check import CheckFailed, frobenius
 from benchmarks.embeddings import Material
-from benchmarks.machine import Machine
-from benchmarks.suite import USABLE, WRONG
-from benchmarks.training_cases import CONTESTANTS, SEED, TrainingCase
-from benchmarks.training_report import OURS, REFERENCE, Curves, Products, Result, Row
+from benchmarks.model_report import OURS, Products, with_times
+from benchmarks.models import SEED, Progress, Race, counted, flush_denormals, make_model, one_line, run_case, stretches
+from benchmarks.suite import WRONG
+from benchmarks.training_cases import CONTESTANTS, TrainingCase
+from benchmarks.training_report import REFERENCE, Curves, Result, Row
 from smoothie_kernels.diffusion.noising import smooth
 
 if TYPE_CHECKING:
@@ -40,13 +36,10 @@ CLIP = 1.0
 PAD = 0  # BERT's
 BATCHES = 4  # different ones, in turn
 COMPILED_WARM_UP = 2  # steps before any is timed; one of the others
-PART_REPEATS = 2  # timed runs of a step's parts
 LOSS_MARGIN = 1e-4  # relative
 GRADIENT_MARGIN = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, Frobenius, of every parameter's
-MEMORY_SECONDS = 180  # for one process that measures
 
 Batch = dict[str, Tensor]
-Progress = Callable[[str, float], None]  # what is being done, and how many parts of `Plan.parts` are done
 
 
 class Session:
@@ -56,17 +49,9 @@ class Session:
         self, case: TrainingCase, name: str, material: Material, device: str = "cpu", batches: int = BATCHES
     ) -> None:
         from smoothie_kernels.diffusion.loss import TrainingLoss
-        from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 
         contestant = CONTESTANTS[name]
-        config = SmoothieConfig(
-            *material.table.shape, hidden_size=case.hidden, num_hidden_layers=case.layers,
-            num_attention_heads=case.heads, condition_layers=case.condition_layers,
-            self_condition_layers=case.self_condition_layers, target_length=case.length, source_length=case.source,
-            trainable_embeddings=case.trainable_embeddings,
-        )  # fmt: skip
-        torch.manual_seed(SEED)
-        model = SmoothieModel(config, material.table).to(device)
+        model = make_model(case, material.table, device, trainable_embeddings=case.trainable_embeddings)
         if contestant.compiles:
             model.compile_layers()
         self.loss = TrainingLoss(model, case.options(contestant)).train()
@@ -104,8 +89,7 @@ class Session:
 def make_batches(case: TrainingCase, tokens: Tensor, count: int) -> list[Batch]:
     """Stretches of the text: a source and the target that follows it. Padded where the case skips padding: lengths are
     uniform from 1 on, and the same in all batches."""
-    size = count * case.batch * (case.source + case.length)
-    texts = tokens.repeat(-(-size // len(tokens)))[:size].view(count, case.batch, case.source + case.length)
+    texts = stretches(tokens, count, case.batch, case.source + case.length)
     generator = torch.Generator().manual_seed(SEED)
     masks = {}
     for name, length in (("source", case.source), ("target", case.length)):
@@ -163,82 +147,38 @@ def again(calls: list[_Smoothing]) -> object:
     return torch.autograd.grad(smoothed, leaves, [call.gradient for call in calls]) if leaves else smoothed
 
 
-def flush_denormals() -> None:
-    """Denormal numbers are zero from now on: cross-entropy's gradient is full of them, and processors crawl over each.
-
-    Only before PyTorch has started its threads: they take this over from the one that starts them, and never again.
-    """
-    torch.set_flush_denormal(True)
+def measure(result: Result, case: TrainingCase, *given: Any, **options: Any) -> None:
+    """`run_case` of this kind."""
+    run_case(_Race, Row, result, case, *given, **options)
 
 
-def with_transformers(machine: Machine) -> Machine:
-    """The version among its versions."""
-    try:
-        found = {"transformers": version("transformers")}
-    except PackageNotFoundError:
-        found = {}
-    return replace(machine, versions=machine.versions | found)
-
-
-def measure(
-    result: Result,
-    case: TrainingCase,
-    material: Material,
-    folder: Path,
-    device: str = "cpu",
-    repeats: int | None = None,
-    *,
-    keep_going: bool = False,
-    progress: Progress = lambda what, parts: None,
-) -> None:
-    """Checks and measures one case, and adds it to the result. `folder` is for what other processes read.
-
-    CheckFailed where ours is wrong; with keep_going the case's rows say so instead, and have no times.
-    """
-    torch.compiler.reset()
-    sized = material.sized(case.v or len(material.table), case.d)
-    result.tables[case.name], result.cases[case.name] = sized.note, asdict(case)
-    rows = {name: _row(result.machine, case, name, sized) for name in case.contestants}
-    race = _Race(case, sized, device, rows)
-    progress(f"{case.name}: checking", 1)
-    race.check(keep_going=keep_going)
-    progress(f"{case.name}: timing", 1)
-    if race.sessions:
-        result.products[case.name] = race.time(repeats or case.repeats)
-    progress(f"{case.name}: memory", 1)
-    race.measure_memory(folder, result.machine.threads)
-    result.rows.extend(rows.values())
-    del race  # the next case needs the room
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-class _Race:
-    """Runs one case, and fills its rows. `sessions` are those of all who take part."""
-
+class _Race(Race[TrainingCase, Row]):
     def __init__(self, case: TrainingCase, material: Material, device: str, rows: dict[str, Row]) -> None:
-        self.case, self.material, self.device, self.rows = case, material, device, rows
-        self.sessions: dict[str, Session] = {}
+        super().__init__(case, material, device, rows)
         self.parts: dict[str, Callable[[], object]] = {}  # what each does with the vocabulary in one step
-        self.flop, self.vocabulary_flop, self.checked = 0, 0, case.batch
+        self.flop, self.vocabulary_flop = 0, 0
+
+    @property
+    def dense_tensors(self) -> int:
+        return 10 if self.case.trainable_embeddings else 6
 
     def check(self, *, keep_going: bool) -> None:
         """Counts the products, compares losses and gradients with REFERENCE's, and warms everybody up."""
         case = self.case
-        self.checked = self._samples_that_fit()
+        self.checked = self.samples_that_fit()
         try:
             reference = Session(case, REFERENCE, self.material, self.device)
             with recorded() as calls:
                 self.flop, (loss, gradients) = counted(lambda: reference.gradients(self.checked))
             self.vocabulary_flop, _ = counted(lambda: again(calls))
         except Exception as error:
-            self._failed(OURS, f"has nothing to be compared with: {_one_line(error)}", keep_going)
+            self.failed(OURS, f"has nothing to be compared with: {one_line(error)}", keep_going)
             return
         for name in self.rows:
             session = None
             try:
-                self._expect_room(name)
+                if CONTESTANTS[name].options["step"] == "eager":
+                    self.expect_room()
                 if "torch_noise" not in CONTESTANTS[name].options:
                     session = reference if name == REFERENCE else self._session(name)
                     off = compare(*session.gradients(self.checked), loss, gradients, bf16=case.bf16)
@@ -249,9 +189,9 @@ class _Race:
                         session.step()
                 self.sessions[name], self.parts[name] = session, partial(again, calls)
             except CheckFailed as error:
-                self._failed(name, error.what, keep_going)
+                self.failed(name, error.what, keep_going)
             except Exception as error:
-                self._failed(name, _one_line(error), keep_going, WRONG if name == OURS else "absent: ")
+                self.failed(name, one_line(error), keep_going, WRONG if name == OURS else "absent: ")
         if OURS not in self.sessions:
             self.sessions.clear()
 
@@ -260,97 +200,25 @@ class _Race:
         case, clock = self.case, timing.clock_of(self.device)
         steps = {name: session.step for name, session in self.sessions.items()}
         times = timing.race(steps, clock, patience=0, repeats=repeats)
-        gemms = {str(dtype): self._product(dtype) for dtype in {torch.float32, self._network_type}}
-        part_times = timing.race(self.parts | gemms, clock, patience=0, repeats=PART_REPEATS)
-        v, d = self.material.table.shape
-        rate, network_rate = (
-            2 * case.n * v * d / part_times[str(dtype)].median for dtype in (torch.float32, self._network_type)
-        )
+        part_seconds, rates = self.race_parts(self.parts, clock)
         share = case.batch / self.checked
         flop, vocabulary_flop = (round(share * flop) for flop in (self.flop, self.vocabulary_flop))
-        products = Products(flop, vocabulary_flop, rate, network_rate, self.checked)
-        for name in times:
-            self.rows[name] = with_times(self.rows[name], name, times, part_times[name].median, products.seconds)
+        products = Products(flop, vocabulary_flop, *rates, self.checked)
+        for name, time in times.items():
+            row = with_times(self.rows[name], name, times, part_seconds[name], products.seconds)
+            self.rows[name] = replace(row, steps_per_s=1 / time.median)
         return products
 
-    def measure_memory(self, folder: Path, threads: int) -> None:
-        saved = folder / "training.pt"
-        if self.device == "cpu":
-            self.material.save(saved)
-        for name, session in self.sessions.items():
-            step: Any = session.step
-            if self.device == "cuda":
-                peak: memory.Peak | str = memory.peak_on_cuda(step)
-            elif CONTESTANTS[name].compiles:
-                peak = memory.peak_of(step)
-            else:
-                peak = peak_in_new_process(self.case, name, saved, threads)
-            if isinstance(peak, str):
-                self.rows[name] = replace(self.rows[name], note=f"memory: {peak}")
-            else:
-                self.rows[name] = replace(
-                    self.rows[name], peak_extra_bytes=peak.extra, peak_process_bytes=peak.process
-                )  # fmt: skip
-
-    @property
-    def _network_type(self) -> torch.dtype:
-        return torch.bfloat16 if self.case.bf16 else torch.float32
+    def peak(self, name: str, saved: Path, threads: int) -> memory.Peak | str:
+        step: Any = self.sessions[name].step
+        if self.device == "cuda":
+            return memory.peak_on_cuda(step)
+        if CONTESTANTS[name].compiles:
+            return memory.peak_of(step)
+        return peak_in_new_process(self.case, name, saved, threads)
 
     def _session(self, name: str) -> Session:
         return Session(self.case, name, self.material, self.device)
-
-    def _expect_room(self, name: str) -> None:
-        """For the eager step's tensors of rows x vocabulary, instead of a process that the system kills."""
-        if self.device == "cuda":
-            torch.cuda.empty_cache()  # what it keeps does not look free
-        free = memory.available(self.device)
-        needed = self._eager_bytes(self.case.batch)
-        if CONTESTANTS[name].options["step"] == "eager" and free is not None and needed > USABLE * free:
-            raise MemoryError(f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-
-    def _samples_that_fit(self) -> int:
-        """The check needs the eager step, if not of the whole batch."""
-        samples, free = self.case.batch, memory.available(self.device)
-        while free is not None and samples > 1 and self._eager_bytes(samples) > USABLE * free:
-            samples //= 2
-        return samples
-
-    def _eager_bytes(self, samples: int) -> int:
-        tensors = 10 if self.case.trainable_embeddings else 6  # of rows x vocabulary at once, measured
-        return 4 * tensors * samples * self.case.length * len(self.material.table)
-
-    def _product(self, dtype: torch.dtype) -> Callable[[], object]:
-        """One N x V x D product, into a tensor that exists."""
-        table = self.material.table.to(self.device, dtype)
-        rows = table[torch.arange(self.case.n) % len(table)]
-        out = torch.empty(len(rows), len(table), device=self.device, dtype=dtype)
-        return lambda: torch.mm(rows, table.T, out=out)
-
-    def _failed(self, name: str, what: str, keep_going: bool, kind: str = WRONG) -> None:
-        if name == OURS and not keep_going:
-            raise CheckFailed(f"case {self.case.name!r}, contestant {name!r}: {what}", what)
-        self.rows[name] = replace(self.rows[name], error=None, note=f"{kind}{what}")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
-
-
-def _row(machine: Machine, case: TrainingCase, name: str, material: Material) -> Row:
-    versions = " ".join(f"{name}={number}" for name, number in machine.versions.items())
-    v, d = material.table.shape
-    return Row(case.name, name, case.n, v, d, commit=machine.commit, machine=machine.processor, versions=versions)
-
-
-def counted(call: Callable[[], Any]) -> tuple[int, Any]:
-    """Floating point operations of a call's matrix products, and what the call gives.
-
-    Attention is taken apart into its products: of the library's own kernels some are not counted, and some of them
-    make products again.
-    """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        found = call()
-    return counter.get_total_flops(), found
 
 
 def compare(
@@ -370,38 +238,10 @@ def compare(
     return max(errors.values())
 
 
-def with_times(
-    row: Row, name: str, times: Mapping[str, timing.Timing], vocabulary_seconds: float, floor_seconds: float
-) -> Row:
-    time = times[name]
-    return replace(
-        row,
-        seconds=time.median,
-        quartiles=time.quartiles,
-        runs=time.runs,
-        steps_per_s=1 / time.median,
-        tokens_per_s=row.n / time.median,
-        ratios={other: each.median / time.median for other, each in times.items() if other != name},
-        floor_seconds=floor_seconds,
-        efficiency=floor_seconds / time.median,
-        vocabulary_seconds=vocabulary_seconds,
-        vocabulary_share=vocabulary_seconds / time.median,
-    )
-
-
 def peak_in_new_process(case: TrainingCase, name: str, material: Path, threads: int) -> memory.Peak | str:
     """The peak of one step, or why it was not measured. `material` is a saved Material of the case's size."""
-    if not memory.RESET.exists():
-        return memory.NO_MARK
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.training", "torch._dynamo", "smoothie_kernels.diffusion.loss"])
-    with context.Pool(1) as pool:
-        try:
-            return pool.apply_async(_peak_here, (case, name, material, threads)).get(MEMORY_SECONDS)
-        except multiprocessing.TimeoutError:
-            return f"no answer within {MEMORY_SECONDS} s (out of memory?)"
-        except Exception as error:
-            return _one_line(error)
+    preload = ("smoothie_kernels.diffusion.loss",)
+    return models.peak_in_new_process(_peak_here, case, name, material, threads, preload=preload)
 
 
 def _peak_here(case: TrainingCase, name: str, material: Path, threads: int) -> memory.Peak | str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
-from benchmarks.training_report import OURS, REFERENCE
+from benchmarks.model_report import OURS
+from benchmarks.models import SEED, ModelCase, select
+from benchmarks.training_report import REFERENCE
 from smoothie_kernels.diffusion.options import LossOptions
-
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,10 @@ CONTESTANTS = {
 
 
 @dataclass(frozen=True)
-class TrainingCase:
-    name: str
-    why: str
-    batch: int = 32
-    length: int = 32  # of a target
-    source: int = 32  # of a source
-    v: int | None = None  # None: the table's
-    d: int = 384
-    layers: int = 4
-    hidden: int = 384
-    heads: int = 12
-    condition_layers: int = 2
-    self_condition_layers: int = 1
+class TrainingCase(ModelCase):
     self_conditioning: float = 0.0
     trainable_embeddings: bool = False
     skip_padding: bool = False
-    bf16: bool = False
-    contestants: tuple[str, ...] = ("eager", OURS)
-    repeats: int = 3
-    groups: tuple[str, ...] = ("cpu",)
-
-    @property
-    def n(self) -> int:
-        return self.batch * self.length
 
     def options(self, contestant: Contestant) -> LossOptions:
         chosen = {name: getattr(self, name) for name in ("self_conditioning", "skip_padding", "bf16")}
@@ -116,14 +95,5 @@ class Plan:
 
 def plan(device: str, *, full: bool = False, patterns: Iterable[str] = (), repeats: int | None = None) -> Plan:
     """The cases of a device, or those of all that match a pattern. ValueError where a pattern fits none."""
-    wanted = tuple(patterns)
-    for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in CASES):
-            raise ValueError(f"no training case is named {pattern!r}; there are: {', '.join(CASES)}")
-    groups = {device, f"{device} full"} if full else {device}
-    cases = [
-        case
-        for case in CASES.values()
-        if (any(fnmatchcase(case.name, pattern) for pattern in wanted) if wanted else groups & {*case.groups})
-    ]
-    return Plan(tuple(cases), CUDA_CURVE if device == "cuda" else CURVE, repeats=repeats)
+    cases = select("training", CASES, device, full=full, patterns=patterns)
+    return Plan(cases, CUDA_CURVE if device == "cuda" else CURVE, repeats=repeats)

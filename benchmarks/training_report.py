@@ -2,71 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks import model_report
 from benchmarks.compare import TRAINING
-from benchmarks.machine import Machine
+from benchmarks.model_report import (
+    OURS,
+    describe_model,
+    draw_bars,
+    finish,
+    matplotlib_missing,
+    of_memory,
+    slower,
+    spread,
+)
 from benchmarks.recall_report import BLUE, BROWN, GREY
 from benchmarks.report import duration, size
 from benchmarks.sections import Page, Section
 from benchmarks.sections import fill as fill_page
-from benchmarks.suite import WRONG
 
 PAGE = "training.md"  # in the folder of the docs; see `fill`
-REFERENCE, OURS = "eager, our noise", "fused"
+REFERENCE = "eager, our noise"
 COMPARED, CURVE_MARGIN = 50, 1e-4  # the first steps of the loss curves, and what they may differ by, relatively
 COLOURS = {"eager": BROWN, REFERENCE: "#d99a6c", OURS: BLUE, "fused + compile": "#08306b"}
 LEAST_DIFFERENCE = 1e-9  # what is less is drawn here
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contestant in one case. Seconds and bytes; None where it was not measured."""
+class Row(model_report.Row):
+    """`seconds` are those of a step."""
 
-    case: str
-    contestant: str
-    n: int
-    v: int
-    d: int
-    seconds: float | None = None  # of a step, median
-    quartiles: tuple[float, float] | None = None
-    runs: int = 0
     steps_per_s: float | None = None
-    tokens_per_s: float | None = None  # positions of targets, padding included
-    ratios: dict[str, float] = field(default_factory=dict)  # another contestant's time over this time
-    floor_seconds: float | None = None  # the step's matrix products at the rate of the machine's GEMM, in the same run
-    efficiency: float | None = None  # floor time over this time
-    vocabulary_seconds: float | None = None  # the `smooth` calls of a step with their backward, alone
-    vocabulary_share: float | None = None  # of the step
-    peak_extra_bytes: int | None = None  # beyond weights, optimizer state and batch
-    peak_process_bytes: int | None = None  # on a GPU: of the allocator
-    error: float | None = None  # of the gradients, the largest of any parameter, relative to REFERENCE
-    note: str = ""  # why it is absent, or why something was not measured
-    commit: str = ""
-    machine: str = ""
-    versions: str = ""
-
-
-@dataclass(frozen=True)
-class Products:
-    """Matrix products of a case, and what they are held against."""
-
-    flop: int  # of a step
-    vocabulary_flop: int  # of these, those of the `smooth` calls
-    flop_per_s: float  # of N x V x D in float32, in the same run
-    network_flop_per_s: float  # in the network's type
-    checked: int  # samples of the batch that check and count have seen
-
-    @property
-    def seconds(self) -> float:
-        """The products alone."""
-        network = (self.flop - self.vocabulary_flop) / self.network_flop_per_s
-        return network + self.vocabulary_flop / self.flop_per_s
 
 
 @dataclass(frozen=True)
@@ -95,32 +65,16 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Result:
-    machine: Machine
-    tables: dict[str, str] = field(default_factory=dict)  # what the table of a case was
-    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
-    products: dict[str, Products] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+class Result(model_report.Result[Row]):
     curves: list[Curves] = field(default_factory=list)  # one, when it is done
 
-    def of(self, case: str) -> list[Row]:
-        return [row for row in self.rows if row.case == case]
-
     def failures(self) -> list[str]:
-        wrong = [
-            f"case {row.case!r}, contestant {row.contestant!r}: {row.note}"
-            for row in self.rows
-            if row.contestant == OURS and row.note.startswith(WRONG)
-        ]
-        return wrong + [failure for curves in self.curves for failure in curves.failures()]
+        return super().failures() + [failure for curves in self.curves for failure in curves.failures()]
 
 
 def load(path: Path) -> Result:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    rows = [Row(**(row | {"quartiles": row["quartiles"] and tuple(row["quartiles"])})) for row in content["rows"]]
-    products = {name: Products(**found) for name, found in content["products"].items()}
-    curves = [Curves(**found) for found in content["curves"]]
-    return Result(Machine(**content["machine"]), content["tables"], content["cases"], products, rows, curves)
+    content, given = model_report.read(path, Row)
+    return Result(**given, curves=[Curves(**found) for found in content["curves"]])
 
 
 def stem_of(result: Result) -> str:
@@ -128,14 +82,7 @@ def stem_of(result: Result) -> str:
 
 
 def page_of(result: Result) -> Page:
-    return Page(
-        f"Training steps: {result.machine.processor}, commit {result.machine.commit}",
-        result.machine,
-        ["How numbers are taken: [README](../README.md)."],
-        result.failures(),
-        sections(result),
-        OURS,
-    )
+    return model_report.page("Training steps", result, sections(result))
 
 
 def save(result: Result, folder: Path) -> list[Path]:
@@ -168,18 +115,17 @@ def case_section(result: Result, name: str) -> Section:
 def cells_of(row: Row, columns: int) -> tuple[str, ...]:
     if row.seconds is None or row.quartiles is None:
         return (row.contestant, row.note, *[""] * (columns - 2))
-    slower = 1.0 if row.contestant == OURS else row.ratios.get(OURS) and 1 / row.ratios[OURS]
     return (
         row.contestant,
         duration(row.seconds),
-        f"{(row.quartiles[1] - row.quartiles[0]) / row.seconds:.0%}",
+        spread(row),
         f"{row.steps_per_s:.3g}",
         f"{row.tokens_per_s:,.0f}",
-        f"{slower:.2f}" if slower else "",
+        slower(row),
         f"{row.efficiency:.2f}",
         f"{row.vocabulary_share:.0%}",
-        "" if row.peak_extra_bytes is None else size(row.peak_extra_bytes),
-        "" if row.peak_process_bytes is None else size(row.peak_process_bytes),
+        of_memory(row.peak_extra_bytes),
+        of_memory(row.peak_process_bytes),
         "" if row.error is None else f"{row.error:.1e}",
     )
 
@@ -196,13 +142,7 @@ def describe(case: dict[str, Any]) -> str:
     ]
     if case["self_conditioning"]:
         options.append(f"self-conditioning in {case['self_conditioning']:.0%} of the steps")
-    return ", ".join(
-        [
-            f"{case['layers']} layers of width {case['hidden']}, {case['batch']} x {case['length']} positions after "
-            f"sources of {case['source']}",
-            *options,
-        ]
-    )
+    return ", ".join([describe_model(case), *options])
 
 
 def curve_section(curves: Curves) -> Section:
@@ -225,45 +165,19 @@ def curve_section(curves: Curves) -> Section:
 
 def draw(result: Result, stem: Path) -> list[Path] | str:
     """The files drawn, or why there are none."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "matplotlib is not installed"
-    matplotlib.use("agg")
+    if missing := matplotlib_missing():
+        return missing
     timed = [row for row in result.rows if row.seconds]
     drawn = [_draw_bars(timed, stem, quantity) for quantity in ("steps", "memory") if timed]
     return drawn + [_draw_curves(curves, stem) for curves in result.curves]
 
 
 def _draw_bars(rows: list[Row], stem: Path, quantity: str) -> Path:
-    """A group of bars per case, one for every contestant in it."""
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = pyplot.subplots(figsize=(7.2, 1.2 + 0.22 * (len(rows) + len(cases))), dpi=150, layout="constrained")
-    place, ticks = 0.0, []
-    for case in cases:
-        group = [row for row in rows if row.case == case]
-        ticks.append(place + (len(group) - 1) / 2)
-        for row in group:
-            value = row.steps_per_s if quantity == "steps" else row.peak_extra_bytes
-            text = "not measured" if value is None else f"{value:.2f}" if quantity == "steps" else size(int(value))
-            axes.barh(place, value or 0, color=COLOURS.get(row.contestant, GREY), height=0.85)
-            axes.annotate(text, (value or 0, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
-            place += 1
-        place += 1
-    for name in dict.fromkeys(row.contestant for row in rows):
-        axes.barh(0, 0, color=COLOURS.get(name, GREY), label=name)
-    axes.set_yticks(ticks, cases, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    if quantity == "memory":
-        axes.xaxis.set_major_formatter(lambda count, _: size(int(count)))
-    axes.set_title(
-        "Training steps per second" if quantity == "steps" else "Peak memory of a training step, beyond the weights",
-        loc="left", fontsize=10,
-    )  # fmt: skip
-    return _finish(figure, [axes], stem, quantity)
+    if quantity == "steps":
+        title = "Training steps per second"
+        return draw_bars(rows, stem, quantity, title, lambda row: row.steps_per_s, lambda rate: f"{rate:.2f}", COLOURS)
+    title = "Peak memory of a training step, beyond the weights"
+    return draw_bars(rows, stem, quantity, title, lambda row: row.peak_extra_bytes, lambda b: size(int(b)), COLOURS)
 
 
 def _draw_curves(curves: Curves, stem: Path) -> Path:
@@ -283,21 +197,7 @@ def _draw_curves(curves: Curves, stem: Path) -> Path:
     below.set_yscale("log")
     below.set_ylabel(f"relative difference\n(none: at {LEAST_DIFFERENCE:.0e})")
     below.set_xlabel("training step")
-    return _finish(figure, [above, below], stem, "curves")
-
-
-def _finish(figure: Any, all_axes: list[Any], stem: Path, quantity: str) -> Path:
-    from matplotlib import pyplot
-
-    for axes in all_axes:
-        axes.grid(which="major", axis="both" if quantity == "curves" else "x", color="#e4e4e4", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
-    path = stem.with_name(f"{stem.name}-{quantity}.png")
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path
+    return finish(figure, [above, below], stem, "curves")
 
 
 # The page of the docs

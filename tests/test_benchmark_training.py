@@ -17,10 +17,11 @@ from benchmarks.check import CheckFailed
 from benchmarks.embeddings import synthetic
 from benchmarks.machine import Machine
 from benchmarks.memory import Peak
+from benchmarks.model_report import OURS, Products, with_times
 from benchmarks.timing import Timing
 from benchmarks.training import BATCHES, Session, make_batches
 from benchmarks.training_cases import ALL, Plan, TrainingCase
-from benchmarks.training_report import OURS, REFERENCE, Curves, Products, Result, Row
+from benchmarks.training_report import REFERENCE, Curves, Result, Row
 from smoothie_kernels.diffusion import loss
 from smoothie_kernels.diffusion.model import SmoothieModel
 
@@ -135,9 +136,9 @@ def test_ours_may_not_fail(tmp_path, monkeypatch):
 
 def test_ratios_and_efficiency():
     times = {name: Timing(seconds, (seconds, seconds), 5) for name, seconds in (("a", 4.0), ("b", 2.0), ("c", 1.0))}
-    row = training.with_times(Row("case", "b", 30, V, D), "b", times, vocabulary_seconds=0.5, floor_seconds=1.5)
+    row = with_times(Row("case", "b", 30, V, D), "b", times, vocabulary_seconds=0.5, floor_seconds=1.5)
     assert row.ratios == {"a": 2, "c": 0.5}
-    assert (row.efficiency, row.vocabulary_share, row.steps_per_s, row.tokens_per_s) == (0.75, 0.25, 0.5, 15)
+    assert (row.efficiency, row.vocabulary_share, row.tokens_per_s) == (0.75, 0.25, 15)
     # 6 flop of the vocabulary at 2 a second, 4 of the network at 8 a second
     assert Products(10, 6, 2.0, 8.0, checked=1).seconds == 3.5
 

@@ -1,0 +1,389 @@
+"""Sampling in the benchmarks: wrong samples are refused, products are counted right, a curve goes on where it was."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the suite prints with rich")
+pytest.importorskip("transformers", reason="the model is one of transformers'")
+
+from benchmarks import (
+    __main__,
+    compare,
+    device,
+    memory,
+    quality,
+    sampling,
+    sampling_cases,
+    sampling_noise,
+    sampling_report,
+)
+from benchmarks.authors import Authors
+from benchmarks.check import CheckFailed
+from benchmarks.embeddings import synthetic
+from benchmarks.machine import Machine
+from benchmarks.memory import Peak
+from benchmarks.model_report import OURS
+from benchmarks.quality import Call, Line, Settings
+from benchmarks.sampling import Session, times_of
+from benchmarks.sampling_cases import CONTESTANTS, SUM, WHOLE, NoisePlan, Plan, SamplingCase
+from benchmarks.sampling_report import OURS_ALL, Result
+from smoothie_kernels.diffusion.solvers import SOLVERS
+from smoothie_kernels.diffusion.states import Eager, Fused
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = Machine("CPU", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
+V, D = 211, 16
+TINY = SamplingCase(
+    "tiny", "", batch=4, length=5, source=6, d=D, layers=2, hidden=24, heads=2, condition_layers=1, repeats=2, steps=6,
+    dense_steps=3, contestants=tuple(CONTESTANTS),
+)  # fmt: skip
+VARIANTS = {
+    "re-noise": {},
+    "ddim": {"solver": "ddim"},
+    "ddpm": {"solver": "ddpm"},
+    "sde": {"solver": "sde"},
+    "ragged": {"ragged": True},
+    "bf16": {"bf16": True},
+}
+NOISE = NoisePlan(n=20, d=D, steps=(5, 40), repeats=2)
+PICTURES = ("-speed.png", "-memory.png")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Nothing starts a process."""
+    monkeypatch.setattr(sampling, "peak_in_new_process", lambda *given: Peak(1000, 3000))
+    yield
+    torch.set_flush_denormal(False)
+
+
+def measured(case: SamplingCase, folder: Path, **options) -> Result:
+    result = Result(MACHINE)
+    sampling.measure(result, case, synthetic(V, D), folder, **options)
+    return result
+
+
+def plant(monkeypatch, state: type, change) -> None:
+    """From now on this state's model inputs are something else."""
+    real = state.smooth
+
+    def wrong(*given):
+        smoothed, *more = real(*given)
+        return [change(smoothed), *more]
+
+    monkeypatch.setattr(state, "smooth", wrong)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everybody_is_found_right_and_measured(variant, tmp_path):
+    result = measured(replace(TINY, **VARIANTS[variant]), tmp_path)
+    assert not result.failures()
+    assert [row.contestant for row in result.rows] == list(CONTESTANTS)
+    for row in result.rows:
+        assert (row.note, row.runs, row.steps) == ("", 2, 6)
+        assert row.timed_steps == (6 if row.contestant in OURS_ALL else 3)
+        assert row.ratios.keys() == CONTESTANTS.keys() - {row.contestant}
+        assert (row.error is None) == (row.same_tokens is None) == (row.contestant == "eager")
+        assert row.same_tokens in (None, 1.0)
+        assert row.tokens_per_s == pytest.approx(20 / row.seconds)
+        assert 0 < row.vocabulary_share < 1
+        assert (row.peak_extra_bytes, row.peak_process_bytes) == (1000, 3000)
+
+
+@pytest.mark.parametrize("change", [lambda smoothed: smoothed * 1.1, lambda smoothed: smoothed * math.nan])
+def test_wrong_samples_are_refused_or_cost_the_case_its_times(change, tmp_path, monkeypatch):
+    plant(monkeypatch, Fused, change)
+    with pytest.raises(CheckFailed, match="case 'tiny', contestant 'fused': "):
+        measured(TINY, tmp_path)
+    result = measured(TINY, tmp_path, keep_going=True)
+    assert all(row.seconds is None for row in result.rows)
+    assert not result.products
+    assert "'fused': wrong: " in "".join(result.failures())
+    assert "wrong: " in sampling_report.page_of(result).markdown([])
+
+
+def test_other_noise_is_found(monkeypatch):
+    """Answers tell, where random weights give the same tokens whatever comes in."""
+    session = Session(TINY, OURS, synthetic(V, D))
+    ours, others = (session.run(times=times_of(5), seed=seed) for seed in (0, 1))
+    assert sampling.compare(ours, ours) == (1.0, 0.0)
+    with pytest.raises(CheckFailed, match="last answers are off by"):
+        sampling.compare(ours._replace(tokens=others.tokens), others)
+    with pytest.raises(CheckFailed, match=r"95.00% of the tokens are those of the eager sampler, 99.5% must be"):
+        sampling.compare(ours._replace(tokens=(ours.tokens + (torch.arange(20).view(4, 5) == 7))), ours)
+
+
+def test_whoever_of_ours_raises_is_refused(tmp_path, monkeypatch):
+    def broken(smoothed):
+        raise RuntimeError("planted")
+
+    plant(monkeypatch, Fused, broken)
+    for name in OURS_ALL:
+        with pytest.raises(CheckFailed, match=f"'{name}': RuntimeError: planted"):
+            measured(replace(TINY, contestants=(name, "eager")), tmp_path)
+
+
+def test_a_dense_sampler_without_room_is_left_out_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 10_000)
+    result = measured(TINY, tmp_path)
+    assert not result.failures()
+    assert {row.contestant for row in result.rows if row.seconds} == {*OURS_ALL}
+    assert all(row.note.startswith("absent: MemoryError: needs about") for row in result.rows if not row.seconds)
+    assert result.products["tiny"].checked == 1  # as many samples as the eager step has room for
+
+
+def test_products_are_those_of_all_steps(tmp_path):
+    """Two of the vocabulary a step, over the rows that take part; the network's grow with the steps."""
+    less, more = (measured(replace(TINY, steps=steps), tmp_path).products["tiny"] for steps in (6, 9))
+    assert (less.vocabulary_flop, more.vocabulary_flop) == (6 * 4 * 20 * V * D, 9 * 4 * 20 * V * D)
+    of_network = [each.flop - each.vocabulary_flop for each in (less, more)]
+    longest = measured(replace(TINY, steps=12), tmp_path).products["tiny"]
+    assert of_network[1] - of_network[0] == longest.flop - longest.vocabulary_flop - of_network[1] > 0
+    ragged = measured(replace(TINY, ragged=True), tmp_path).products["tiny"]
+    assert ragged.vocabulary_flop == (11 * 12 + 20) * 2 * V * D  # of the last search all rows are part
+
+
+def test_the_authors_sampler_is_the_eager_one_and_holds_more(monkeypatch):
+    assert issubclass(Authors, Eager)
+    for solver in SOLVERS:
+        case, material = replace(TINY, solver=solver), synthetic(V, D)
+        eager, authors = (Session(case, name, material).run(6, seed=3) for name in ("eager", "authors"))
+        assert torch.equal(eager.embeddings, authors.embeddings)
+    made, real = [], torch.Tensor.__neg__
+    monkeypatch.setattr(torch.Tensor, "__neg__", lambda tensor: made.append(tuple(tensor.shape)) or real(tensor))
+    counts = []
+    for name in ("eager", "authors"):
+        made.clear()
+        Session(TINY, name, synthetic(V, D)).run(3)
+        counts.append(made.count((20, V)))
+    assert counts == [2, 6]  # distances; the score, and that of fresh noise, of two updates
+
+
+def test_what_takes_part_and_what_is_carried():
+    material = synthetic(V, D)
+    assert Session(TINY, OURS, material).lengths is None
+    ragged = replace(TINY, ragged=True)
+    assert Session(ragged, OURS, material).lengths.tolist() == [1, 2, 4, 5]
+    assert Session(ragged, WHOLE, material).lengths is None
+    found = Session(ragged, OURS, material).run(2)
+    assert found.lengths.tolist() == [1, 2, 4, 5]
+    assert len(Session(ragged, OURS, material).run(2, samples=3).tokens) == 3
+
+
+def test_times_are_of_all_steps_and_parts_of_their_run(monkeypatch):
+    session = Session(TINY, "eager", synthetic(V, D))
+    session.run()
+    assert len(session.watch.runs) == 1
+    assert len(session.watch.runs[0]) == 1 + 3 + 2  # begin, smooth, update
+    session.watch.runs[:] = [[1.0, 2.0], [3.0], [10.0]]
+    assert session.watch.median() == 3.0
+    twice = sampling.scaled(sampling.timing.Timing(2.0, (1.0, 4.0), 5), 2)
+    assert (twice.median, twice.quartiles, twice.runs) == (4.0, (2.0, 8.0), 5)
+
+
+def test_noise_costs():
+    assert sampling_noise.mean_fields(50, "sum") == pytest.approx(25.5)
+    assert 4 < sampling_noise.mean_fields(50, "bridge") < 8
+    costs = {cost.way: cost for cost in sampling_noise.measure(synthetic(V, D), NOISE, "cpu")}
+    assert [*costs] == [
+        "no noise", "one field", "bridge, 5 steps", "sum, 5 steps", "bridge, 40 steps", "sum, 40 steps",
+        "stored in bfloat16", "stored in bfloat16, torch.randn",
+    ]  # fmt: skip
+    assert costs["no noise"].over_no_noise == 1
+    assert costs["stored in bfloat16"].stored_bytes == 2 * 20 * V
+    assert costs["stored in bfloat16"].seconds > costs["no noise"].seconds
+
+
+def test_cases_are_selected_by_device_and_by_name():
+    names = {key: [case.name for case in sampling_cases.plan(*key[:1], full=key[1]).cases] for key in (
+        ("cpu", False), ("cpu", True), ("cuda", False))}  # fmt: skip
+    assert names["cuda", False] == ["sample-12x768", "sample-12x768-ddim"]
+    assert {*names["cpu", False]} < {*names["cpu", True]}
+    assert "sample-12x768" not in names["cpu", True]
+    assert [case.name for case in sampling_cases.plan("cpu", patterns=["*-8k"]).cases] == ["sample-4x384-8k"]
+    with pytest.raises(ValueError, match="no sampling case is named 'nonsense'"):
+        sampling_cases.plan("cpu", patterns=["nonsense"])
+    for case in sampling_cases.CASES.values():
+        assert {*case.contestants} <= CONTESTANTS.keys()
+        assert (SUM in case.contestants) == (case.solver in ("ddpm", "sde"))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    blocks = ("origin", "tiny", "tiny-v", "other", "sizes", "noise", "quality-bleu")
+    (docs / sampling_report.PAGE).write_text("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks))
+    tiny = replace(TINY, contestants=(OURS, "eager"), over_v=True)
+    plan = Plan((tiny, replace(tiny, name="tiny-v", v=100)), NOISE)
+    monkeypatch.setattr(sampling_cases, "plan", lambda *given, **options: plan)
+    monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
+    arguments = ["sampling", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    if broken:
+        plant(monkeypatch, Fused, lambda smoothed: smoothed + 1)
+        assert __main__.main() == 1
+        assert "check failed, no speed is reported: case 'tiny'" in capsys.readouterr().err
+        assert not out.exists()
+        return
+    assert __main__.main() == 0
+    stem = next(out.glob("sampling-*.json")).stem
+    assert {path.name for path in out.iterdir()} == {f"{stem}{end}" for end in (".json", ".md", *PICTURES)}
+    text, page = (out / f"{stem}.md").read_text(), (docs / sampling_report.PAGE).read_text()
+    assert all(f"![{stem}{picture}]" in text for picture in PICTURES)
+    assert page.count("old\n") == 2  # of what was not run
+    assert page.index("| 100 |") < page.index("| 211 |")
+    assert "| eager | 3/6 |" in page
+    assert (docs / "sampling-speed.png").is_file()
+    again = sampling_report.load(out / f"{stem}.json")
+    assert sampling_report.save(again, tmp_path / "again")[0].read_text() == (out / f"{stem}.json").read_text()
+    assert json.loads((out / f"{stem}.json").read_text())["rows"][0]["ratios"].keys() == {"eager"}
+    assert stem.startswith(compare.SAMPLING)
+
+
+def test_memory_of_a_call_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch):
+    if not memory.RESET.exists():
+        pytest.skip(memory.NO_MARK)
+    monkeypatch.undo()
+    case, saved, of_logits = replace(TINY, batch=8, length=32), tmp_path / "material.pt", 4 * 256 * 20_000
+    synthetic(20_000, D).save(saved)
+    eager, fused = (sampling.peak_in_new_process(case, name, saved, threads=1) for name in ("eager", OURS))
+    assert eager.extra > 2 * of_logits
+    assert of_logits / 2 > fused.extra > 0
+    assert eager.process > eager.extra
+
+
+def test_the_device_script_measures_sampling_on_request(tmp_path, monkeypatch):
+    ran = {}
+    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path), "--parts", "training", "sampling"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "describe", lambda what: MACHINE)
+    monkeypatch.setattr(device, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(device, "embeddings", list)
+    monkeypatch.setattr(device.Parts, "run", lambda parts, name, command, seconds: ran.update({name: command}))
+    assert device.main() == 0
+    assert [*ran] == ["training", "sampling"]
+    assert ran["sampling"][2:6] == ["benchmarks", "sampling", "--device", "cuda"]
+
+
+# --- quality
+
+
+class Counting:
+    """Instead of a model with its texts."""
+
+    made: list[Call] = []  # noqa: RUF012
+
+    def __init__(self, settings, device):
+        pass
+
+    def run(self, call: Call) -> Line:
+        self.made.append(call)
+        score = 10 * call.steps**0.1 + call.seed - 0.1 * call.patience
+        spent = call.steps / (1 + call.patience)
+        found = {"bleu": score, "rougeL": score / 100, "distinct2": 0.5, "seconds_per_sample": spent}
+        return Line(**vars(call), **found, mean_calls=spent)
+
+
+@pytest.fixture
+def _counting(monkeypatch):
+    Counting.made = []
+    monkeypatch.setattr(quality, "Session", Counting)
+    monkeypatch.setattr(quality, "_model", lambda checkpoint: {"checkpoint": checkpoint, "sha256": "0"})
+
+
+def command(out: Path, *more: str) -> list[str]:
+    given = ["--data", "some", "--steps", "10,5", "--solvers", "ddim,sde", "--seeds", "2", "--out", str(out), *more]
+    return ["benchmarks", "quality", "model", *given]
+
+
+@pytest.mark.usefixtures("_counting")
+def test_a_curve_goes_on_where_it_was_and_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    out, docs = tmp_path / "curve.csv", tmp_path / "docs"
+    docs.mkdir()
+    blocks = ("origin", "quality-bleu", "quality-rougeL", "patience")
+    (docs / sampling_report.PAGE).write_text("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks))
+    monkeypatch.setattr("sys.argv", command(out))
+    assert __main__.main() == 0
+    assert len(Counting.made) == 8
+    assert [call.steps for call in Counting.made] == [5, 5, 10, 10] * 2  # short ones first
+    whole = out.read_text()
+    out.write_text(whole[: whole.rindex("sde,10,1") + 9])  # killed in the middle of the last line
+    monkeypatch.setattr("sys.argv", command(out, "--patience", "0,3", "--docs", str(docs)))
+    assert __main__.main() == 0
+    assert len({*Counting.made}) == 16
+    assert Counting.made.count(Call("sde", 10, 1)) == 2
+    assert len(Counting.made) == 17
+    lines = [*quality.read(out)]
+    assert {line.call for line in lines} == {*Counting.made}
+    assert len(lines) == 16
+    page = (docs / sampling_report.PAGE).read_text()
+    assert page.count("old\n") == 1  # origin is of the other command
+    assert "| ddim | 12.2 ± 0.5 | 13.1 ± 0.5 |" in page
+    assert "| sde | 10 | 3 | 12.8 ± 0.5 | 0.128 ± 0.005 | 2.5 | 2.5 | 0.25 |" in page
+    assert (docs / "sampling-quality.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("_counting")
+@pytest.mark.parametrize("other", [("--samples", "8"), ("--split", "test"), ("--threads", "1")])
+def test_a_curve_of_something_else_is_refused(other, tmp_path, monkeypatch, capsys):
+    out, threads = tmp_path / "curve.csv", torch.get_num_threads()
+    quality.measure(Settings("model", "some"), [Call("ddim", 5, 0)], out, replace(MACHINE, threads=7), "cpu")
+    monkeypatch.setattr("sys.argv", command(out, *other))
+    monkeypatch.setattr(__main__.machine, "describe", lambda device: replace(MACHINE, threads=8 if "1" in other else 7))
+    assert __main__.main() == 2
+    torch.set_num_threads(threads)
+    assert f"is of another {other[0].removeprefix('--')}: " in " ".join(capsys.readouterr().err.split())
+    assert len([*quality.read(out)]) == 1
+
+
+@pytest.mark.usefixtures("_counting")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(("--out", "curve.json"), "--out must be a .csv file"), (("--seeds", "0"), "nothing to sample")],
+)
+def test_a_curve_without_a_place_or_without_lines_is_refused(given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [*command(Path("curve.csv")), *given])
+    assert __main__.main() == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not [*tmp_path.iterdir()]
+
+
+def test_texts_of_a_model_are_scored(tmp_path):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
+
+    words = ["[PAD]", "[UNK]", "[SEP]", *"abcdefghij"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(tmp_path / "model")
+    config = SmoothieConfig(
+        len(words), 8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, condition_layers=1,
+        self_condition_layers=0, target_length=6, source_length=5, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    SmoothieModel(config).save_pretrained(tmp_path / "model")
+    rows = [{"source": f"{word} b c d e f g", "target": f"{word} b"} for word in "abc"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(str(tmp_path / "model"), str(tmp_path / "data"), samples=2, batch_size=2)
+    line = quality.Session(settings, "cpu").run(Call("ddpm", 3, 1, patience=2))
+    assert line.call == Call("ddpm", 3, 1, patience=2)
+    assert 0 <= line.bleu <= 100
+    assert 0 <= line.rougeL <= 1
+    assert 1 <= line.mean_calls <= 3
+    assert line.seconds_per_sample > 0
+    record = quality._model(settings.checkpoint)
+    assert record["checkpoint"] == "model"
+    assert len(record["sha256"]) == 64
