@@ -1,6 +1,7 @@
 """The README's example runs, and the files it names exist."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,21 @@ def test_files_exist():
         assert (ROOT / name).exists() or (ROOT / "smoothie_kernels" / name).exists(), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
-def test_flags_of_the_trainer_exist(page):
+PARSERS = {"train": "train", "sample": "sample_command", "evaluate": "evaluate"}  # modules of the commands
+OWN = {"docs/training.md": "train", "docs/sampling.md": "sample"}  # the command whose flags a page names in its text
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/sampling.md"])
+def test_flags_of_the_commands_exist(page, name):
     pytest.importorskip("accelerate", reason="comes with the extra `train`")
     pytest.importorskip("datasets", reason="comes with the extra `train`")
-    from smoothie_kernels.diffusion.train import arguments_parser
-
-    known = {flag for action in arguments_parser()._actions for flag in action.option_strings}
+    parser = import_module(f"smoothie_kernels.diffusion.{PARSERS[name]}").arguments_parser()
+    known = {flag for action in parser._actions for flag in action.option_strings}
     text = (ROOT / page).read_text()
-    commands = re.findall(r"^smoothie-kernels train (?:.*\\\n)*.*$", text, re.MULTILINE)
-    assert commands
-    mentioned = set(re.findall(r"`(--[a-z-]+)", text)) if page.startswith("docs") else set()
+    commands = re.findall(rf"^smoothie-kernels {name} (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert commands or page == "docs/training.md"
+    mentioned = set(re.findall(r"`(--[a-z-]+)", text)) if OWN.get(page) == name else set()
     for flag in mentioned.union(*(re.findall(r"(?<= )--[a-z0-9-]+", command) for command in commands)):
         assert flag in known | {"--nproc-per-node"}, flag
 
@@ -46,3 +51,19 @@ def test_training_example():
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), flags=re.S):
         exec(block, names)
     assert names["predicted"].shape == (2, 5, 384)
+
+
+def test_sampling_example(monkeypatch):
+    pytest.importorskip("datasets", reason="comes with the extra `train`")
+    import small
+    import training
+
+    from smoothie_kernels.diffusion import SmoothiePipeline
+
+    model = training.model(eos_token_id=3, pad_token_id=0, source_length=20)
+    monkeypatch.setattr(SmoothiePipeline, "from_pretrained", lambda _: SmoothiePipeline(model, small.tokenizer()))
+    table = torch.randn(50, 12)
+    names: dict = {"sources": ["a cat", "the king"], "table": table, "f": lambda smoothed, *_: smoothed}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.S):
+        exec(block, names)
+    assert names["samples"].tokens.shape == (16, 64)
