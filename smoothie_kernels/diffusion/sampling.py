@@ -72,7 +72,7 @@ def sample(
 
     Equal to, for solver "re-noise", without ever holding a tensor of rows x vocabulary::
 
-        logits = schedule.prior_std * eps(0)  # eps(offset): the field of (seed, offset, row id, token)
+        logits, answer = schedule.prior_std * eps(0), zeros  # eps(offset): the field of (seed, offset, row id, token)
         for i in range(steps):
             answer = model(logits.softmax(-1) @ E, times[i], condition, answer)
             D = -torch.cdist(answer, E).square() / (2 * sigma_min**2)
