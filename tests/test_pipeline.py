@@ -93,10 +93,14 @@ def test_from_a_checkpoint_and_from_a_run(tmp_path):
     assert loaded(SOURCES, steps=2)
 
 
-def test_progress():
-    seen = []
-    pipeline()(SOURCES, steps=2, batch_size=2, progress=lambda *given: seen.append(given))
-    assert seen == [(1, 2), (2, 2)] * 2
+def test_progress(capsys):
+    pipeline()(SOURCES, steps=2, batch_size=2)
+    assert capsys.readouterr().err == ""
+    pipeline()(SOURCES, steps=2, batch_size=2, first_id=1, progress=True)
+    said = capsys.readouterr().err
+    assert "| 1/3 [" in said
+    assert "| 3/3 [" in said
+    assert "step=2/2" in said
 
 
 @pytest.mark.parametrize(

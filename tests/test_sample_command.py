@@ -171,7 +171,8 @@ def test_wrong_files(checkpoint, tmp_path, capsys):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "smoothie_kernels.diffusion.sample_command", raising=False)
+    for name in ("sample_command", "pipeline"):
+        monkeypatch.delitem(sys.modules, f"smoothie_kernels.diffusion.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert run("x", "-") == 2
     assert (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from smoothie_kernels.diffusion.batches import Collate, check_positive
@@ -85,7 +86,7 @@ class SmoothiePipeline:
         first_id: int = 0,
         batch_size: int = 16,
         truncate: bool = False,
-        progress: Callable[[int, int], object] | None = None,
+        progress: bool = False,
         options: SampleOptions | None = None,
         **choices: Any,
     ) -> Iterator[list[Generated]]:
@@ -100,7 +101,7 @@ class SmoothiePipeline:
             first_id: the first sample to make: to go on where another call ended.
             batch_size: samples at once.
             truncate: cut sources that are longer than the model's, as training does, instead of refusing them.
-            progress: called with (steps done, steps) of every batch.
+            progress: show a bar of samples, and of steps in the batch, on stderr.
             options, choices: a `SampleOptions`, or its fields by name: solver, steps, delta, guidance, seed, ...
 
         Raises:
@@ -116,6 +117,11 @@ class SmoothiePipeline:
         given = None if texts is None else [self._source(text, truncate) for text in texts]
         fixed = [self._fixed(text, whole=templates is not None) for text in templates or prefixes or ()]
         collate = Collate(self.pad, config.target_length, config.source_length)
+        bar = tqdm(total=total, initial=first_id, unit="text", disable=not progress)
+
+        def stepped(step: int, steps: int) -> None:
+            bar.set_postfix(step=f"{step}/{steps}")
+
         for first in range(first_id, total, batch_size):
             ids = range(first, min(first + batch_size, total))
             batch: dict[str, Tensor] = {}
@@ -124,11 +130,13 @@ class SmoothiePipeline:
             rows = [fixed[i // samples if len(fixed) > 1 else 0] for i in ids] if fixed else None
             result = self.model.generate(
                 batch.get("source"), batch.get("source_mask"), sample_ids=ids,
-                fixed=None if rows is None else torch.tensor(rows), progress=progress, options=options, **choices,
+                fixed=None if rows is None else torch.tensor(rows), progress=stepped, options=options, **choices,
             )  # fmt: skip
             tokens = [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
             steps = result.steps.tolist()
+            bar.update(len(ids))
             yield [Generated(i, self.decode(row), row, n) for i, row, n in zip(ids, tokens, steps, strict=True)]
+        bar.close()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens, without special and unused ones."""

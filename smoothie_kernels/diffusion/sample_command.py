@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from smoothie_kernels.diffusion.checkpoint import differences
@@ -84,11 +83,10 @@ def sample(checkpoint: Path | str, output: str, text: TextOptions, options: Samp
     total = (len(rows) or text.count or 1) * text.samples
     record = asdict(text) | asdict(options) | {"checkpoint": _fingerprint(folder)}
     with _opened(output, record, text, total) as (file, done):
-        bar = tqdm(total=total, initial=done, unit="text", disable=None, file=sys.stderr)
         batches = pipeline.stream(
             sources, count=len(rows) or text.count or 1, samples=text.samples, templates=text.template,
             prefixes=text.prefix, first_id=done, batch_size=text.batch_size, truncate=text.truncate,
-            progress=lambda step, steps: bar.set_postfix(step=f"{step}/{steps}"), options=options,
+            progress=sys.stderr.isatty(), options=options,
         )  # fmt: skip
         for batch in batches:
             for each in batch:
@@ -96,8 +94,6 @@ def sample(checkpoint: Path | str, output: str, text: TextOptions, options: Samp
                 line = {"id": each.id, "text": each.text, "steps": each.steps} | row
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
-        bar.close()
     return total
 
 
