@@ -122,6 +122,36 @@ def test_no_answer_is_an_answer_of_zeros(masked):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+def test_masked_positions_are_left_out_of_the_products():
+    """Each sample as it is alone and short; gradients too."""
+    model, (smoothed, t, source) = small(), inputs()
+    lengths, answer = [L, 3, 1], torch.randn(B, L, D)
+    mask = torch.arange(L) < torch.tensor(lengths)[:, None]
+    mask[0, 2] = False  # a hole
+    seen = set()
+    for layers in (model.layers, model.answer_encoder):
+        for layer in layers:
+            layer.feed_forward.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape))
+    condition = model.encode(source)
+    found = model(smoothed, t, condition, answer, mask)
+    assert seen == {(int(mask.sum()), 32)}
+    (found * mask[..., None]).square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    total = 0
+    for i, length in enumerate(lengths):
+        one = slice(i, i + 1)
+        of_one = Condition(*(part[one] for part in model.encode(source)[:2]))
+        hole = mask[one, :length] if i == 0 else None
+        wanted = model(smoothed[one, :length], t[one], of_one, answer[one, :length], hole)
+        there = mask[i, :length]
+        torch.testing.assert_close(found[i, :length][there], wanted[0][there])
+        total = total + wanted[0][there].square().sum()
+    total.backward()
+    for gradient, p in zip(gradients, (p for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_masked_is_not_looked_at():
     model = small()
     smoothed, t, source = inputs()

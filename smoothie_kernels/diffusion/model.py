@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from smoothie_kernels import Vocabulary
 from smoothie_kernels.diffusion.generation import Generation
-from smoothie_kernels.diffusion.layers import KeysValues, Layer
+from smoothie_kernels.diffusion.layers import KeysValues, Layer, Places
 from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
 
 ROWS_BYTES = 2**27  # of a block of logits of the token head
@@ -171,7 +172,7 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
             t: (B,) in [0, 1].
             condition: of `encode`; needed where the model has condition_layers.
             self_condition: (B, L, D), the last answer; None means zeros.
-            mask: (B, L) bool: positions outside are not looked at.
+            mask: (B, L) bool: positions outside are not looked at, and left out of the products.
         """
         return self.predict(self.hidden_states(smoothed, t, condition, self_condition, mask))
 
@@ -216,28 +217,29 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
                 f"condition must be {'what encode() gives' if condition is None else 'None'}: the model has "
                 f"condition_layers = {config.condition_layers}"
             )
-        length = smoothed.shape[1]
-        x = self.input(smoothed) + self.positions.weight[:length]
+        places = None if mask is None else Places.of(mask)
+        rows, of_position, of_sample = _views(smoothed.shape[1], places)
+        positions = of_position(self.positions.weight)
+        x = self.input(rows(smoothed)) + positions
         time = self.time(sinusoids(t, config.hidden_size).to(x.dtype))
-        extra = [linear(time)[:, None] for linear in self.time_of_layer]
+        extra = [of_sample(linear(time)) for linear in self.time_of_layer]
         if config.self_condition_layers:
             if self_condition is None:
                 # The same for all samples, unless dropout or masks tell them apart: encoded once, then broadcast.
                 apart = mask is not None or (self.training and config.dropout > 0)
                 self_condition = smoothed.new_zeros(len(smoothed) if apart else 1, *smoothed.shape[1:])
-            answer = self.answer(self_condition)
-            answer = answer + self.positions.weight[:length]
+            answer = self.answer(rows(self_condition)) + positions
             for layer in self.answer_encoder:
-                answer = layer(answer, mask)
+                answer = layer(answer, mask, places=places)
             extra = [e + linear(answer) for e, linear in zip(extra, self.answer_of_layer, strict=True)]
         inputs: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             mirrored = len(self.layers) - 1 - i
             x = x + extra[i] if mirrored >= i else x + extra[i] + inputs[mirrored]
             inputs.append(x)
-            x = layer(x, mask, None if condition is None else condition.of_layer(i))
+            x = layer(x, mask, None if condition is None else condition.of_layer(i), places)
         hidden: Tensor = self.norm(x)
-        return hidden
+        return hidden if places is None else places.pad(hidden)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Embeddings, (..., D) float32: the head's answer, or the mean embedding under the token head's softmax."""
@@ -303,6 +305,14 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     steps = torch.arange(width // 2, device=t.device, dtype=torch.float32)
     angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10_000) * 2 / width * steps)
     return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+def _views(length: int, places: Places | None) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """How tensors of all rows, of every position and of every sample join what the layers take."""
+    if places is None:
+        return (lambda x: x), (lambda x: x[:length]), (lambda x: x[:, None])
+    position, sample = places.rows % length, places.rows // length
+    return places.pack, (lambda x: x[position]), (lambda x: x[sample])
 
 
 def _check_length(name: str, tensor: Tensor, most: int) -> None:
