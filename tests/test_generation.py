@@ -51,14 +51,23 @@ def model(request) -> SmoothieModel:
 
 
 @pytest.fixture(scope="module")
-def trained() -> SmoothieModel:
+def one_thread_for_all():
+    """Other sums of more threads would train another model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(one_thread_for_all) -> SmoothieModel:
     """Says its source, most of it."""
     model = untrained(**TOKENS, self_condition_layers=0, dropout=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rows, loss = texts(256, 3), TrainingLoss(model, LossOptions(self_conditioning=0.0, guidance_dropout=0.1))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for step in range(120):
+        for step in range(200):
             batch = Collate(PAD, L, S)([rows[(step * 32 + i) % 256] for i in range(32)])
             optimizer.zero_grad()
             loss(batch, Place(step, 0, 32), None).total.backward()
