@@ -26,7 +26,7 @@ from samplers import (
 )  # fmt: skip
 from test_solvers import linspace
 
-from smoothie_kernels.diffusion import live, make_schedule
+from smoothie_kernels.diffusion import make_schedule
 from smoothie_kernels.diffusion.sampling import sample
 from smoothie_kernels.diffusion.solvers import SOLVERS
 
@@ -138,50 +138,6 @@ def test_lengths_with_fixed_positions(longest):
         Mix(), table_of(), ARCTAN, length=2, sample_ids=IDS[1:2], steps=6, fixed=fixed[1:2, :2], max_length=L
     )  # fmt: skip
     assert torch.equal(samples.tokens[1, :2], alone.tokens[0])
-
-
-def test_samples_of_like_lengths_go_to_the_model_together(monkeypatch):
-    """The same samples, in calls that have fewer positions; conditions and guidance follow."""
-    lengths = [L, 2, 1, L, L - 1, 1]
-    options = {
-        "length": L, "sample_ids": range(6), "steps": 5, "condition": condition_of(6), "lengths": lengths,
-        "empty_condition": condition_of(6).flip(0), "guidance": 0.5, "solver": "ddpm", "stop_after": 4, "end": 1,
-    }  # fmt: skip
-    together, apart = Mix(), Mix()
-    wanted = sample(together, table_of(), ARCTAN, **options)
-    monkeypatch.setattr(live, "LEAST", 2)
-    check_same(sample(apart, table_of(), ARCTAN, **options), wanted)
-    shapes = [tuple(call[0].shape[:2]) for call in apart.calls[:6]]
-    assert shapes == [(2, 1), (1, 2), (3, L)] * 2
-    assert [call[4] is None for call in apart.calls[:3]] == [True, True, False]
-    assert torch.equal(apart.calls[2][4].sum(1), torch.tensor([L - 1, L, L]))
-    assert {tuple(call[0].shape[:2]) for call in together.calls[:2]} == {(6, L)}
-
-
-@pytest.mark.parametrize(
-    ("lengths", "groups"),
-    [
-        ([], [[]]),
-        ([32] * 16, [[*range(16)]]),
-        ([1, 32], [[0, 1]]),
-        ([8, 64, 16, 64] * 8, [[*range(0, 32, 4), *range(2, 32, 4)], [*range(1, 32, 2)]]),
-        ([64, 60] * 8, [[*range(1, 16, 2), *range(0, 16, 2)]]),
-    ],
-    ids=["none", "equal", "too few", "two", "too like"],
-)
-def test_groups_by_length(lengths, groups):
-    assert live.by_length(lengths) == groups
-
-
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=60))
-def test_groups_hold_every_sample_once(lengths):
-    groups = live.by_length(lengths)
-    assert sorted(place for group in groups for place in group) == [*range(len(lengths))]
-    assert [lengths[place] for group in groups for place in group] == sorted(lengths)
-    if len(groups) > 1:
-        rows = [len(group) * lengths[group[-1]] for group in groups]
-        assert min(rows) >= live.LEAST
-        assert sum(rows) <= (1 - live.SPARED) * len(lengths) * max(lengths)
 
 
 # --- Samples that are done, positions that leave

@@ -17,7 +17,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 class Places(NamedTuple):
     """Where the positions that take part are among B x L. The others are left out of all but attention's products: with
-    half of 16 x 32 positions padding the small model takes 0.7 of the time that it takes without a mask."""
+    half of 16 x 32 positions padding the small model takes 0.74 of the time that it takes without a mask."""
 
     rows: Tensor  # (n,), in order of the flattened positions
     mask: Tensor  # (B, L) bool

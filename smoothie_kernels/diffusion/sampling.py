@@ -83,9 +83,8 @@ def sample(
     Args:
         model: any callable f(smoothed, t, condition, self_condition) -> (b, L, D), the predicted embeddings; smoothed
             is (b, L, D), t (b,) float32, self_condition the last answer (zeros at first). b is the number of samples
-            that are still under way. Where positions may leave (`lengths`, `shrink_after`) L may become less, samples
-            of other lengths may come in calls of their own, and where lengths in a call differ there is a fifth
-            argument, a (b, L) bool mask of the positions that take part.
+            that are still under way. Where positions may leave (`lengths`, `shrink_after`) L may become less, and while
+            samples differ in length there is a fifth argument, a (b, L) bool mask of the positions that take part.
         embeddings: (V, D) table or its `Vocabulary`. float64 computes in float64, by the reference backend.
         schedule: the forward process, with the sampler's delta.
         length: L, positions of every sample.
@@ -147,26 +146,14 @@ def sample(
     ending = _Ending(end, pad, None if fixed is None else fixed.to(table.device))
     finished = Finished(len(live.index), length, live.answer, len(route.times) if output_history else 0)
 
-    def asked(smoothed: Tensor, time: float, condition: str) -> Tensor:
-        """The model's answer."""
-        t = torch.full((len(smoothed),), time, device=table.device)
-        if not live.groups:
-            seen = (live.answer if self_conditioning else None, *(() if live.mask is None else (live.mask,)))
-            return _checked("model", model(smoothed, t, getattr(live, condition), *seen), live.answer)
-        answers = torch.zeros_like(live.answer)
-        for group in live.groups:
-            part = group.samples, slice(group.length)
-            last = live.answer[part]
-            seen = (last if self_conditioning else None, *(() if group.mask is None else (group.mask,)))
-            answer = model(smoothed[part], t[group.samples], getattr(group, condition), *seen)
-            answers[part] = _checked("model", answer, last)
-        return answers
-
     def answered(smoothed: Tensor, time: float) -> Tensor:
         """The model's answer with all that is done to it."""
-        answer = asked(smoothed, time, "condition")
+        t = torch.full((len(smoothed),), time, device=table.device)
+        seen = (live.answer if self_conditioning else None, *(() if live.mask is None else (live.mask,)))
+        answer = _checked("model", model(smoothed, t, live.condition, *seen), live.answer)
         if guidance:
-            answer = answer + guidance * (answer - asked(smoothed, time, "empty_condition"))
+            empty = _checked("model", model(smoothed, t, live.empty_condition, *seen), live.answer)
+            answer = answer + guidance * (answer - empty)
         if guide is not None:
             answer = _checked("guide", guide(answer, time), live.answer)
         if clamp:
