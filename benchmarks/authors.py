@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from smoothie_kernels.diffusion.noising import eager_distances
 from smoothie_kernels.diffusion.states import Eager, Seed
 
 
@@ -29,9 +30,8 @@ class Authors(Eager):
         return [self.route.fields[0].get(0, 0.0) * prior]
 
     def update(self, i: int, carried: Tensor, answer: Tensor, row_ids: Tensor, seed: Seed) -> list[Tensor]:
-        table, update, std = self.table, self.route.updates[i], self._std(i)
-        squares = answer.square().sum(1, keepdim=True) - 2 * answer @ table.T + table.square().sum(1)
-        distances = -squares / (2 * self.sigma_min**2)
+        update, std = self.route.updates[i], self._std(i)
+        distances = eager_distances(answer, self.table, self.sigma_min)
         noise = (carried - self.route.weights[i] * distances) / std
         unread = [noise, -noise / std]  # held to the end: their step returns them
         logits = update.answer * distances

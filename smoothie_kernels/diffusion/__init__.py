@@ -30,29 +30,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "SCHEDULES",
-    "SOLVERS",
-    "Arctan",
-    "Condition",
-    "Generated",
-    "LossOptions",
-    "Losses",
-    "Place",
-    "RunOptions",
-    "SampleOptions",
-    "Samples",
-    "Schedule",
-    "SmoothieConfig",
-    "SmoothieModel",
-    "SmoothiePipeline",
-    "Texts",
-    "Trainer",
-    "TrainingLoss",
-    "load_embeddings",
-    "make_schedule",
-    "noise_tokens",
-    "sample",
-    "smooth",
+    "SCHEDULES", "SOLVERS", "Arctan", "Condition", "Generated", "LossOptions", "Losses", "Place", "RunOptions",
+    "SampleOptions", "Samples", "Schedule", "SmoothieConfig", "SmoothieModel", "SmoothiePipeline", "Texts",
+    "Trainer", "TrainingLoss", "load_embeddings", "make_schedule", "noise_tokens", "sample", "smooth",
 ]  # fmt: skip
 
 

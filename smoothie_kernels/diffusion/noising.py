@@ -127,8 +127,7 @@ def _eager_step(
     mu, std = (torch.as_tensor(m, device=x.device).expand(x.shape[:-1]).reshape(-1, 1) for m in (mu, std))
     with torch.autocast(x.device.type, enabled=False):
         rows = x.flatten(0, -2)
-        squares = rows.square().sum(1, keepdim=True) - 2 * rows @ table.T + table.square().sum(1)
-        logits = mu * (-squares / (2 * sigma_min**2))
+        logits = mu * eager_distances(rows, table, sigma_min)
         if not noiseless:
             normals = torch.randn_like(logits) if seed is None else noise.gaussian(
                 *logits.shape, seed=seed, offset=offset, row_offset=row_offset, row_ids=row_ids, device=x.device,
@@ -136,6 +135,12 @@ def _eager_step(
             )  # fmt: skip
             logits = logits + std * normals
         return (logits.softmax(-1) @ table).view(x.shape)
+
+
+def eager_distances(x: Tensor, table: Tensor, sigma_min: float) -> Tensor:
+    """D, (N, V): minus squared distances over 2 sigma_min^2."""
+    squares = x.square().sum(1, keepdim=True) - 2 * x @ table.T + table.square().sum(1)
+    return -squares / (2 * sigma_min**2)
 
 
 def _check_tokens(tokens: Tensor, vocabulary: int) -> None:

@@ -123,7 +123,7 @@ def make_route(schedule: Schedule, times: Sequence[float], solver: str, accumula
 
 def chain(updates: Sequence[Update], prior: float) -> list[Fields]:
     """The noise in the logits at every time: of field 0 the prior; then keep of all, fresh of the next."""
-    fields: list[Fields] = [{0: prior}]
+    fields = [_mix((prior, {0: 1.0}))]
     for offset, update in enumerate(updates, 1):
         fields.append(_mix((update.keep, fields[-1]), (update.fresh, {offset: 1.0})))
     return fields
@@ -136,7 +136,7 @@ def bridge(updates: Sequence[Update], prior: float) -> list[Fields]:
     both, and so on: field i is what is new at times[i]. At most 2 + log2(steps) are met on the way to a time, where the
     chain has i. Whole sequences have the chain's covariance exactly; given the noise alone nobody can tell them apart.
     """
-    fields: list[Fields] = [{0: prior}, *({} for _ in updates)]
+    fields: list[Fields] = [_mix((prior, {0: 1.0})), *({} for _ in updates)]
 
     def draw(i: int, first: int, last: int | None) -> None:
         """Time i given `first` before it, and `last` behind it where that is drawn."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
-from smoothie_kernels.diffusion.noising import STEPS
+from smoothie_kernels.diffusion.noising import STEPS, eager_distances
 from smoothie_kernels.diffusion.solvers import Fields, Route
 
 Seed = int | None
@@ -74,9 +74,8 @@ class Eager:
         return [carried.softmax(-1) @ self.table]
 
     def update(self, i: int, carried: Tensor, answer: Tensor, row_ids: Tensor, seed: Seed) -> list[Tensor]:
-        update, table = self.route.updates[i], self.table
-        squares = answer.square().sum(1, keepdim=True) - 2 * answer @ table.T + table.square().sum(1)
-        logits = update.answer * (-squares / (2 * self.sigma_min**2))
+        update = self.route.updates[i]
+        logits = update.answer * eager_distances(answer, self.table, self.sigma_min)
         if update.keep:
             logits = logits + update.keep * carried
         if update.fresh:
