@@ -21,7 +21,8 @@ from smoothie_kernels.backends import triton as backend
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-from smoothie_kernels.backends.triton import forward, launch, parts  # noqa: E402  (they import triton)
+from smoothie_kernels.backends import blocks  # noqa: E402
+from smoothie_kernels.backends.triton import forward, parts  # noqa: E402  (they import triton)
 from smoothie_kernels.backends.triton.merge import Parts, merge  # noqa: E402
 from smoothie_kernels.backends.triton.tiles import FAMILIES, TILES, Tile, pick_splits, pick_tile  # noqa: E402
 
@@ -462,10 +463,10 @@ def test_seed_and_offset_may_be_on_the_device():
 def test_numbers_are_brought_to_the_device():
     """One by one, so that a CUDA graph can hold it; what stands there is taken as it is."""
     for numbers in (torch.tensor(-(2**63) + 1), torch.tensor([2**40, -1, 0]), torch.tensor([0.1, -2.5])):
-        there = launch.on_device(torch.device("meta"), numbers)
+        there = blocks.on_device(torch.device("meta"), numbers)
         assert (there.shape, there.dtype, there.device.type) == (numbers.shape, numbers.dtype, "meta")
-        assert launch.on_device(numbers.device, numbers) is numbers
-        assert torch.equal(launch.fill_like(numbers, numbers.device), numbers)
+        assert blocks.on_device(numbers.device, numbers) is numbers
+        assert torch.equal(blocks.fill_like(numbers, numbers.device), numbers)
 
 
 # --- where it cannot run

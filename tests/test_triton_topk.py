@@ -11,6 +11,7 @@ from smoothie_kernels.recall import KEEPS, STEP, Buckets
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
+from smoothie_kernels.backends import largest  # noqa: E402
 from smoothie_kernels.backends.triton import chunked, forward, parts, topk  # noqa: E402  (they import triton)
 from smoothie_kernels.backends.triton.chunked import Tile as BlockTile  # noqa: E402
 from smoothie_kernels.backends.triton.tiles import TILES, Tile, pick_bucket_splits  # noqa: E402
@@ -33,7 +34,7 @@ def pick(monkeypatch):
     """Has both backends take these buckets, where the recall is not 1."""
 
     def of(buckets):
-        for module in (topk, reference):
+        for module in (largest, reference):
             monkeypatch.setattr(
                 module, "pick_buckets", lambda v, k, recall_target: buckets if recall_target < 1 else None
             )
@@ -115,7 +116,7 @@ def test_keys_sort_as_logits_do_and_lower_tokens_come_first():
     pairs = list(zip((-logits).tolist(), tokens.tolist(), strict=True))
     order = sorted(range(256), key=lambda i: pairs[i])
     assert keys.argsort(descending=True).tolist() == order
-    for found in (back, topk._of_keys(keys)):
+    for found in (back, largest.of_keys(keys)):
         assert torch.equal(found[0], logits)
         assert torch.equal(found[1], tokens.to(found[1].dtype))
 
@@ -195,14 +196,14 @@ def test_blocks_do_not_matter(workspace, k, monkeypatch):
     expected = backend.step_fwd(how)
     made = []
 
-    def launch(rows, tokens, *rest):
+    def launch(tile, rows, tokens, *rest):
         made.append(len(rows.x) * (tokens.stop - tokens.start + k))
-        return whole(rows, tokens, *rest)
+        return whole(tile, rows, tokens, *rest)
 
     whole = topk._launch_keys
     monkeypatch.setattr(topk, "_launch_keys", launch)
     keys = topk.exact(how._replace(workspace=workspace), expected.best_score, BLOCKS)
-    logits, tokens = topk._of_keys(keys)
+    logits, tokens = largest.of_keys(keys)
     assert torch.equal(tokens, expected.top_tokens)
     assert (logits - expected.top_logits).abs().max() <= 1e-5
     assert 8 * max(made) <= max(workspace, 8 * BLOCKS.n * (BLOCKS.v + k))
@@ -249,19 +250,19 @@ def test_certain_rows_are_not_done_again(done_again):
 
 
 def test_a_cuda_graph_is_not_asked(done_again, monkeypatch):
-    monkeypatch.setattr(topk, "_may_wait", lambda x: False)
+    monkeypatch.setattr(largest, "_may_wait", lambda x: False)
     how = inputs(5, 2100, mu=0.3, topk=20)
     assert_same(backend.step_fwd(how), exact_step(how))
     assert [len(asked.x) for asked in done_again] == [5]
 
 
 def test_certifying_buckets():
-    assert topk.certifying_buckets(30522, 64) == Buckets(512, 4)
-    assert topk.certifying_buckets(30522, 16) == Buckets(128, 4)
-    assert topk.certifying_buckets(30522, 1) == Buckets(128, 4)
-    assert [topk.certifying_buckets(v, k) for v, k in ((30522, 256), (1000, 8))] == [None] * 2
+    assert largest.certifying_buckets(30522, 64) == Buckets(512, 4)
+    assert largest.certifying_buckets(30522, 16) == Buckets(128, 4)
+    assert largest.certifying_buckets(30522, 1) == Buckets(128, 4)
+    assert [largest.certifying_buckets(v, k) for v, k in ((30522, 256), (1000, 8))] == [None] * 2
     for k in (8, 64, 100):
-        buckets = topk.certifying_buckets(30522, k).buckets
+        buckets = largest.certifying_buckets(30522, k).buckets
         in_bucket = torch.rand(500, 30522).topk(k).indices % buckets
         full = torch.nn.functional.one_hot(in_bucket, buckets).sum(1).amax(1) >= 4
         assert full.float().mean() <= 0.01 + 4 * 0.1 / 500**0.5
@@ -294,7 +295,7 @@ def test_every_tile_of_the_table(keep, tile, pick):
     how = inputs(3, 300, 20, topk=40, recall_target=0.5)
     pick(Buckets(128, keep))
     statistics, keys, _ = topk.approximate(how, Buckets(128, keep), tile)
-    logits, tokens = topk._of_keys(keys)
+    logits, tokens = largest.of_keys(keys)
     assert_same(StepOutputs(how.x, *statistics[:-1], logits, tokens), exact_step(how))
 
 
@@ -312,7 +313,7 @@ def test_finer_buckets_find_no_less():
     buckets, found = Buckets(128, 1), []
     for splits in (2, 4, 10):
         statistics, keys, _ = topk.approximate(how, buckets, SHORT, splits)
-        logits, tokens = topk._of_keys(keys)
+        logits, tokens = largest.of_keys(keys)
         found.append(logits.sum(1))
         assert torch.equal(statistics.noisy_tokens, tokens[:, 0])
     assert (found[0] < found[1]).all()
@@ -339,7 +340,7 @@ def test_rows_go_by_blocks(pick, monkeypatch):
     sizes = []
     kept = forward.kept
     monkeypatch.setattr(forward, "kept", lambda rows, *rest: sizes.append(len(rows.x)) or kept(rows, *rest))
-    monkeypatch.setattr(topk, "ROOM", 0)
+    monkeypatch.setattr(largest, "ROOM", 0)
     for workspace, blocks in ((0, [tile.n, 70 - tile.n]), (2 * tile.n * 8 * 128 * 2, [70])):
         sizes.clear()
         found = backend.step_fwd(how._replace(workspace=workspace))

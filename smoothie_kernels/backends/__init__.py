@@ -1,6 +1,6 @@
 """One module per backend, each with the same seven functions:
 
-supports(device_type, dtype) -> why not, or None
+supports(device_type, dtype) -> why not, or None; dtype is None where no input has one
 column_bias(embeddings) -> [V]
 step_fwd(inputs) -> StepOutputs
 step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
@@ -53,6 +53,17 @@ class StepOutputs(NamedTuple):
     log_sum: Tensor  # [N]: lse - scale (best_score - ||x||^2 / 2)
     top_logits: Tensor  # [N, K]: scale (score - best_score) + std eps, descending; NaN where lse is
     top_tokens: Tensor  # [N, K] int64: of equal logits the lowest first
+
+
+class Statistics(NamedTuple):
+    """StepOutputs without the mean and without the largest logits, but for the very largest."""
+
+    tokens: Tensor  # [N] int64
+    noisy_tokens: Tensor  # [N] int64
+    lse: Tensor  # [N] fp32
+    best_score: Tensor  # [N] fp32
+    log_sum: Tensor  # [N] fp32
+    best_logit: Tensor  # [N] fp32: scale (score - best_score) + std eps of noisy_tokens
 
 
 class Saved(NamedTuple):

@@ -18,10 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 products, and the shared memory of the tiles
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
+def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return "it takes CUDA or HIP tensors (CPU tensors only through TRITON_INTERPRET=1)"
-    if dtype not in DTYPES:
+    if dtype and dtype not in DTYPES:
         return "it takes float32, bfloat16 and float16"
     try:
         forward = _forward()

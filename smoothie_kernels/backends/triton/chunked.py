@@ -19,7 +19,6 @@ No GPU has run this yet: what is said about speed here is arithmetic.
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,20 @@ import triton
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepInputs
+from smoothie_kernels.backends import Grads, Saved, Statistics, StepInputs
+from smoothie_kernels.backends.blocks import (
+    HEADROOM,
+    HIGHEST,
+    LOWEST,
+    MAX_ROWS,
+    USEFUL_ROWS,
+    USEFUL_TOKENS,
+    add_product,
+    noise_on_device,
+    pick_block,
+    rows_of,
+    slices,
+)
 from smoothie_kernels.backends.triton import forward
 from smoothie_kernels.backends.triton.chunked_kernels import chunk_bwd_kernel, chunk_fwd_kernel
 from smoothie_kernels.backends.triton.launch import (
@@ -37,26 +49,12 @@ from smoothie_kernels.backends.triton.launch import (
     dot_type,
     family,
     noise_arguments,
-    noise_on_device,
     signed,
     stored_type,
     triton_type,
 )
-from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge
+from smoothie_kernels.backends.triton.merge import Parts, merge
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
-
-MAX_ROWS = 4096  # of a block: more do not make the products any faster
-USEFUL_TOKENS = 1024  # of a block, before it takes more rows
-USEFUL_ROWS = 128
-
-# A row's reference lies so far below the highest logit that there can be, 6.77 std sum_f |weight_f|: no weight is above
-# e^15. More would leave room for rows farther away, but a logarithm about that large would be rounded too coarsely for
-# lse.
-HEADROOM = 15.0
-# The best logit of a row, less its reference, for which its weights and their sum are sound in float32 and bfloat16:
-# above, a sum over 10^5 tokens comes near 10^38; below, tokens of 10^-11 of the best one's weight begin to vanish. Rows
-# very far from all tokens (at std 1, mu D < -65), with very loud noise or with negative mu lie outside.
-LOWEST, HIGHEST = -60.0, 70.0
 
 
 class Tile(NamedTuple):
@@ -314,54 +312,3 @@ def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any
 def _weight_type(inputs: StepInputs) -> torch.dtype:
     both = inputs.x.dtype == inputs.embeddings.dtype == torch.bfloat16
     return torch.bfloat16 if both else torch.float32
-
-
-def pick_block(n: int, v: int, workspace: int, weight_bytes: int, row_bytes: int, tile: Tile) -> tuple[int, int]:
-    """Rows and tokens of a block, in whole tiles, at least one, in nearly equal blocks: what fits into the workspace.
-
-    Every pair takes weight_bytes, every row row_bytes beside them."""
-    all_rows, all_tokens = (triton.cdiv(size, by) * by for size, by in ((n, tile.n), (v, tile.v)))
-    useful = min(all_tokens, USEFUL_TOKENS) * weight_bytes + row_bytes
-    rows = max(tile.n, min(workspace // useful // tile.n * tile.n, all_rows, MAX_ROWS))
-    rows = even(all_rows, rows, tile.n)
-    tokens = max(tile.v, min((workspace // rows - row_bytes) // weight_bytes // tile.v * tile.v, all_tokens))
-    return rows, even(all_tokens, tokens, tile.v)
-
-
-def even(size: int, most: int, by: int) -> int:
-    """The smallest multiple of `by` with which as many blocks cover `size` as with `most`."""
-    blocks = -(-size // most)
-    return -(-size // (blocks * by)) * by
-
-
-def rows_of(inputs: StepInputs, rows: slice | Tensor) -> StepInputs:
-    """The same call with some of its rows."""
-    row_ids, row_offset = inputs.row_ids, inputs.row_offset
-    if row_ids is not None:
-        row_ids = row_ids[rows]
-    elif isinstance(rows, Tensor):
-        row_ids = rows + row_offset
-    else:
-        row_offset += rows.start
-    return inputs._replace(
-        x=inputs.x[rows],
-        mu=inputs.mu[rows],
-        std=None if inputs.std is None else inputs.std[rows],
-        row_ids=row_ids,
-        row_offset=row_offset,
-    )
-
-
-def slices(size: int, block: int) -> Iterator[slice]:
-    for first in range(0, size, block):
-        yield slice(first, min(first + block, size))
-
-
-def add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc += a . b, acc float32. On a GPU the library sums products of bfloat16 in float32 itself: out_dtype of
-    torch.addmm, which takes a float32 sum since torch 2.10, on CUDA and on ROCm. Other types, and the CPU under
-    Triton's interpreter, where torch has no out_dtype, multiply float32 copies."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
-    else:
-        acc.addmm_(a.float(), b.float())

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import StepInputs
+from smoothie_kernels.backends import Statistics, StepInputs
+from smoothie_kernels.backends.blocks import on_device
 from smoothie_kernels.backends.triton.launch import (
     INTERPRETED,
     MIXED,
@@ -34,13 +35,12 @@ from smoothie_kernels.backends.triton.launch import (
     dot_type,
     family,
     noise_arguments,
-    on_device,
     processors,
     signed,
     stored_type,
     triton_type,
 )
-from smoothie_kernels.backends.triton.merge import Parts, Statistics, merge, merge_kept, merge_nearest
+from smoothie_kernels.backends.triton.merge import Parts, merge, merge_kept, merge_nearest
 from smoothie_kernels.backends.triton.parts import (
     add_noise,
     begin_noise,

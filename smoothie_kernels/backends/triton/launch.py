@@ -65,33 +65,11 @@ def stored_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def noise_on_device(inputs: StepInputs) -> StepInputs:
-    """The same call; what names its noise stands beside x. Every launcher of the step takes it so."""
-    device, weights = inputs.x.device, inputs.field_weights
-    return inputs._replace(
-        seed=on_device(device, inputs.seed),
-        offsets=on_device(device, inputs.offsets),
-        field_weights=None if weights is None else on_device(device, weights),
-    )
-
-
 def noise_arguments(inputs: StepInputs) -> dict[str, Any]:
     """What kernels take to make the noise, beside std and row ids."""
     return dict(
         seed_ptr=inputs.seed, offsets_ptr=inputs.offsets, field_weights_ptr=inputs.field_weights, F=len(inputs.offsets)
     )
-
-
-def on_device(device: torch.device, numbers: Tensor) -> Tensor:
-    return numbers if numbers.device == device else fill_like(numbers, device)
-
-
-def fill_like(numbers: Tensor, device: torch.device) -> Tensor:
-    """A copy by fills: they can be captured in a CUDA graph."""
-    there = torch.empty_like(numbers, device=device)
-    for one, number in zip(there.view(-1), numbers.view(-1).tolist(), strict=True):
-        one.fill_(number)
-    return there
 
 
 def signed(row_offset: int) -> int:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import StepInputs
+from smoothie_kernels.backends import Statistics, StepInputs
 from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
 from smoothie_kernels.backends.triton.parts import of_key, sort_key, squared_distance, sum_of_squares
 
@@ -43,17 +43,6 @@ class Parts(NamedTuple):
     best_logit: Tensor  # [S, N] fp32
     token: Tensor  # [S, N] int32: of best_score
     noisy_token: Tensor  # [S, N] int32: of best_logit
-
-
-class Statistics(NamedTuple):
-    """StepOutputs without the mean and without the largest logits, but for the very largest."""
-
-    tokens: Tensor  # [N] int64
-    noisy_tokens: Tensor  # [N] int64
-    lse: Tensor  # [N] fp32
-    best_score: Tensor  # [N] fp32
-    log_sum: Tensor  # [N] fp32
-    best_logit: Tensor  # [N] fp32: scale (score - best_score) + std eps of noisy_tokens
 
 
 def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None) -> Statistics:
