@@ -9,8 +9,9 @@ export PYTHONPATH := $(CURDIR)
 .NOTPARALLEL:
 
 BIN := .venv/bin
-CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
-LIBRARY := smoothie_kernels/libsmoothie_kernels_cpu.so
+CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/cuda/sm90/*.h \
+	tests/cpp/*.cpp tests/cuda/*.h tests/cuda/*.cpp)
+LIBRARIES := smoothie_kernels/libsmoothie_kernels_*.so
 
 .PHONY: help
 help:  ## list the targets
@@ -36,12 +37,12 @@ help:  ## list the targets
 .PHONY: venv build
 venv: .venv/package  ## .venv with torch, this package (editable) and all tools
 
-build: venv  ## compile the CPU library in place
+build: venv  ## compile the CPU library in place, and the CUDA library where nvcc is
 	SMOOTHIE_KERNELS_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 # --- Checks
 
-.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check lint format
+.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check cuda-check lint format
 test: test-cpp pytest  ## all tests
 
 test-cpp: venv  ## the kernel against double precision, without torch
@@ -56,11 +57,14 @@ sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSan
 sanitize-thread: venv  ## the C++ tests under ThreadSanitizer
 	$(BIN)/python tests/cpp/build.py thread
 
-abi-check: build  ## list what the library asks of its host; fail where that is not the stable ABI
-	$(BIN)/python tests/abi.py $(LIBRARY)
+abi-check: build  ## list what the libraries ask of their host; fail where that is not the stable ABI
+	$(BIN)/python tests/abi.py $(LIBRARIES)
 
 kernels-check: venv  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; list registers, spills, memory
 	TRITON_INTERPRET=0 $(BIN)/python -m smoothie_kernels.backends.triton.offline
+
+cuda-check: venv  ## compile every CUDA kernel for sm_90a with nvcc; list registers, spills, instructions
+	$(BIN)/python tests/cuda/check.py
 
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check
@@ -86,4 +90,4 @@ doctor: build  ## say which backends run here
 	$(BIN)/smoothie-kernels doctor
 
 clean:  ## remove what was built, but .venv
-	rm -rf build dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(LIBRARIES) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

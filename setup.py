@@ -1,11 +1,13 @@
 """Builds the compiled backends. Metadata is in pyproject.toml.
 
-The CPU library is plain C++17 against the LibTorch stable ABI: one build serves every torch >= 2.10 and every Python.
-torch is only looked up on disk, never imported (an isolated build has none), and nothing probes for a GPU. Where the
-compiler or torch's headers are missing, installation goes on without the library; `smoothie-kernels doctor` says so.
+Both libraries are C++17 against the LibTorch stable ABI: one build serves every torch >= 2.10 and every Python.
+torch is only looked up on disk, never imported (an isolated build has none), and nothing probes for a GPU: the CUDA
+library, for Hopper alone, is built where nvcc is, against any build of torch. Where something is missing, installation
+goes on without the library that needs it; `smoothie-kernels doctor` says so.
 
-Environment: CXX is the compiler; TORCH_DIR the folder of torch, where it is not among this Python's packages;
-SMOOTHIE_KERNELS_BUILD=0 skips the build, =1 makes a failed build an error.
+Environment: CXX is the C++ compiler, NVCC that of CUDA; TORCH_DIR the folder of torch, where it is not among this
+Python's packages; SMOOTHIE_KERNELS_BUILD=0 skips both builds, =1 makes a failed build an error, but not a missing nvcc;
+SMOOTHIE_KERNELS_CUDA=0 leaves the CUDA library out.
 """
 
 import os
@@ -17,8 +19,9 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -27,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"  # hides all newer functions
-CPU_LIBRARY = "libsmoothie_kernels_cpu.so"
+CPU_LIBRARY, CUDA_LIBRARY = "libsmoothie_kernels_cpu.so", "libsmoothie_kernels_cuda.so"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC's own AVX-512 headers trip the first two (GCC bug 105593); Clang does not know the second.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
@@ -38,9 +41,18 @@ if platform.machine() == "x86_64":
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] += ["-mfma", "-mf16c"]
 
+MIN_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
+# Messages of the assembler are kept next to the object: tests/cuda/check.py reads registers, spills and warnings there.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+NVCC_FLAGS += [f"-I{ROOT}/csrc/cuda/sm90", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
 
 class CannotBuild(Exception):
-    """Why the library cannot be built here."""
+    """Why a library cannot be built here."""
+
+
+class LeftOut(CannotBuild):
+    """Why nobody expects the library here: no error, not even where libraries are wanted."""
 
 
 def package_folders() -> list[str]:
@@ -72,72 +84,156 @@ def find_compiler() -> str:
     return compiler
 
 
+def find_nvcc() -> list[str]:
+    """nvcc, and what NVCC has after it."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    words = shlex.split(os.environ.get("NVCC", "")) or [found or "nvcc"]
+    if not shutil.which(words[0]):
+        raise LeftOut("no nvcc found (set NVCC or CUDA_HOME, or put it on the PATH)")
+    release = re.search(r"release ((\d+)\.(\d+))", _output([*words, "--version"]))
+    if not release or (int(release[2]), int(release[3])) < MIN_NVCC:
+        raise LeftOut(f"nvcc {release[1] if release else '?'} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}")
+    return words
+
+
+def find_toolkit(nvcc: list[str]) -> Path:
+    """nvcc's own folder is asked of it: what the PATH has may be a script or a link."""
+    plan = _output([*nvcc, "--dryrun", "any.cu"])  # prints what it would do; there need be no such file
+    found = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    if not found:
+        raise CannotBuild(f"{nvcc[0]} does not say where its toolkit is")
+    return Path(found[1].strip()).resolve()
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+
+
+def _quote(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
 def ninja_file(
-    compiler: str, flags: list[str], sources: Mapping[str, list[str]], link_flags: list[str], output: Path
+    compiler: str,
+    flags: list[str],
+    sources: Mapping[str, list[str]],
+    link_flags: list[str],
+    output: Path,
+    compilers: Mapping[str, str] | None = None,
 ) -> str:
-    def quote(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
+    """compilers: of files whose names end so, instead of `compiler` and `flags`; what they say goes to a .log."""
 
     def path(name: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(name))
 
+    def rule(name: str, command: str) -> list[str]:
+        depfile = ["  depfile = $out.d", "  deps = gcc"]
+        return [f"rule {name}", f"  command = {command}", "  description = compile $in", *depfile]
+
+    steps = "-MMD -MF $out.d $flags -c $in -o $out"
+    compilers = compilers or {}
+    lines = rule("compile", f"{compiler} {_quote(flags)} {steps}")
+    for ending, command in compilers.items():
+        lines += rule(f"compile{ending}", f"{command} {steps} > $out.log 2>&1 || (cat $out.log; false)")
+    lines += ["rule link", f"  command = {compiler} {_quote(flags)} $in {_quote(link_flags)} -o $out"]
+    lines += ["  description = link $out"]
     objects = {source: Path(Path(source).stem + ".o") for source in sources}
-    lines = [
-        "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d {quote(flags)} $flags -c $in -o $out",
-        "  description = compile $in",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {compiler} {quote(flags)} $in {quote(link_flags)} -o $out",
-        "  description = link $out",
-    ]
     for source, own_flags in sources.items():
-        lines += [f"build {objects[source]}: compile {path(ROOT / source)}", f"  flags = {quote(own_flags)}"]
+        ending = Path(source).suffix if Path(source).suffix in compilers else ""
+        lines += [f"build {objects[source]}: compile{ending} {path(ROOT / source)}", f"  flags = {_quote(own_flags)}"]
     lines.append(f"build {path(output)}: link {' '.join(map(str, objects.values()))}")
     return "\n".join(lines) + "\n"
 
 
-def run_ninja(folder: Path, text: str) -> None:
+def run_ninja(folder: Path, text: str, targets: Iterable[str] = ()) -> None:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     if not ninja:
         raise CannotBuild("ninja is not installed")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(text)
-    if subprocess.run([ninja, "-C", str(folder)], check=False).returncode:
+    if subprocess.run([ninja, "-C", str(folder), *targets], stdout=2, check=False).returncode:  # to stderr
         raise CannotBuild("the compiler failed; its messages are above")
 
 
-def build_cpu_library(output: Path, folder: Path) -> None:
-    torch = find_torch(package_folders())
+def torch_flags(torch: Path) -> tuple[list[str], list[str]]:
+    """To compile, and to link. libtorch_cpu is in the process when a library is loaded: found by name, no run path."""
     includes = [f"-isystem{torch}/include", f"-isystem{torch}/include/torch/csrc/api/include"]
-    # libtorch_cpu is in the process already when the library is loaded: found by name, no run path.
-    link_flags = ["-shared", f"-L{torch}/lib", "-ltorch_cpu"]
+    return [*FLAGS, TORCH_TARGET, *includes], ["-shared", f"-L{torch}/lib", "-ltorch_cpu"]
+
+
+def build_cpu_library(output: Path, folder: Path) -> None:
+    flags, link_flags = torch_flags(find_torch(package_folders()))
     sources = {"csrc/cpu/bindings.cpp": [], **KERNEL_SOURCES}
-    run_ninja(folder, ninja_file(find_compiler(), [*FLAGS, TORCH_TARGET, *includes], sources, link_flags, output))
+    run_ninja(folder, ninja_file(find_compiler(), flags, sources, link_flags, output))
+
+
+def cuda_sources() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def cuda_ninja_file(output: Path) -> str:
+    if os.environ.get("SMOOTHIE_KERNELS_CUDA") == "0":
+        raise LeftOut("SMOOTHIE_KERNELS_CUDA=0")
+    nvcc, compiler = find_nvcc(), find_compiler()
+    flags, link_flags = torch_flags(find_torch(package_folders()))
+    toolkit = find_toolkit(nvcc)
+    folders = [toolkit / "lib64", toolkit / "lib", *toolkit.glob("targets/*/lib")]
+    link_flags += [f"-L{folder}" for folder in folders if folder.is_dir()]
+    # The runtime's functions stay this library's own: torch may have brought others of the same names.
+    link_flags += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined"]
+    sources: dict[str, list[str]] = {source: [] for source in ("csrc/cuda/bindings.cpp", *cuda_sources())}
+    compilers = {".cu": _quote([*nvcc, *NVCC_FLAGS])}
+    return ninja_file(compiler, flags, sources, link_flags, output, compilers)
+
+
+def build_cuda_library(output: Path, folder: Path) -> None:
+    run_ninja(folder, cuda_ninja_file(output))
+
+
+class Library(NamedTuple):
+    title: str
+    file: str
+    build: Callable[[Path, Path], None]
+
+
+LIBRARIES = {
+    "cpu": Library("CPU library", CPU_LIBRARY, build_cpu_library),
+    "cuda": Library("CUDA library", CUDA_LIBRARY, build_cuda_library),
+}
 
 
 class BuildKernels(build_ext):
+    def run(self) -> None:
+        self.failures: list[str] = []
+        super().run()
+        if self.failures:  # only now: what could be built is in its place
+            raise SystemExit("\n".join(self.failures))
+
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")[:-1], CPU_LIBRARY)
+        *folders, name = fullname.split(".")
+        return os.path.join(*folders, LIBRARIES[name].file)
 
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("SMOOTHIE_KERNELS_BUILD", "")
+        name = ext.name.rpartition(".")[2]
+        title, _, build = LIBRARIES[name]
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             if wanted == "0":
                 raise CannotBuild("SMOOTHIE_KERNELS_BUILD=0")
             output.parent.mkdir(parents=True, exist_ok=True)
-            build_cpu_library(output, Path(self.build_temp))
+            build(output, Path(self.build_temp) / name)
         except CannotBuild as reason:
             for stale in (
                 output,
                 ROOT / self.get_ext_filename(ext.name),
             ):  # an earlier build does not fit these sources
                 stale.unlink(missing_ok=True)
-            if wanted == "1":
-                raise SystemExit(f"smoothie-kernels: cannot build the CPU library: {reason}") from reason
-            print(f"smoothie-kernels: installing without the CPU library: {reason}", file=sys.stderr)
+            if wanted == "1" and not isinstance(reason, LeftOut):
+                self.failures.append(f"smoothie-kernels: cannot build the {title}: {reason}")
+            else:
+                print(f"smoothie-kernels: installing without the {title}: {reason}", file=sys.stderr)
 
 
 class AnyPython(bdist_wheel):
@@ -149,6 +245,6 @@ class AnyPython(bdist_wheel):
 
 if __name__ == "__main__":  # tests import this file for its tables
     setup(
-        ext_modules=[Extension("smoothie_kernels.cpu_library", sources=[], optional=True)],
+        ext_modules=[Extension(f"smoothie_kernels.{name}", sources=[], optional=True) for name in LIBRARIES],
         cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
     )

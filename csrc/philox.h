@@ -6,7 +6,19 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define SMOOTHIE_DEVICE __host__ __device__
+#else
+#define SMOOTHIE_DEVICE
+#endif
+
 namespace smoothie {
+
+// One of the fields whose weighted sum is the noise.
+struct NoiseField {
+  uint32_t key, row_shift;
+  float weight;
+};
 
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhilox2x32Multiplier = 0xD256D193u;
@@ -16,7 +28,7 @@ struct NoiseKey {
   uint32_t key, row_shift;
 };
 
-inline NoiseKey noise_key(uint64_t seed, uint64_t offset) {
+SMOOTHIE_DEVICE inline NoiseKey noise_key(uint64_t seed, uint64_t offset) {
   constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u, w1 = 0xBB67AE85u;  // Philox4x32, Random123
   uint32_t c0 = uint32_t(offset), c1 = uint32_t(offset >> 32), c2 = 0x534D4F4Fu /* "SMOO" */, c3 = 0;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
 OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d int64 tensor"

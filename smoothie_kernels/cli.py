@@ -58,8 +58,9 @@ def doctor() -> str:
     for device in devices:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         lines.append(f"\n{device} tensors ({name}):")
-        for backend in dispatch.BACKENDS:
-            reason = dispatch.load(backend).supports(device, torch.float32)
+        for backend in (*dispatch.BACKENDS, *dispatch.BY_NAME):
+            dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+            reason = dispatch.load(backend).supports(device, dtype)
             lines.append(f"  {backend:<10} {_detail(backend) if reason is None else f'no: {reason}'}")
     if len(devices) == 1:
         lines.append("\ncuda tensors: torch sees no GPU")
@@ -67,6 +68,8 @@ def doctor() -> str:
 
 
 def _detail(backend: str) -> str:
+    if backend == "cuda":
+        return 'by its name alone, backend="cuda": compiled, never run'
     if backend != "cpu":
         return "yes"
     from smoothie_kernels.backends import cpu

@@ -445,7 +445,7 @@ def gaussian(
         if field_weights is not None:
             checks.check_values("field_weights", field_weights)
     ids = None if row_ids is None else row_ids.contiguous()
-    make = pick_backend(backend, like.device, torch.float32).gaussian
+    make = pick_backend(backend, like.device, None).gaussian
     if field_weights is None:
         field: Tensor = make(out, ids, row_offset, seed, offsets[0])
         return field

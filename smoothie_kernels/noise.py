@@ -48,7 +48,7 @@ def gaussian(
         row_offset: row i has the id `row_offset + i`.
         row_ids: int64, shape (rows,): the ids themselves, in [0, 2**32).
         device: where to make it; that of row_ids where they are given.
-        backend: "auto", or "reference", "cpu", "triton" by name.
+        backend: "auto", or "reference", "cpu", "triton", "cuda" by name.
 
     Backends agree in every 32-bit word; their normals lie within 5e-5 (rms 2e-6) of the float64 values; of a sum of
     fields, within so much times the sum of |field_weights|.

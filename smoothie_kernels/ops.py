@@ -90,7 +90,7 @@ def fused_smoothie_step(
             the covariance are computed once per `Vocabulary`; with a bare table every call pays for them, V D^2.
         workspace: bytes that a GPU may take for the weights of some rows and tokens at a time, beside inputs and
             outputs; 256 MiB. With 0 the forward keeps them in registers; the backward takes what one tile needs.
-        backend: "auto", or "reference", "cpu", "triton" by name.
+        backend: "auto", or "reference", "cpu", "triton", "cuda" by name.
 
     Returns:
         SmoothieStep(smoothed, tokens, noisy_tokens, lse, topk). Ties go to the lowest token. A row with a
@@ -166,7 +166,7 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     Args:
         x: (..., D) float32, bfloat16, float16 (float64 with the reference backend).
         embeddings: (V, D) table on x's device, or a `Vocabulary`.
-        backend: "auto", or "reference", "cpu", "triton" by name.
+        backend: "auto", or "reference", "cpu", "triton", "cuda" by name.
 
     Returns:
         NearestToken(tokens, distance). Ties go to the lowest token; distance is computed directly from the winner's

@@ -1,7 +1,8 @@
-"""What the CPU library asks of its host: only functions of the LibTorch stable ABI as torch 2.10 has them, and the
-runtimes of C, C++ and OpenMP. Then one build serves every later torch.
+"""What the libraries ask of their host: only functions of the LibTorch stable ABI as torch 2.10 has them, and the
+runtimes of C, C++ and OpenMP. Then one build serves every later torch. The CUDA library brings CUDA's runtime along,
+and finds the driver when it runs: it is loaded where there is neither.
 
-PYTHONPATH=. python tests/abi.py LIBRARY     lists the undefined symbols; exits with 1 where one is neither
+PYTHONPATH=. python tests/abi.py LIBRARY...     lists the undefined symbols; exits with 1 where one is neither
 """
 
 import re
@@ -32,13 +33,16 @@ def foreign_symbols(symbols: list[str], stable: set[str]) -> list[str]:
     return [symbol for symbol in symbols if symbol not in stable and not RUNTIME.fullmatch(symbol)]
 
 
-def main(library: str) -> int:
-    symbols, stable = undefined_symbols(Path(library)), stable_functions(setup.find_torch(setup.package_folders()))
-    foreign = foreign_symbols(symbols, stable)
-    for symbol in symbols:
-        print("FOREIGN" if symbol in foreign else "shim   " if symbol in stable else "runtime", symbol)
-    print(f"{library}: {len(symbols)} undefined symbols, {len(foreign)} of them foreign")
-    return int(bool(foreign))
+def main(*libraries: str) -> int:
+    stable, failed = stable_functions(setup.find_torch(setup.package_folders())), False
+    for library in libraries:
+        symbols = undefined_symbols(Path(library))
+        foreign = foreign_symbols(symbols, stable)
+        for symbol in symbols:
+            print("FOREIGN" if symbol in foreign else "shim   " if symbol in stable else "runtime", symbol)
+        print(f"{library}: {len(symbols)} undefined symbols, {len(foreign)} of them foreign")
+        failed |= bool(foreign)
+    return int(failed)
 
 
 def _output(command: list[str]) -> str:

@@ -115,7 +115,7 @@ STEP_ERRORS = [
     ({"smooth": "topk"}, ValueError, "smooth must be 'full' where topk is None, got 'topk'"),
     ({"workspace": -1}, ValueError, "workspace must not be negative, got -1"),
     ({"workspace": 1e8}, TypeError, "workspace must be an int, got float"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'gpu'"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
 ]
 
 

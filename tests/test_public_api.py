@@ -59,7 +59,7 @@ def test_signatures():
 
 def test_backends_have_the_same_functions():
     signatures = {}
-    for name in dispatch.BACKENDS:
+    for name in (*dispatch.BACKENDS, *dispatch.BY_NAME):
         module = dispatch.load(name)
         signatures[name] = {f: list(inspect.signature(getattr(module, f)).parameters) for f in BACKEND_FUNCTIONS}
     assert all(s == signatures["reference"] for s in signatures.values()), signatures
@@ -110,7 +110,7 @@ def test_the_package_needs_no_trainer():
 def test_doctor_names_every_backend(capsys):
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out
-    for name in dispatch.BACKENDS:
+    for name in (*dispatch.BACKENDS, *dispatch.BY_NAME):
         assert f"\n  {name} " in lines
     assert "reference  yes" in lines
 

@@ -2,18 +2,20 @@
 // its fake kernel and all checks with messages for users are in Python (smoothie_kernels/library.py, checks.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../philox.h"
+#include "../torch_tensors.h"
 #include "tiers.h"
 
 namespace {
 
 using smoothie::DType;
+using smoothie::pointer;
+using smoothie::pointer_or_null;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -24,16 +26,6 @@ DType dtype_of(const Tensor& t) {
     case ScalarType::Half: return DType::kFloat16;
     default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
   }
-}
-
-template <class T>
-T* pointer(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-template <class T>
-T* pointer_or_null(const std::optional<Tensor>& t) {
-  return t ? pointer<T>(*t) : nullptr;
 }
 
 // torch's own threads, so that torch.set_num_threads rules and a call inside a parallel region stays serial.

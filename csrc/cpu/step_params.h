@@ -3,15 +3,11 @@
 
 #include <cstdint>
 
+#include "../philox.h"
+
 namespace smoothie {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// One of the fields whose weighted sum is the noise: Philox4x32-10 of (seed, offset), see philox.h.
-struct NoiseField {
-  uint32_t key, row_shift;
-  float weight;
-};
 
 struct StepInputs {
   const void* x;           // [N, D] contiguous, x_dtype

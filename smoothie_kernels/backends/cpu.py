@@ -15,10 +15,10 @@ TIER_VARIABLE = "SMOOTHIE_KERNELS_CPU_TIER"  # "avx512", "avx2", "scalar"; empty
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
+def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
     if device_type != "cpu":
         return "it takes CPU tensors"
-    if dtype not in DTYPES:
+    if dtype and dtype not in DTYPES:
         return "it takes float32, bfloat16 and float16"
     if not LIBRARY.exists():
         return "it was not built: install a C++ compiler and torch >= 2.10, then install smoothie-kernels again"

@@ -16,7 +16,7 @@ __all__ = ["average", "column_bias", "gaussian", "nearest_fwd", "step_bwd", "ste
 CHUNK = 4096  # tokens at a time
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
+def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
     return None
 
 

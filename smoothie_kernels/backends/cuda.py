@@ -1,0 +1,379 @@
+"""Launches the compiled kernels for Hopper, csrc/cuda: bfloat16 and float16, forward. The triton backend's gradients.
+
+    few rows     stream     both products in one pass, every tile of the table fetched once
+    many rows    score      weights of some rows and tokens, and the library multiplies them by the table
+    no mean      score      statistics, buckets' largest logits, or the nearest token alone
+
+Beside every pass: prepare (references of rows, keys of noise fields) before it, merge after it.
+
+Why two kernels and a library product where one kernel could keep the mean in registers, by arithmetic (D = 768, cycles
+of a multiprocessor for a logit, each product 0.375): noise, exp and maxima take about 0.25, which the score kernel has
+beside its product; the mean of 64 rows alone takes three quarters of the registers, so a kernel that holds it has no
+second set of sums, and makes noise while the matrix units wait, or crosses scores and weights between two blocks. The
+weights are 2 bytes a logit, written and read mostly in L2: a block of them is no larger than `workspace`.
+
+No GPU has run this: it is compiled (`make cuda-check`), and run through an emulator of the hardware (tests/cuda).
+Every number in "plans" below is arithmetic.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smoothie_kernels.backends import Grads, Saved, Statistics, StepInputs, StepOutputs
+from smoothie_kernels.backends.blocks import (
+    HEADROOM,
+    HIGHEST,
+    LOWEST,
+    add_product,
+    cdiv,
+    noise_on_device,
+    on_device,
+    pick_block,
+    rows_of,
+    slices,
+)
+from smoothie_kernels.backends.largest import Passes, largest_kept, largest_of_all, with_largest
+from smoothie_kernels.recall import Buckets
+
+LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
+DTYPES = (torch.bfloat16, torch.float16)
+DEVICE = "cuda"  # in tests, with the kernels in an emulator, "cpu"
+CAPABILITY = (9, 0)  # sm_90a: wgmma is of this one generation
+WIDEST, WIDTH_STEP = 1024, 8  # box copies take rows of whole 16 bytes
+
+NEAREST, STATISTICS, KEEP, WEIGHTS, KEYS = 0, 1, {1: 2, 2: 3, 4: 4}, 5, 6  # Mode in csrc/cuda/params.h
+BUCKETS_OF_PART = 8  # the same file
+
+
+class Tile(NamedTuple):
+    n: int
+    v: int
+
+
+SCORE, STREAM = Tile(128, 128), Tile(32, 64)  # csrc/cuda/score.h, stream.h
+
+
+def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
+    if device_type != DEVICE:
+        return "it takes CUDA tensors"
+    if dtype and dtype not in DTYPES:
+        return "it takes bfloat16 and float16"
+    if not LIBRARY.exists():
+        return "it was not built: install CUDA's compiler, nvcc >= 12.5, then install smoothie-kernels again"
+    return _lacks() if DEVICE == "cuda" else None
+
+
+def _lacks() -> str | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability != CAPABILITY:
+        return "it takes GPUs of compute capability 9.0 (Hopper), this one has {}.{}".format(*capability)
+    return None
+
+
+@cache
+def _ops() -> Any:
+    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    return torch.ops.smoothie_kernels_cuda
+
+
+def _on(x: Tensor) -> AbstractContextManager[None]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
+
+
+def _call(name: str, x: Tensor, *arguments: object) -> None:
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    with _on(x):
+        getattr(_ops(), name)(*arguments, stream)
+
+
+# --- plans
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
+FEW_ROWS = 64  # up to here both products are bound by fetching the table: once for every 32 rows
+START = 2.0  # tiles' time that a block takes before its first tile and after its last
+RESIDENT = 8  # of 14 boxes; the rest of x comes again with every tile, and six are the least that hide the way from L2
+
+
+def pick_cluster(row_blocks: int) -> int:
+    """Blocks that share every box of the table: alone, a block would ask L2 for more than its share of what L2 gives.
+    An odd number of blocks takes one more, which has nothing to do."""
+    return 2 if row_blocks % 2 == 0 or row_blocks > 8 else 1
+
+
+def pick_chunks(row_blocks: int, tiles: int, processors: int) -> int:
+    """In how many chunks the table is taken so that all processors end at about the same time."""
+
+    def rounds(chunks: int) -> float:
+        return cdiv(row_blocks * chunks, processors) * (cdiv(tiles, chunks) + START)
+
+    return min(range(1, min(tiles, 2 * processors) + 1), key=rounds)
+
+
+# --- one pass over tokens
+
+
+class Refs(NamedTuple):
+    """What is taken off a row's logits, and the noise: csrc/cuda/params.h, StepParams."""
+
+    fields: Tensor  # [F, 3] int32
+    ref_score: Tensor  # [N] fp32
+    highest: Tensor  # [N] fp32
+
+
+NO_REFS = (None, None, None)
+
+
+class Parts(NamedTuple):
+    """What C chunks of the table say of every row."""
+
+    numbers: Tensor  # [3, C, N] fp32: best score, best logit less highest, sum of weights
+    tokens: Tensor  # [2, C, N] int32: of the best score, of the best logit
+
+
+def _prepare(inputs: StepInputs) -> Refs:
+    """Logits are bounded beforehand: a row's reference lies HEADROOM below the highest that there can be."""
+    x, n = inputs.x, len(inputs.x)
+    refs = Refs(x.new_empty(len(inputs.offsets), 3, dtype=torch.int32), _floats(x, n), _floats(x, n))
+    _call(
+        "prepare", x, x, inputs.std, inputs.seed, inputs.offsets, inputs.field_weights, HEADROOM,
+        refs.ref_score, refs.highest, refs.fields,
+    )  # fmt: skip
+    return refs
+
+
+def _known(refs: Refs, found: Statistics) -> Refs:
+    """Now that a pass has found them: the row's own highest logit."""
+    return Refs(refs.fields, found.best_score, found.best_logit)
+
+
+def _score(
+    mode: int, inputs: StepInputs, refs: Refs | None, tokens: slice, *, parts: int | None = None,
+    weights: Tensor | None = None, keys: Tensor | None = None,
+) -> Parts:  # fmt: skip
+    x, embeddings = inputs.x, inputs.embeddings
+    row_blocks, tiles = cdiv(len(x), SCORE.n), cdiv(tokens.stop - tokens.start, SCORE.v)
+    cluster = pick_cluster(row_blocks)
+    chunks = pick_chunks(cdiv(row_blocks, cluster) * cluster, parts or tiles, processors(x.device))
+    found = _empty_parts(x, chunks)
+    _call(
+        "score", x, mode, x, embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids,
+        inputs.row_offset % 2**32, *(refs or NO_REFS), inputs.sigma_min, tokens.start, tokens.stop, parts or chunks,
+        chunks, RESIDENT, cluster, *found, weights, keys,
+    )  # fmt: skip
+    return found
+
+
+def _stream(inputs: StepInputs, refs: Refs, acc: Tensor | None, chunks: int, only: Tensor | None = None) -> Parts:
+    x = inputs.x
+    found = _empty_parts(x, chunks)
+    _call(
+        "stream", x, x, inputs.embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids,
+        inputs.row_offset % 2**32, *refs, inputs.sigma_min, chunks, only, *found, acc,
+    )  # fmt: skip
+    return found
+
+
+def _empty_parts(x: Tensor, chunks: int) -> Parts:
+    return Parts(_floats(x, 3, chunks, len(x)), x.new_empty(2, chunks, len(x), dtype=torch.int32))
+
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(*shape, dtype=torch.float32)
+
+
+class Merged(NamedTuple):
+    statistics: Statistics
+    far: Tensor  # [N] bool: weights overflow or vanish with this reference
+
+
+def _merge(
+    inputs: StepInputs, refs: Refs, parts: Parts, acc: Tensor | None, smoothed: Tensor | None,
+    only: Tensor | None = None, into: Statistics | None = None,
+) -> Merged:  # fmt: skip
+    """acc: [A, N, D], sums of weights times the table, of every chunk or of all (A = 1)."""
+    x, n = inputs.x, len(inputs.x)
+    if into is None:
+        longs = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
+        into = Statistics(*longs, *(_floats(x, n) for _ in range(4)))
+    far = x.new_empty(n, dtype=torch.bool)
+    _call(
+        "merge", x, x, inputs.mu, refs.ref_score, refs.highest, inputs.sigma_min, LOWEST, HIGHEST, *parts, acc, only,
+        smoothed, *into, far,
+    )  # fmt: skip
+    return Merged(into, far)
+
+
+def _redo_far(inputs: StepInputs, refs: Refs, first: Merged, acc: Tensor | None, smoothed: Tensor | None) -> None:
+    """Blocks without such rows return at once: to ask first, the host would have to wait for the device."""
+    again = _known(refs, first.statistics)
+    parts = _stream(inputs, again, acc, 1 if acc is None else len(acc), first.far)
+    _merge(inputs, again, parts, acc, smoothed, first.far, first.statistics)
+
+
+# --- what they are for
+
+
+def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
+    """smoothed [N, D], and the statistics."""
+    x, v = inputs.x, len(inputs.embeddings)
+    (n, d), smoothed = x.shape, torch.empty_like(x)
+    if n <= FEW_ROWS:
+        return smoothed, _mean_of_block(inputs, v, None, smoothed)
+    row_bytes = 4 * d + 20 * cdiv(v, SCORE.v)  # its sum and its parts
+    block_n, block_v = pick_block(n, v, inputs.workspace, x.itemsize, row_bytes, SCORE)
+    weights = x.new_empty(min(n, block_n), block_v)
+    blocks = [
+        _mean_of_block(rows_of(inputs, rows), block_v, weights[: rows.stop - rows.start], smoothed[rows])
+        for rows in slices(n, block_n)
+    ]
+    return smoothed, Statistics(*(torch.cat(same) for same in zip(*blocks, strict=True)))
+
+
+def _mean_of_block(inputs: StepInputs, block_v: int, weights: Tensor | None, smoothed: Tensor) -> Statistics:
+    refs = _prepare(inputs)
+    # The weights of a flat row would vanish in float16, beside those that overflow: it takes the true reference.
+    half = inputs.x.dtype == torch.float16
+    if half:
+        refs = _known(refs, _score_statistics(inputs, refs).statistics)
+    parts, acc = _gather(inputs, refs) if weights is None else _gather_by_blocks(inputs, refs, block_v, weights)
+    merged = _merge(inputs, refs, parts, acc, smoothed)
+    if not half:
+        _redo_far(inputs, refs, merged, acc, smoothed)
+    return merged.statistics
+
+
+def _gather(inputs: StepInputs, refs: Refs) -> tuple[Parts, Tensor]:
+    (n, d), tiles = inputs.x.shape, cdiv(len(inputs.embeddings), STREAM.v)
+    chunks = pick_chunks(cdiv(n, STREAM.n), tiles, processors(inputs.x.device))
+    acc = _floats(inputs.x, chunks, n, d)
+    return _stream(inputs, refs, acc, chunks), acc
+
+
+def _gather_by_blocks(inputs: StepInputs, refs: Refs, block_v: int, weights: Tensor) -> tuple[Parts, Tensor]:
+    (n, d), embeddings = inputs.x.shape, inputs.embeddings
+    acc = inputs.x.new_zeros(1, n, d, dtype=torch.float32)
+    found = []
+    for tokens in slices(len(embeddings), block_v):
+        found.append(_score(WEIGHTS, inputs, refs, tokens, weights=weights))
+        add_product(acc[0], weights[:, : tokens.stop - tokens.start], embeddings[tokens])
+    return Parts(*(torch.cat(same, 1) for same in zip(*found, strict=True))), acc
+
+
+def _score_statistics(inputs: StepInputs, refs: Refs) -> Merged:
+    parts = _score(STATISTICS, inputs, refs, slice(0, len(inputs.embeddings)))
+    return _merge(inputs, refs, parts, None, None)
+
+
+def _statistics(inputs: StepInputs) -> Statistics:
+    refs = _prepare(inputs)
+    merged = _score_statistics(inputs, refs)
+    _redo_far(inputs, refs, merged, None, None)
+    return merged.statistics
+
+
+def _approximate(inputs: StepInputs, buckets: Buckets) -> tuple[Statistics, Tensor, Tensor]:
+    """Token j is in part (j / 128) mod parts, and there in bucket j mod 8: as many buckets as in the other backends,
+    other tokens in each. A part is at least one tile; where that makes too few, all logits are written down."""
+    x, v = inputs.x, len(inputs.embeddings)
+    parts = cdiv(buckets.buckets, BUCKETS_OF_PART)
+    if parts > cdiv(v, SCORE.v):
+        found = _statistics(inputs)
+        return found, _exact(inputs, found.best_score), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return largest_kept(inputs, parts * BUCKETS_OF_PART * buckets.keep, SCORE.n, partial(_kept, parts, buckets.keep))
+
+
+def _kept(parts: int, keep: int, inputs: StepInputs) -> tuple[Statistics, Tensor]:
+    refs = _prepare(inputs)
+    keys = inputs.x.new_empty(len(inputs.x), parts, keep, BUCKETS_OF_PART, dtype=torch.int64)
+    found = _score(KEEP[keep], inputs, refs, slice(0, len(inputs.embeddings)), parts=parts, keys=keys)
+    merged = _merge(inputs, refs, found, None, None)
+    _redo_far(inputs, refs, merged, None, None)
+    return merged.statistics, keys
+
+
+def _exact(inputs: StepInputs, ref_score: Tensor) -> Tensor:
+    return largest_of_all(inputs, SCORE, partial(_write_keys, _prepare(inputs).fields), ref_score)
+
+
+def _write_keys(fields: Tensor, inputs: StepInputs, tokens: slice, ref_score: Tensor, keys: Tensor) -> None:
+    _score(KEYS, inputs, Refs(fields, ref_score, torch.zeros_like(ref_score)), tokens, keys=keys)
+
+
+# --- the backend
+
+
+def column_bias(embeddings: Tensor) -> Tensor:
+    bias = _floats(embeddings, len(embeddings))
+    _call("column_bias", embeddings, embeddings, bias)
+    return bias
+
+
+def step_fwd(inputs: StepInputs) -> StepOutputs:
+    x, embeddings = _aligned(inputs.x, inputs.embeddings)
+    inputs = noise_on_device(inputs._replace(x=x, embeddings=embeddings))
+    smoothed, found = _mean(inputs) if inputs.mean else (inputs.x.new_empty(len(inputs.x), 0), None)
+    return with_largest(inputs, smoothed, found, Passes(_statistics, _approximate, _exact))
+
+
+def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x, embeddings = _aligned(x, embeddings)
+    tokens, distance = x.new_empty(len(x), dtype=torch.int64), _floats(x, len(x))
+    nothing = x.new_empty(0, dtype=torch.float32)
+    inputs = StepInputs(x, embeddings, bias, nothing, None, None, 0, nothing, nothing, None, 1.0, 0)
+    found = _score(NEAREST, inputs, None, slice(0, len(embeddings)))
+    _call("nearest", x, x, embeddings, found.numbers[:1], found.tokens[:1], tokens, distance)
+    return tokens, distance
+
+
+def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:
+    seed, offset = on_device(out.device, seed), on_device(out.device, offset)
+    _call("gaussian", out, row_ids, row_offset % 2**32, seed, offset, out)
+    return out
+
+
+def step_bwd(
+    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    from smoothie_kernels.backends import triton
+
+    return triton.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
+
+
+def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    from smoothie_kernels.backends import triton
+
+    return triton.average(weights, tokens, embeddings, dtype)
+
+
+def _aligned(x: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """As box copies need them: rows that begin on 16 bytes. RuntimeError where that takes another width or type."""
+    if x.dtype != embeddings.dtype:
+        raise RuntimeError(
+            f"backend 'cuda' takes x and embeddings of one type, got {x.dtype} and {embeddings.dtype}: convert one, or "
+            "use backend='triton'"
+        )
+    d = x.shape[1]
+    if d % WIDTH_STEP or d > WIDEST:
+        raise RuntimeError(
+            f"backend 'cuda' takes widths D that are multiples of {WIDTH_STEP} up to {WIDEST:,}, got {d}: use "
+            "backend='triton'"
+        )
+
+    def aligned(rows: Tensor) -> Tensor:
+        fits = rows.data_ptr() % 16 == 0 and rows.stride(0) % WIDTH_STEP == 0
+        return rows if fits else rows.clone(memory_format=torch.contiguous_format)
+
+    return aligned(x), aligned(embeddings)

@@ -1,0 +1,543 @@
+"""The CUDA library: what is compiled into it, where it is left out, what it asks of its host; without a GPU.
+
+Where nvcc is not, what needs it is skipped: the rest holds everywhere.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import abi
+import pytest
+import test_build
+from test_build import fake_torch, run
+
+import setup
+
+project = test_build.project  # the fixture
+LIBRARY = setup.ROOT / "smoothie_kernels" / setup.CUDA_LIBRARY
+
+spec = importlib.util.spec_from_file_location("cuda_check", setup.ROOT / "tests/cuda/check.py")
+check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check)
+
+
+def fake_nvcc(folder: Path, version: str = "13.0", script: str = "exit 1") -> Path:
+    """Knows its version and its folder; else it does as the script says."""
+    nvcc = folder / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    *--version*) echo 'Cuda compilation tools, release {version}, V{version}.88';;
+    *--dryrun*) echo '#$ TOP={folder}/toolkit/bin/..' >&2;;
+    *) {script};;
+esac
+"""
+    )
+    nvcc.chmod(0o755)
+    (folder / "toolkit" / "lib64").mkdir()
+    return nvcc
+
+
+# --- Finding nvcc
+
+
+def test_finds_nvcc_where_it_may_be(tmp_path, monkeypatch):
+    nvcc = fake_nvcc(tmp_path, "12.5")
+    monkeypatch.setenv("NVCC", f"{nvcc} -ccbin g++-13")
+    assert setup.find_nvcc() == [str(nvcc), "-ccbin", "g++-13"]
+    assert setup.find_toolkit(setup.find_nvcc()) == (tmp_path / "toolkit").resolve()
+    monkeypatch.delenv("NVCC")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parents[1]))
+    assert setup.find_nvcc() == [str(nvcc)]
+    monkeypatch.delenv("CUDA_HOME")
+    with pytest.raises(setup.LeftOut, match="no nvcc found"):
+        setup.find_nvcc()
+
+
+@pytest.mark.parametrize("version", ["12.4", "11.8", "unknown"])
+def test_says_that_nvcc_is_too_old(tmp_path, monkeypatch, version):
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, version)))
+    number = "?" if version == "unknown" else version
+    with pytest.raises(setup.LeftOut, match=rf"nvcc {re.escape(number)} is older than 12\.5"):
+        setup.find_nvcc()
+
+
+# --- What is compiled
+
+
+def test_each_compiler_has_its_files(tmp_path, monkeypatch):
+    monkeypatch.delenv("SMOOTHIE_KERNELS_CUDA", raising=False)
+    monkeypatch.setenv("TORCH_DIR", str(fake_torch(tmp_path)))
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path)))
+    monkeypatch.setattr(setup, "find_compiler", lambda: "c++")
+    rules, *builds = setup.cuda_ninja_file(tmp_path / "out.so").split("\nbuild ")
+    plain, nvcc, link = (re.sub(r"\n.*", "", rule) for rule in rules.split("command = ")[1:])
+    assert "-gencode=arch=compute_90a,code=sm_90a" in nvcc
+    assert "-Xcompiler=-fPIC,-fvisibility=hidden" in nvcc
+    assert f"-I{setup.ROOT}/csrc/cuda/sm90" in nvcc
+    assert "$out.log" in nvcc
+    assert "fast-math" not in rules  # infinities are meant
+    assert "torch" not in nvcc  # no header of torch: any build of it will do
+    assert "toolkit" not in plain  # nor one of CUDA for the file that knows torch
+    assert setup.TORCH_TARGET in plain
+    assert f"-L{tmp_path}/toolkit/lib64" in link
+    assert "-lcudart_static" in link
+    assert not re.search(r"-l(cuda|cudart)\b(?!_static)", link)
+    compiled = {build.split()[-1 if "flags" not in build else 2]: build.split()[1] for build in builds[:-1]}
+    assert {rule for source, rule in compiled.items() if source.endswith(".cu")} == {"compile.cu"}
+    assert [source for source in compiled if not source.endswith(".cu")] == [f"{setup.ROOT}/csrc/cuda/bindings.cpp"]
+    assert {Path(source).name for source in compiled} >= {"bindings.cpp", "score.cu", "small.cu", "stream.cu"}
+
+
+def test_what_a_compiler_says_is_kept_and_shown_when_it_fails(tmp_path, capfd):
+    compilers = {
+        ending: str(fake_nvcc(tmp_path / ending, script=f"echo said {ending} >&2; {then}"))
+        for ending, then in ((".good", "touch one.o"), (".bad", "exit 1"))
+    }
+    for ending in compilers:
+        (tmp_path / f"one{ending}").touch()
+    outcomes = {}
+    for ending in compilers:
+        text = setup.ninja_file("true", [], {str(tmp_path / f"one{ending}"): []}, [], tmp_path / "out", compilers)
+        try:
+            setup.run_ninja(tmp_path / f"build{ending}", text, ["one.o"])
+            outcomes[ending] = "compiled"
+        except setup.CannotBuild as reason:
+            outcomes[ending] = str(reason)
+        assert (tmp_path / f"build{ending}" / "one.o.log").read_text() == f"said {ending}\n"
+    assert outcomes == {".good": "compiled", ".bad": "the compiler failed; its messages are above"}
+    shown = capfd.readouterr()
+    assert shown.out == ""  # that is for what is asked of a command
+    assert "said .bad" in shown.err
+    assert "said .good" not in shown.err
+
+
+# --- Installing without it
+
+
+@pytest.fixture
+def install(project, tmp_path):
+    """Builds in a copy whose compilers write empty files; gives the outcome, and the libraries that are there then."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "TORCH_DIR": str(fake_torch(tmp_path)), "SMOOTHIE_KERNELS_CUDA": ""}
+    environment["NVCC"] = str(fake_nvcc(tmp_path, script=f'exec {compiler} "$@"'))
+    package = project / "smoothie_kernels"
+
+    def build(**other):
+        for library in (setup.CPU_LIBRARY, setup.CUDA_LIBRARY):
+            (package / library).write_text("of an earlier build")
+        done = run(project, "setup.py", "-q", "build_ext", "--inplace", **{**environment, **other})
+        assert all(path.read_text() == "" for path in package.glob("*.so"))
+        return done, {path.name for path in package.glob("*.so")}
+
+    return build
+
+
+def test_both_are_built(install):
+    done, libraries = install(SMOOTHIE_KERNELS_BUILD="1")
+    assert done.returncode == 0, done.stderr
+    assert libraries == {setup.CPU_LIBRARY, setup.CUDA_LIBRARY}
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+@pytest.mark.parametrize(
+    ("version", "cuda", "reason"),
+    [
+        (None, "", "no nvcc found"),
+        ("12.4", "", "nvcc 12.4 is older than 12.5"),
+        ("13.0", "0", "SMOOTHIE_KERNELS_CUDA=0"),
+    ],
+)
+def test_left_out(install, tmp_path, wanted, version, cuda, reason):
+    nvcc = fake_nvcc(tmp_path / "other", version) if version else "/nonexistent"
+    done, libraries = install(NVCC=str(nvcc), SMOOTHIE_KERNELS_CUDA=cuda, SMOOTHIE_KERNELS_BUILD=wanted)
+    assert done.returncode == 0, done.stderr
+    assert f"installing without the CUDA library: {reason}" in done.stderr
+    assert "without the CPU library" not in done.stderr
+    assert libraries == {setup.CPU_LIBRARY}
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+@pytest.mark.parametrize("failing", ["CPU", "CUDA"])
+def test_a_failure_of_one_leaves_the_other(install, project, tmp_path, failing, wanted):
+    if failing == "CPU":
+        (project / "csrc/cpu/bindings.cpp").unlink()
+        done, libraries = install(SMOOTHIE_KERNELS_BUILD=wanted)
+        assert libraries == {setup.CUDA_LIBRARY}
+    else:
+        nvcc = fake_nvcc(tmp_path / "other", script="echo what is wrong >&2; exit 1")
+        done, libraries = install(NVCC=str(nvcc), SMOOTHIE_KERNELS_BUILD=wanted)
+        assert libraries == {setup.CPU_LIBRARY}
+        assert "what is wrong" in done.stderr
+    assert done.returncode == (1 if wanted else 0)
+    what = f"cannot build the {failing} library" if wanted else f"installing without the {failing} library"
+    assert f"{what}: the compiler failed; its messages are above" in done.stderr
+
+
+# --- What it asks of its host, and its operators
+
+built = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built")
+
+
+@built
+@pytest.mark.skipif(not (shutil.which("nm") and shutil.which("c++")), reason="needs nm and a compiler")
+def test_library_uses_only_the_stable_abi():
+    symbols = abi.undefined_symbols(LIBRARY)
+    assert "aoti_torch_get_data_ptr" in symbols
+    assert not [symbol for symbol in symbols if symbol.startswith("cu")]
+    assert abi.foreign_symbols(symbols, abi.stable_functions(setup.find_torch(setup.package_folders()))) == []
+
+
+@built
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
+def test_library_is_loaded_without_cuda():
+    entries = subprocess.run(["readelf", "-d", LIBRARY], check=True, capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", entries)
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if name.startswith(("libcu", "libnv", "libtorch_cuda"))]
+    assert "RUNPATH" not in entries
+
+
+OPERATORS = {"prepare", "score", "stream", "merge", "nearest", "gaussian", "column_bias"}
+
+
+@built
+def test_library_registers_its_operators():
+    code = f"""
+import json, sys, torch
+torch.ops.load_library({str(LIBRARY)!r})
+schemas = {{s.name: str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("smoothie_kernels_cuda::")}}
+on = {{name: torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in schemas}}
+json.dump([schemas, on], sys.stdout)
+"""
+    done = run(setup.ROOT, "-c", code)
+    assert done.returncode == 0, done.stderr
+    schemas, on = json.loads(done.stdout)
+    assert {name.partition("::")[2] for name in schemas} == OPERATORS
+    assert all(on.values())
+    assert all(schema.endswith("int stream) -> ()") for schema in schemas.values())
+
+
+# --- From tensors to parameters: the real bindings over launchers that say what they were given
+
+SPEAKING = """
+#include "launchers.h"
+#include <cstdio>
+namespace smoothie { namespace cuda {
+static char text[600];
+#define SAY(...) return std::snprintf(text, sizeof text, __VA_ARGS__), text
+#define GIVEN(p) ((p) != nullptr)
+const char* score(Mode mode, const StepParams& p, hopper::Stream s) {
+  SAY("mode=%d type=%d N=%d D=%d table_stride=%d row_offset=%u F=%d weight=%g inverse_variance=%g first=%d end=%d "
+      "parts=%d chunks=%d resident=%d cluster=%d weights_stride=%d x=%d mu=%d std=%d numbers=%d keys=%d stream=%d",
+      int(mode), int(p.type), int(p.n_rows), p.width, int(p.table_stride), p.row_offset, p.n_fields,
+      p.fields ? p.fields[p.n_fields - 1].weight : 0, p.inverse_variance, p.first_token, p.end_token, p.parts, p.chunks,
+      p.resident, p.cluster, int(p.weights_stride), GIVEN(p.x), GIVEN(p.mu), GIVEN(p.std), GIVEN(p.numbers),
+      GIVEN(p.keys), int(intptr_t(s)));
+}
+const char* stream(const StepParams& p, hopper::Stream) {
+  SAY("first=%d end=%d parts=%d chunks=%d only=%d acc=%g", p.first_token, p.end_token, p.parts, p.chunks,
+      p.only ? p.only[0] : -1, p.acc[0]);
+}
+const char* prepare(const PrepareParams& p, hopper::Stream) {
+  SAY("N=%d D=%d F=%d seed=%d offset=%d headroom=%g", int(p.n_rows), p.width, p.n_fields, int(*p.seed),
+      int(p.offsets[p.n_fields - 1]), p.headroom);
+}
+const char* merge(const MergeParams& p, hopper::Stream) {
+  SAY("N=%d D=%d chunks=%d sums=%d lowest=%g highest_fit=%g smoothed=%d far=%d", int(p.n_rows), p.width, p.chunks,
+      p.sums, p.lowest, p.highest_fit, GIVEN(p.smoothed), GIVEN(p.far));
+}
+const char* nearest(const NearestParams& p, hopper::Stream) {
+  p.nearest[0] = p.chunks, p.distance[0] = float(p.table_stride);
+  return nullptr;
+}
+const char* gaussian(const GaussianParams& p, hopper::Stream) {
+  SAY("N=%d columns=%d seed=%d offset=%d row_ids=%d", int(p.n_rows), int(p.columns), int(*p.seed), int(*p.offset),
+      GIVEN(p.row_ids));
+}
+const char* column_bias(const BiasParams& p, hopper::Stream) {
+  SAY("V=%d D=%d stride=%d type=%d", int(p.n_rows), p.width, int(p.stride), int(p.type));
+}
+}}
+"""
+
+CALLS = """
+import json, sys, torch
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.smoothie_kernels_cuda
+
+def said(op, *arguments):
+    try:
+        getattr(ops, op)(*arguments)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+
+n, v, d = 5, 40, 16
+i, l = torch.int32, torch.int64
+x, table = torch.randn(n, d).bfloat16(), torch.randn(v, 24).bfloat16()[:, :d]
+row, one = torch.ones(n), torch.zeros(1, n)
+bias, seed, offsets = torch.zeros(v), torch.tensor(7), torch.tensor([3, 4])
+numbers, tokens = torch.zeros(3, 4, n), torch.zeros(2, 4, n, dtype=i)
+fields = torch.tensor([[1, 2, 0], [3, 4, 0x3F000000]], dtype=i)
+
+def score(x, table, weights=None, keys=None):
+    return said("score", 5, x, table, bias, row, None, None, 9, fields, row, row, 0.5, 8, 32, 4, 2, 3, 1, one, None,
+                weights, keys, 6)
+
+json.dump({
+    "score": score(x, table, torch.empty(n, 32, dtype=torch.bfloat16)),
+    "score half": score(x.half(), table.half()),
+    "score keys": score(x, table, None, torch.zeros(n, 24, dtype=l)),
+    "score kept": score(x, table, None, torch.zeros(n, 4, 2, 8, dtype=l)),
+    "float32": score(x.float(), table.float()),
+    "two types": score(x, table.half()),
+    "other weights": score(x, table, torch.empty(n, 32)),
+    "unaligned x": score(torch.zeros(n * d + 1).bfloat16()[1:].view(n, d), table),
+    "unaligned table": score(x, torch.zeros(v, 24).bfloat16()[:, 4:4 + d]),
+    "odd stride": score(x, torch.zeros(v, 20).bfloat16()[:, :d]),
+    "odd width": score(x[:, :12].contiguous(), table[:, :12]),
+    "other width": score(x[:, :8].contiguous(), table),
+    "gaps in x": score(torch.zeros(n, 24).bfloat16()[:, :d], table),
+    "stream": said("stream", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, torch.ones(n) > 0, one,
+                   one.to(i), 2 * torch.ones(3, n, d), 0),
+    "prepare": said("prepare", x, row, seed, offsets, None, 1.5, row, row, fields, 0),
+    "merge": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None, x.clone(),
+                  row.to(l), row.to(l), row, row, row, row, None, 0),
+    "merge, no sums": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
+                           row.to(l), row.to(l), row, row, row, row, torch.ones(n) > 0, 0),
+    "nearest": said("nearest", x, table, numbers[:1], tokens[:1], seed, bias, 0),
+    "nearest writes": [seed.item(), bias[0].item()],
+    "gaussian": said("gaussian", None, 0, torch.tensor(8), torch.tensor(2), torch.zeros(n, d), 0),
+    "column_bias": said("column_bias", table.half(), bias, 0),
+}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What the launchers say they were given, by call; the operators take CPU tensors when emulated."""
+    if not shutil.which("c++"):
+        pytest.skip("needs a compiler")
+    folder = tmp_path_factory.mktemp("bindings")
+    (folder / "launch.h").write_text(
+        "#pragma once\nnamespace smoothie { namespace hopper { using Stream = void*; } }\n"
+    )
+    (folder / "speaking.cpp").write_text(SPEAKING)
+    flags, link_flags = setup.torch_flags(setup.find_torch(setup.package_folders()))
+    flags += ["-DSMOOTHIE_EMULATED", f"-I{folder}", f"-I{setup.ROOT}/csrc/cuda", "-O0"]
+    sources = {"csrc/cuda/bindings.cpp": [], str(folder / "speaking.cpp"): []}
+    library = folder / "speaking.so"
+    setup.run_ninja(folder, setup.ninja_file(setup.find_compiler(), flags, sources, link_flags, library))
+    done = run(setup.ROOT, "-c", CALLS, str(library))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            "score",
+            "mode=5 type=0 N=5 D=16 table_stride=24 row_offset=9 F=2 weight=0.5 inverse_variance=4 first=8 end=32",
+        ),
+        ("score", "parts=4 chunks=2 resident=3 cluster=1 weights_stride=32 x=1 mu=1 std=0 numbers=1 keys=0 stream=6"),
+        ("score half", "type=1"),
+        ("score keys", "weights_stride=24 x=1 mu=1 std=0 numbers=1 keys=1"),
+        ("score kept", "weights_stride=0 x=1 mu=1 std=0 numbers=1 keys=1"),
+        ("stream", "first=0 end=40 parts=3 chunks=3 only=1 acc=2"),
+        ("prepare", "N=5 D=16 F=2 seed=7 offset=4 headroom=1.5"),
+        ("merge", "N=5 D=16 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
+        ("merge, no sums", "chunks=4 sums=0 lowest=-2 highest_fit=3 smoothed=0 far=1"),
+        ("gaussian", "N=5 columns=16 seed=8 offset=2 row_ids=0"),
+        ("column_bias", "V=40 D=16 stride=16 type=1"),
+    ],
+)
+def test_launchers_are_given(said, call, words):
+    assert re.search(
+        rf"smoothie_kernels_cuda::{call.partition(' ')[0].rstrip(',')}: (.* )?{re.escape(words)}", said[call]
+    )
+
+
+def test_a_launch_that_went_well_raises_nothing(said):
+    assert said["nearest"] is None
+    assert said["nearest writes"] == [4, 24]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("float32", "x must be bfloat16 or float16"),
+        ("two types", "x and embeddings must be of one type"),
+        ("other weights", "weights must be bfloat16 or float16"),
+        ("unaligned x", "x must begin at a multiple of 16 bytes"),
+        ("unaligned table", "embeddings must begin at a multiple of 16 bytes"),
+        ("odd stride", "embeddings must have rows a multiple of 8 numbers apart, not 20"),
+        ("odd width", "x must have rows of a multiple of 8 numbers"),
+        ("other width", "x and embeddings must have rows of one width"),
+        ("gaps in x", "x must be contiguous"),
+    ],
+)
+def test_tensors_that_do_not_fit(said, call, message):
+    assert said[call].endswith(message)
+
+
+# --- What the kernels take
+
+
+def test_kernels_fit():
+    """Every kernel of the table is there, on the matrix units, in registers; nothing waits that need not."""
+    try:
+        rows, general = check.check()
+    except (check.CannotCheck, setup.LeftOut) as reason:
+        pytest.skip(f"the kernels cannot be looked into: {reason}")
+    assert general == []
+    assert {row["kernel"]: row["faults"] for row in rows if row["faults"]} == {}
+    for row in rows:  # not zero because a tool prints something else today
+        assert 8 <= row["registers"] <= 255
+        if check.is_product(row["kernel"]):
+            assert row["threads"] >= 128
+
+
+def test_modes_are_those_of_the_parameters():
+    text = (setup.ROOT / "csrc/cuda/params.h").read_text()
+    (body,) = re.findall(r"enum class Mode : int \{(.*?)\};", text, re.DOTALL)
+    assert tuple(name.lower() for name in re.findall(r"\bk(\w+),", re.sub("//.*", "", body))) == check.MODES
+
+
+PLACE = "_ZN8smoothie4cuda40_GLOBAL__N__2e9e3085_8_score_cu_818866c3"
+SCORE = f"{PLACE}12score_kernelI13__nv_bfloat16LNS0_4ModeE5EEEvNS1_14ScoreArgumentsE"
+COPY = f"{PLACE}11copy_kernelEv"
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{name}' for 'sm_90a'
+ptxas info    : Function properties for {name}
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used {registers} registers, used 2 barriers, 1024 bytes smem
+ptxas info    : Compile time = 14.039 ms
+"""
+CODE = """
+Fatbin elf code:
+================
+	code for sm_90a
+		Function : {name}
+	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x00000a00ff017b82 */
+                                                                           /* 0x000fe20000000800 */
+        /*01a0*/              @!P0 UTMALDG.2D [UR8], [UR4] ;               /* 0x00000008040075b4 */
+        /*0370*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0 ;
+        /*0380*/                   {instruction} ;                         /* 0x0000740001007983 */
+		..........
+"""
+ATTRIBUTES = """
+.nv.info
+	<0x1>
+	Attribute:	EIATTR_MIN_STACK_SIZE
+	Format:	EIFMT_SVAL
+	Value:	function: {name}(0x3)	min stack size: 0x0
+
+.nv.info.{name}
+	<0x5>
+	Attribute:	EIATTR_MAXREG_COUNT
+	Format:	EIFMT_HVAL
+	Value:	0xff
+	<0x11>
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x180 0x1 0x1 
+	<0x12>
+"""
+GOOD = {"name": SCORE, "stack": 0, "stores": 0, "loads": 0, "registers": 168, "instruction": "EXIT"}
+needs_names = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
+
+
+def row_of(**other):
+    (row,) = check.rows_of(*(text.format(**{**GOOD, **other}) for text in (LOG, CODE, ATTRIBUTES)))
+    return row
+
+
+@needs_names
+def test_what_the_tools_say_is_read():
+    numbers = {"registers": 168, "threads": 384, "spilled": 0, "static": 1024, "barriers": 2}
+    numbers |= {"products": 1, "boxes": 1, "local": 0}
+    row = row_of()
+    assert {name: row[name] for name in numbers} == numbers
+    assert row["kernel"] == "score bf16 weights"
+
+
+@needs_names
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        ({"stores": 388, "loads": 664}, "spills 1052 bytes"),
+        ({"instruction": "LDL.64 R0, [R1+0x74]"}, "1 instructions on local memory"),
+        ({"instruction": "@P1 STL [R1+0x74], R3"}, "1 instructions on local memory"),
+        ({"registers": 176}, "has not 176 registers for each of 384 threads"),
+    ],
+)
+def test_faults_are_found(other, fault, monkeypatch):
+    monkeypatch.setattr(check, "dynamic_bytes", lambda: 0)
+    assert row_of()["faults"] == []
+    assert row_of(**other)["faults"] == [fault]
+
+
+@needs_names
+def test_faults_of_some_kernels(monkeypatch):
+    monkeypatch.setattr(check, "dynamic_bytes", lambda: 0)
+    no_bounds = [LOG.format(**GOOD), CODE.format(**GOOD), ""]
+    (row,) = check.rows_of(*no_bounds)
+    assert "it has no launch bounds" in row["faults"][0]
+    bare = {**GOOD, "name": SCORE, "instruction": "EXIT"}
+    code = CODE.format(**bare).replace("HGMMA", "FFMA").replace("UTMALDG", "LDGSTS")
+    (row,) = check.rows_of(LOG.format(**bare), code, ATTRIBUTES.format(**bare))
+    assert row["faults"] == ["has no products (no HGMMA)", "has no boxes (no UTMALDG)"]
+    assert row_of(name=COPY)["kernel"] == "copy"
+    monkeypatch.setattr(check, "dynamic_bytes", lambda: 227 << 10)
+    assert row_of()["faults"] == ["takes more shared memory than a block has"]
+    assert row_of(name=COPY)["faults"] == []  # which none of it is for
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "(C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count at entry.",
+        "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register "
+        "resources for the wgmma pipeline in the function '_Z6serialPfji'",
+        "(C7517) warpgroup.wait is injected in around line 236 by compiler to allow use of registers defined by GMMA",
+    ],
+)
+def test_costly_messages_are_found(message):
+    harmless = "ptxas info    : (C7519) warpgroup.arrive is injected in around line 232 by compiler\n"
+    log = harmless + LOG.format(**GOOD)
+    assert check.costly_messages(log) == []
+    assert check.costly_messages(log + f"ptxas info    : {message}\n") == [message]
+
+
+def test_a_kernel_that_is_not_there_is_missed():
+    rows = [{"kernel": name} for name in check.WANTED]
+    assert len(check.WANTED) == len(set(check.WANTED)) == 2 * (7 + 1)
+    assert check.missing(rows) == []
+    assert check.missing([*rows[1:], {"kernel": rows[0]["kernel"] + "er"}]) == [rows[0]["kernel"]]
+    assert check.missing([*rows[1:], {"kernel": rows[0]["kernel"] + " true"}]) == []
+
+
+def test_tools_that_speak_otherwise_are_no_success():
+    with pytest.raises(check.CannotCheck, match="not say as usual"):
+        check.read_log(LOG.format(**GOOD).replace("spill stores", "stores spilled"))
+    with pytest.raises(check.CannotCheck, match="other kernels"):
+        check.rows_of(LOG.format(**GOOD), "", "")
+
+
+def test_check_without_nvcc(tmp_path):
+    done = run(setup.ROOT, "tests/cuda/check.py", NVCC="/nonexistent", PYTHONPATH=str(setup.ROOT))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert (
+        done.stderr == "cannot check the CUDA kernels: no nvcc found (set NVCC or CUDA_HOME, or put it on the PATH)\n"
+    )
