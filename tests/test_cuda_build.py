@@ -92,7 +92,13 @@ def test_each_compiler_has_its_files(tmp_path, monkeypatch):
     compiled = {build.split()[-1 if "flags" not in build else 2]: build.split()[1] for build in builds[:-1]}
     assert {rule for source, rule in compiled.items() if source.endswith(".cu")} == {"compile.cu"}
     assert [source for source in compiled if not source.endswith(".cu")] == [f"{setup.ROOT}/csrc/cuda/bindings.cpp"]
-    assert {Path(source).name for source in compiled} >= {"bindings.cpp", "score.cu", "small.cu", "stream.cu"}
+    assert {Path(source).name for source in compiled} >= {
+        "bindings.cpp",
+        "score.cu",
+        "narrow.cu",
+        "small.cu",
+        "stream.cu",
+    }
 
 
 def test_what_a_compiler_says_is_kept_and_shown_when_it_fails(tmp_path, capfd):
@@ -206,7 +212,7 @@ def test_library_is_loaded_without_cuda():
     assert "RUNPATH" not in entries
 
 
-OPERATORS = {"prepare", "score", "stream", "merge", "nearest", "gaussian", "column_bias"}
+OPERATORS = {"prepare", "score", "narrow", "stream", "merge", "nearest", "gaussian", "column_bias"}
 
 
 @built
@@ -246,6 +252,9 @@ const char* score(Mode mode, const StepParams& p, hopper::Stream s) {
 const char* stream(const StepParams& p, hopper::Stream) {
   SAY("first=%d end=%d parts=%d chunks=%d only=%d acc=%g", p.first_token, p.end_token, p.parts, p.chunks,
       p.only ? p.only[0] : -1, p.acc[0]);
+}
+const char* narrow(const StepParams& p, hopper::Stream) {
+  SAY("end=%d parts=%d chunks=%d cluster=%d acc=%g", p.end_token, p.parts, p.chunks, p.cluster, p.acc[0]);
 }
 const char* prepare(const PrepareParams& p, hopper::Stream) {
   SAY("N=%d D=%d F=%d seed=%d offset=%d headroom=%g", int(p.n_rows), p.width, p.n_fields, int(*p.seed),
@@ -308,6 +317,8 @@ json.dump({
     "gaps in x": score(torch.zeros(n, 24).bfloat16()[:, :d], table),
     "stream": said("stream", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, torch.ones(n) > 0, one,
                    one.to(i), 2 * torch.ones(3, n, d), 0),
+    "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, 2, one, one.to(i),
+                   3 * torch.ones(3, n, d), 0),
     "prepare": said("prepare", x, row, seed, offsets, None, 1.5, row, row, fields, 0),
     "merge": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None, x.clone(),
                   row.to(l), row.to(l), row, row, row, row, None, 0),
@@ -353,6 +364,7 @@ def said(tmp_path_factory):
         ("score keys", "weights_stride=24 x=1 mu=1 std=0 numbers=1 keys=1"),
         ("score kept", "weights_stride=0 x=1 mu=1 std=0 numbers=1 keys=1"),
         ("stream", "first=0 end=40 parts=3 chunks=3 only=1 acc=2"),
+        ("narrow", "end=40 parts=3 chunks=3 cluster=2 acc=3"),
         ("prepare", "N=5 D=16 F=2 seed=7 offset=4 headroom=1.5"),
         ("merge", "N=5 D=16 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
         ("merge, no sums", "chunks=4 sums=0 lowest=-2 highest_fit=3 smoothed=0 far=1"),
@@ -521,7 +533,7 @@ def test_costly_messages_are_found(message):
 
 def test_a_kernel_that_is_not_there_is_missed():
     rows = [{"kernel": name} for name in check.WANTED]
-    assert len(check.WANTED) == len(set(check.WANTED)) == 2 * (7 + 1)
+    assert len(check.WANTED) == len(set(check.WANTED)) == 2 * (7 + 2)
     assert check.missing(rows) == []
     assert check.missing([*rows[1:], {"kernel": rows[0]["kernel"] + "er"}]) == [rows[0]["kernel"]]
     assert check.missing([*rows[1:], {"kernel": rows[0]["kernel"] + " true"}]) == []

@@ -123,6 +123,18 @@ void score(int64_t mode, Tensor x, Tensor embeddings, Tensor bias, std::optional
   check(smoothie::cuda::score(smoothie::cuda::Mode(mode), p, Stream(stream)), "score");
 }
 
+void narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+            std::optional<Tensor> row_ids, int64_t row_offset, Tensor fields, Tensor ref_score, Tensor highest,
+            double sigma_min, int64_t chunks, int64_t cluster, Tensor numbers, Tensor tokens, Tensor acc,
+            int64_t stream) {
+  StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+  p.end_token = int(embeddings.size(0));
+  p.parts = p.chunks = int(chunks), p.cluster = int(cluster);
+  p.numbers = pointer<float>(numbers), p.tokens = pointer<int32_t>(tokens), p.acc = pointer<float>(acc);
+  const DeviceOf device(x);
+  check(smoothie::cuda::narrow(p, Stream(stream)), "narrow");
+}
+
 void stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
             std::optional<Tensor> row_ids, int64_t row_offset, Tensor fields, Tensor ref_score, Tensor highest,
             double sigma_min, int64_t chunks, std::optional<Tensor> only, Tensor numbers, Tensor tokens,
@@ -200,6 +212,10 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cuda, m) {
       "int end_token, int parts, int chunks, int resident, int cluster, Tensor(a!)? numbers, Tensor(b!)? tokens, "
       "Tensor(c!)? weights, Tensor(d!)? keys, int stream) -> ()");
   m.def(
+      "narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
+      "Tensor fields, Tensor ref_score, Tensor highest, float sigma_min, int chunks, int cluster, "
+      "Tensor(a!) numbers, Tensor(b!) tokens, Tensor(c!) acc, int stream) -> ()");
+  m.def(
       "stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
       "Tensor fields, Tensor ref_score, Tensor highest, float sigma_min, int chunks, Tensor? only, "
       "Tensor(a!) numbers, Tensor(b!) tokens, Tensor(c!)? acc, int stream) -> ()");
@@ -218,6 +234,7 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cuda, SMOOTHIE_DISPATCH_KEY, m) {
   m.impl("prepare", TORCH_BOX(&prepare));
   m.impl("score", TORCH_BOX(&score));
+  m.impl("narrow", TORCH_BOX(&narrow));
   m.impl("stream", TORCH_BOX(&stream));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("nearest", TORCH_BOX(&nearest));

@@ -18,6 +18,7 @@ namespace smoothie {
 namespace cuda {
 
 const char* score(Mode mode, const StepParams& p, hopper::Stream stream);
+const char* narrow(const StepParams& p, hopper::Stream stream);
 const char* stream(const StepParams& p, hopper::Stream s);
 const char* prepare(const PrepareParams& p, hopper::Stream stream);
 const char* merge(const MergeParams& p, hopper::Stream stream);

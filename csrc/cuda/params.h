@@ -19,6 +19,7 @@ enum class Mode : int {
   kKeep4,
   kWeights,  // the statistics, and all weights
   kKeys,     // all logits, as keys; nothing else
+  kMean,     // the statistics, and the sums of weights times the table: narrow tables
 };
 
 // Weights are exp(logit - highest), logit = scale (score - ref_score) + std eps, scale = mu / sigma_min^2,

@@ -84,15 +84,21 @@ __device__ inline int64_t sort_key(float logit, int token) {
   return int64_t(uint64_t(uint32_t(high)) << 32 | uint32_t(0x7FFFFFFF - token));
 }
 
-// 16 bytes in one store.
+// Several numbers in one store.
 struct alignas(16) FourWords {
   uint32_t words[4];
 };
 struct alignas(16) TwoKeys {
   int64_t keys[2];
 };
+struct alignas(8) TwoFloats {
+  float numbers[2];
+};
 __device__ inline void store_words(void* to, const uint32_t (&words)[4]) {
   *static_cast<FourWords*>(to) = {{words[0], words[1], words[2], words[3]}};
+}
+__device__ inline void store_pair(float* to, float first, float second) {
+  *reinterpret_cast<TwoFloats*>(to) = {{first, second}};
 }
 __device__ inline void store_keys(int64_t* to, int64_t first, int64_t second) {
   *reinterpret_cast<TwoKeys*>(to) = {{first, second}};

@@ -104,7 +104,7 @@ __global__ void merge_kernel(const __grid_constant__ MergeParams p) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) partial[threadIdx.x][k] = sum[k];
   __syncthreads();
-  if (threadIdx.x >= columns || d >= p.width) return;
+  if (int(threadIdx.x) >= columns || d >= p.width) return;
   T* smoothed = static_cast<T*>(p.smoothed) + row * p.width + d;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {

@@ -9,7 +9,7 @@
 // first product to the second; as many as it has beyond one tile are on their way meanwhile.
 #pragma once
 
-#include "score.h"
+#include "tiles.h"
 
 namespace smoothie {
 namespace cuda {
@@ -18,19 +18,19 @@ constexpr int kStreamRows = 32, kStreamTokens = 64, kMostBoxes = 16;  // D <= 1,
 constexpr int kStreamBoxBytes = kStreamTokens * kBoxColumns * 2, kStreamXBytes = kStreamRows * kBoxColumns * 2;
 constexpr int kHalfBoxes = kMostBoxes / 2, kStreamThreads = 3 * kWarpgroup, kFinishing = 2 * kWarpgroup;
 constexpr int kScoreStride = kStreamTokens + 4;  // so that threads of four rows store to different banks
-constexpr int kMostSlots = 24;
+constexpr int kMostStreamSlots = 24;
 
 struct StreamShared {
   uint8_t weights[kStreamRows * kStreamTokens * 2];  // a box of its own, 1,024 bytes aligned
   float scores[2][kStreamRows][kScoreStride];        // of each consumer's columns
-  uint64_t x_full, full[kMostSlots], empty[kMostSlots];
+  uint64_t x_full, full[kMostStreamSlots], empty[kMostStreamSlots];
 };
 constexpr int kStreamBoxesAt = (int(sizeof(StreamShared)) + 1023) / 1024 * 1024;
 
 // Slots of the ring: what is left beside the boxes of x.
 constexpr int stream_slots(int boxes) {
   const int left = (kSharedBytes - kStreamBoxesAt - boxes * kStreamXBytes) / kStreamBoxBytes;
-  return left < kMostSlots ? left : kMostSlots;
+  return left < kMostStreamSlots ? left : kMostStreamSlots;
 }
 static_assert(stream_slots(kMostBoxes) > kMostBoxes, "a tile must fit, and a box of the next");
 
@@ -159,11 +159,7 @@ __device__ inline void consume(const StreamArguments& a, const StreamBoxes& boxe
   Weigh<T> weigh(p, shared);
   RingPlace tile_at;  // of the tile's first box
   Walk walk(p, blockIdx.y, kStreamTokens);
-  const auto place = [&](int i) {  // of box first_box + i
-    RingPlace at{tile_at.slot + first_box + i, tile_at.odd};
-    if (at.slot >= boxes.slots) at.slot -= boxes.slots, at.odd ^= 1;
-    return at;
-  };
+  const auto place = [&](int i) { return tile_at.after(first_box + i, boxes.slots); };
   hopper::barrier_wait(boxes.x_full(), 0);
   do {
     float sums[16] = {};
@@ -205,8 +201,7 @@ __device__ inline void consume(const StreamArguments& a, const StreamBoxes& boxe
     for (int i = 0; i < mine; ++i)
       if (threadIdx.x % 32 == 0) hopper::barrier_arrive(boxes.empty(place(i).slot), 0);
     __syncwarp();
-    tile_at.slot += boxes.count;
-    if (tile_at.slot >= boxes.slots) tile_at.slot -= boxes.slots, tile_at.odd ^= 1;
+    tile_at = tile_at.after(boxes.count, boxes.slots);
   } while (walk.next());
 
   weigh.store_statistics();

@@ -1,6 +1,7 @@
 """Launches the compiled kernels for Hopper, csrc/cuda: bfloat16 and float16, forward. The triton backend's gradients.
 
     few rows     stream     both products in one pass, every tile of the table fetched once
+    D <= 256     narrow     the same for many rows, with their means in registers
     many rows    score      weights of some rows and tokens, and the library multiplies them by the table
     no mean      score      statistics, buckets' largest logits, or the nearest token alone
 
@@ -37,7 +38,7 @@ from smoothie_kernels.backends.blocks import (
     rows_of,
     slices,
 )
-from smoothie_kernels.backends.largest import Passes, largest_kept, largest_of_all, with_largest
+from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, largest_of_all, with_largest
 from smoothie_kernels.recall import Buckets
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
@@ -55,7 +56,7 @@ class Tile(NamedTuple):
     v: int
 
 
-SCORE, STREAM = Tile(128, 128), Tile(32, 64)  # csrc/cuda/score.h, stream.h
+SCORE, NARROW, STREAM = Tile(128, 128), Tile(128, 64), Tile(32, 64)  # csrc/cuda/score.h, narrow.h, stream.h
 
 
 def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
@@ -102,6 +103,7 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
 
 
+NARROWEST = 256  # D up to which the means of 64 rows leave a warpgroup registers for noise: csrc/cuda/narrow.h
 FEW_ROWS = 64  # up to here both products are bound by fetching the table: once for every 32 rows
 START = 2.0  # tiles' time that a block takes before its first tile and after its last
 RESIDENT = 8  # of 14 boxes; the rest of x comes again with every tile, and six are the least that hide the way from L2
@@ -113,13 +115,13 @@ def pick_cluster(row_blocks: int) -> int:
     return 2 if row_blocks % 2 == 0 or row_blocks > 8 else 1
 
 
-def pick_chunks(row_blocks: int, tiles: int, processors: int) -> int:
-    """In how many chunks the table is taken so that all processors end at about the same time."""
+def pick_chunks(row_blocks: int, tiles: int, processors: int, most: int = 2**31) -> int:
+    """In how many chunks, `most` at most, the table is taken so that all processors end at about the same time."""
 
     def rounds(chunks: int) -> float:
         return cdiv(row_blocks * chunks, processors) * (cdiv(tiles, chunks) + START)
 
-    return min(range(1, min(tiles, 2 * processors) + 1), key=rounds)
+    return min(range(1, max(1, min(tiles, 2 * processors, most)) + 1), key=rounds)
 
 
 # --- one pass over tokens
@@ -163,27 +165,36 @@ def _score(
     mode: int, inputs: StepInputs, refs: Refs | None, tokens: slice, *, parts: int | None = None,
     weights: Tensor | None = None, keys: Tensor | None = None,
 ) -> Parts:  # fmt: skip
-    x, embeddings = inputs.x, inputs.embeddings
+    x = inputs.x
     row_blocks, tiles = cdiv(len(x), SCORE.n), cdiv(tokens.stop - tokens.start, SCORE.v)
     cluster = pick_cluster(row_blocks)
     chunks = pick_chunks(cdiv(row_blocks, cluster) * cluster, parts or tiles, processors(x.device))
     found = _empty_parts(x, chunks)
     _call(
-        "score", x, mode, x, embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids,
-        inputs.row_offset % 2**32, *(refs or NO_REFS), inputs.sigma_min, tokens.start, tokens.stop, parts or chunks,
-        chunks, RESIDENT, cluster, *found, weights, keys,
+        "score", x, mode, *_of_step(inputs, refs), tokens.start, tokens.stop, parts or chunks, chunks, RESIDENT,
+        cluster, *found, weights, keys,
     )  # fmt: skip
+    return found
+
+
+def _narrow(inputs: StepInputs, refs: Refs, acc: Tensor, chunks: int, cluster: int) -> Parts:
+    found = _empty_parts(inputs.x, chunks)
+    _call("narrow", inputs.x, *_of_step(inputs, refs), chunks, cluster, *found, acc)
     return found
 
 
 def _stream(inputs: StepInputs, refs: Refs, acc: Tensor | None, chunks: int, only: Tensor | None = None) -> Parts:
-    x = inputs.x
-    found = _empty_parts(x, chunks)
-    _call(
-        "stream", x, x, inputs.embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids,
-        inputs.row_offset % 2**32, *refs, inputs.sigma_min, chunks, only, *found, acc,
-    )  # fmt: skip
+    found = _empty_parts(inputs.x, chunks)
+    _call("stream", inputs.x, *_of_step(inputs, refs), chunks, only, *found, acc)
     return found
+
+
+def _of_step(inputs: StepInputs, refs: Refs | None) -> tuple[object, ...]:
+    """What all passes take."""
+    return (
+        inputs.x, inputs.embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids, inputs.row_offset % 2**32,
+        *(refs or NO_REFS), inputs.sigma_min,
+    )  # fmt: skip
 
 
 def _empty_parts(x: Tensor, chunks: int) -> Parts:
@@ -230,7 +241,7 @@ def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
     """smoothed [N, D], and the statistics."""
     x, v = inputs.x, len(inputs.embeddings)
     (n, d), smoothed = x.shape, torch.empty_like(x)
-    if n <= FEW_ROWS:
+    if n <= FEW_ROWS or d <= NARROWEST:
         return smoothed, _mean_of_block(inputs, v, None, smoothed)
     row_bytes = 4 * d + 20 * cdiv(v, SCORE.v)  # its sum and its parts
     block_n, block_v = pick_block(n, v, inputs.workspace, x.itemsize, row_bytes, SCORE)
@@ -256,10 +267,15 @@ def _mean_of_block(inputs: StepInputs, block_v: int, weights: Tensor | None, smo
 
 
 def _gather(inputs: StepInputs, refs: Refs) -> tuple[Parts, Tensor]:
-    (n, d), tiles = inputs.x.shape, cdiv(len(inputs.embeddings), STREAM.v)
-    chunks = pick_chunks(cdiv(n, STREAM.n), tiles, processors(inputs.x.device))
+    (n, d), v = inputs.x.shape, len(inputs.embeddings)
+    few = n <= FEW_ROWS
+    tile = STREAM if few else NARROW
+    row_blocks = cdiv(n, tile.n)
+    cluster = 1 if few else pick_cluster(row_blocks)
+    most = max(inputs.workspace, ROOM) // (4 * n * d)  # each has sums of its own
+    chunks = pick_chunks(cdiv(row_blocks, cluster) * cluster, cdiv(v, tile.v), processors(inputs.x.device), most)
     acc = _floats(inputs.x, chunks, n, d)
-    return _stream(inputs, refs, acc, chunks), acc
+    return _stream(inputs, refs, acc, chunks) if few else _narrow(inputs, refs, acc, chunks, cluster), acc
 
 
 def _gather_by_blocks(inputs: StepInputs, refs: Refs, block_v: int, weights: Tensor) -> tuple[Parts, Tensor]:

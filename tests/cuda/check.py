@@ -22,10 +22,10 @@ from setuptools import Distribution
 
 import setup
 
-MODES = ("nearest", "statistics", "keep1", "keep2", "keep4", "weights", "keys")  # csrc/cuda/params.h
+MODES = ("nearest", "statistics", "keep1", "keep2", "keep4", "weights", "keys", "mean")  # csrc/cuda/params.h
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}
-WANTED = [f"score {dtype} {mode}" for dtype in TYPES.values() for mode in MODES]
-WANTED += [f"stream {dtype}" for dtype in TYPES.values()]
+WANTED = [f"score {dtype} {mode}" for dtype in TYPES.values() for mode in MODES[:-1]]
+WANTED += [f"{kernel} {dtype}" for kernel in ("narrow", "stream") for dtype in TYPES.values()]
 
 INSTRUCTIONS = {"products": "HGMMA", "boxes": "UTMALDG", "local": "LDL|STL"}
 REGISTERS = 65536  # of a multiprocessor; a warp takes multiples of 256
@@ -146,7 +146,7 @@ def rows_of(log: str, code: str, attributes: str) -> list[dict[str, Any]]:
 
 
 def is_product(kernel: str) -> bool:
-    return kernel.split()[0] in ("score", "stream")
+    return kernel.split()[0] in ("score", "narrow", "stream")
 
 
 def faults(row: dict[str, Any]) -> list[str]:

@@ -181,17 +181,22 @@ constexpr uint64_t kNextRows = 16 * 128 >> 4;   // 16 rows further
 #define SMOOTHIE_FLOATS_8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), \
                                 "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
 #define SMOOTHIE_FLOATS_16(x, i) SMOOTHIE_FLOATS_8(x, i), SMOOTHIE_FLOATS_8(x, i + 8)
-#define SMOOTHIE_FLOATS_64(x) SMOOTHIE_FLOATS_16(x, 0), SMOOTHIE_FLOATS_16(x, 16), SMOOTHIE_FLOATS_16(x, 32), \
-                              SMOOTHIE_FLOATS_16(x, 48)
+#define SMOOTHIE_FLOATS_32(x) SMOOTHIE_FLOATS_16(x, 0), SMOOTHIE_FLOATS_16(x, 16)
+#define SMOOTHIE_FLOATS_64(x) SMOOTHIE_FLOATS_32(x), SMOOTHIE_FLOATS_16(x, 32), SMOOTHIE_FLOATS_16(x, 48)
 #define SMOOTHIE_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define SMOOTHIE_NAMES_64 SMOOTHIE_NAMES_16 ", " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+#define SMOOTHIE_NAMES_32 SMOOTHIE_NAMES_16 ", " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SMOOTHIE_NAMES_64 SMOOTHIE_NAMES_32 ", " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // a, b, add: the operands after the sums; down_a: whether K runs down the columns of a
 #define SMOOTHIE_PRODUCT(shape, type, names, a, b, add, down_a) \
     "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n" \
     "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a ", " b ", add, 1, 1, " down_a ", 0;\n}\n"
+// a in four registers, b down its columns; always added
+#define SMOOTHIE_PRODUCT_OF_REGISTERS(shape, type) \
+    "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" SMOOTHIE_NAMES_32 "}, {%32, %33, %34, %35}, %36, " \
+    "1, 1, 1, 1;"
 // clang-format on
 
 // sums [64 x 128] (+)= a [64 x 16] . b [128 x 16]^T, both along their rows. A thread's sums: row_of, column_of.
@@ -205,6 +210,40 @@ __device__ inline void multiply_64x128(float (&sums)[64], uint64_t a, uint64_t b
     asm volatile(SMOOTHIE_PRODUCT("m64n128k16", "f16", SMOOTHIE_NAMES_64, "%64", "%65", "%66", "0")
                  : SMOOTHIE_FLOATS_64(sums)
                  : "l"(a), "l"(b), "r"(int(add)));
+}
+
+// sums [64 x 64] (+)= a [64 x 16] . b [64 x 16]^T, both along their rows.
+template <class T>
+__device__ inline void multiply_64x64(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    asm volatile(SMOOTHIE_PRODUCT("m64n64k16", "bf16", SMOOTHIE_NAMES_32, "%32", "%33", "%34", "0")
+                 : SMOOTHIE_FLOATS_32(sums)
+                 : "l"(a), "l"(b), "r"(int(add)));
+  else
+    asm volatile(SMOOTHIE_PRODUCT("m64n64k16", "f16", SMOOTHIE_NAMES_32, "%32", "%33", "%34", "0")
+                 : SMOOTHIE_FLOATS_32(sums)
+                 : "l"(a), "l"(b), "r"(int(add)));
+}
+
+// sums [64 x 64] += a [64 x 16] . b [16 x 64], b down its columns. a lies in registers as sums do, two columns a word:
+// rows row_of(0) and 8 more at columns 2 t, then both at 2 t + 8. It must stay there until the product is done.
+template <class T>
+__device__ inline void multiply_64x64(float (&sums)[32], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    asm volatile(SMOOTHIE_PRODUCT_OF_REGISTERS("m64n64k16", "bf16")
+                 : SMOOTHIE_FLOATS_32(sums)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile(SMOOTHIE_PRODUCT_OF_REGISTERS("m64n64k16", "f16")
+                 : SMOOTHIE_FLOATS_32(sums)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// After a wait: words that its products have read may be written again.
+template <int kCount>
+__device__ inline void products_have_read(uint32_t (&words)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(words[i])::"memory");
 }
 
 // sums [64 x 32] (+)= a [64 x 16] . b [32 x 16]^T; with kDownA a is [16 x 64], and transposed.

@@ -1,0 +1,151 @@
+// Tiles of tokens on their way to the matrix units: one thread fetches, two warpgroups with 64 rows each consume.
+//
+// Boxes of 64 columns: those of x come once, as many as fit beside the ring; those of the table go by in the ring, each
+// fetched once for all blocks of a cluster.
+#pragma once
+
+#include "rows.h"
+
+namespace smoothie {
+namespace cuda {
+
+constexpr int kTileRows = 128, kBoxColumns = 64;
+constexpr int kBoxBytes = kTileRows * kBoxColumns * 2, kBoxes = 14;  // of x and of the ring together
+constexpr int kMostSlots = 2 * kBoxes;                               // of the ring: boxes of the table may be smaller
+constexpr int kWarpgroup = 128, kConsumers = 2, kScoreThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+
+struct ScoreShared {
+  uint8_t boxes[kBoxes][kBoxBytes];
+  float bias[kConsumers][2][kWarpgroup];
+  uint64_t x_full, full[kMostSlots], empty[kMostSlots];
+};
+
+struct ScoreArguments {
+  hopper::TensorMap x_map, table_map;  // boxes of 128 rows; of a tile's tokens / cluster
+  StepParams p;
+};
+
+// The tiles of a block: those of part c, then of part c + chunks, ...
+struct Walk {
+  int tile, part, tiles, parts, chunks;
+
+  __device__ explicit Walk(const StepParams& p, int chunk, int tokens_of_tile)
+      : tile(chunk), part(chunk), parts(p.parts), chunks(p.chunks) {
+    tiles = (p.end_token - p.first_token + tokens_of_tile - 1) / tokens_of_tile;
+  }
+  __device__ bool next() {
+    tile += parts;
+    if (tile >= tiles) part += chunks, tile = part;
+    return part < parts;
+  }
+};
+
+// Where in the ring, and whether the round is odd.
+struct RingPlace {
+  int slot = 0;
+  uint32_t odd = 0;
+
+  __device__ void next(int slots) {
+    if (++slot == slots) slot = 0, odd ^= 1;
+  }
+  __device__ RingPlace after(int boxes, int slots) const {
+    return slot + boxes < slots ? RingPlace{slot + boxes, odd} : RingPlace{slot + boxes - slots, odd ^ 1};
+  }
+};
+
+// What producer and consumers know of the boxes: `resident` ones of x first, the ring behind them. A box of x that is
+// not resident takes a slot of the ring, whose boxes then have as many rows.
+template <int kTokens>
+struct Boxes {
+  static constexpr int kSlotBytes = kTokens * kBoxColumns * 2;
+
+  ScoreShared& shared;
+  int count, resident, slots, cluster;
+
+  __device__ Boxes(ScoreShared& s, const StepParams& p) : shared(s), cluster(p.cluster) {
+    count = (p.width + kBoxColumns - 1) / kBoxColumns;
+    resident = p.resident < count ? p.resident : count;
+    slots = (kBoxes - resident) * (kBoxBytes / kSlotBytes);
+  }
+  __device__ uint32_t x(int i) const { return hopper::address_of(shared.boxes[i]); }
+  __device__ uint32_t ring(const RingPlace& at) const { return x(resident) + at.slot * kSlotBytes; }
+  __device__ uint32_t full(const RingPlace& at) const { return hopper::address_of(&shared.full[at.slot]); }
+  __device__ uint32_t empty(const RingPlace& at) const { return hopper::address_of(&shared.empty[at.slot]); }
+  __device__ uint32_t x_full() const { return hopper::address_of(&shared.x_full); }
+
+  __device__ void initialise() const {
+    hopper::barrier_init(x_full(), 1);
+    for (RingPlace at; at.slot < slots; ++at.slot) {
+      hopper::barrier_init(full(at), 1);
+      hopper::barrier_init(empty(at), cluster * kConsumerWarps);
+    }
+    hopper::barrier_init_done();
+  }
+
+  // By all threads of a warp, when it has read a box: every block of the cluster must know, for all write to it.
+  __device__ void give_back(const RingPlace& at) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < cluster) hopper::barrier_arrive(empty(at), lane);
+    __syncwarp();
+  }
+};
+
+// --- the producer: one thread
+
+template <int kTokens>
+__device__ inline void fetch(const ScoreArguments& a, const Boxes<kTokens>& boxes) {
+  const int first_row = blockIdx.x * kTileRows, share = kTokens / boxes.cluster;
+  const int own = int(hopper::block_in_cluster()) * share;
+  const uint16_t everyone = uint16_t((1 << boxes.cluster) - 1);
+  hopper::prefetch_map(&a.x_map), hopper::prefetch_map(&a.table_map);
+  if (boxes.resident) hopper::barrier_expect(boxes.x_full(), boxes.resident * kBoxBytes);
+#pragma unroll 1
+  for (int i = 0; i < boxes.resident; ++i)
+    hopper::load_box(boxes.x(i), &a.x_map, boxes.x_full(), i * kBoxColumns, first_row);
+
+  RingPlace at;
+  // A slot is free when the consumers of the whole cluster have read it: the table's box is written to all of them.
+  const auto free_slot = [&] {
+    hopper::barrier_wait(boxes.empty(at), at.odd ^ 1);
+    hopper::barrier_expect(boxes.full(at), boxes.kSlotBytes);
+  };
+  Walk walk(a.p, blockIdx.y, kTokens);
+  do {
+    const int token = a.p.first_token + walk.tile * kTokens + own;
+#pragma unroll 1
+    for (int i = 0; i < boxes.count; ++i) {
+      if (i >= boxes.resident) {
+        free_slot();
+        hopper::load_box(boxes.ring(at), &a.x_map, boxes.full(at), i * kBoxColumns, first_row);
+        at.next(boxes.slots);
+      }
+      free_slot();
+      hopper::load_box(boxes.ring(at) + own * 128, &a.table_map, boxes.full(at), i * kBoxColumns, token, everyone);
+      at.next(boxes.slots);
+    }
+  } while (walk.next());
+}
+
+// --- a kernel: one producer, two consumers
+
+template <int kTokens, class Consume>
+__device__ inline void produce_and_consume(const ScoreArguments& a, const Consume& consume) {
+  auto& shared = *reinterpret_cast<ScoreShared*>(hopper::shared_memory());
+  const Boxes<kTokens> boxes(shared, a.p);
+  if (threadIdx.x == 0) boxes.initialise();
+  hopper::cluster_sync();
+  if (hopper::warpgroup() == kConsumers) {
+    hopper::give_registers<kProducerRegisters>();
+    if (threadIdx.x == kConsumers * kWarpgroup) fetch(a, boxes);
+    __syncwarp();
+  } else {
+    hopper::take_registers<kConsumerRegisters>();
+    consume(boxes);
+  }
+  hopper::cluster_sync();  // other blocks copy into this one's memory, and arrive there
+}
+
+}  // namespace cuda
+}  // namespace smoothie

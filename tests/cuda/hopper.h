@@ -1,0 +1,133 @@
+// The twin of csrc/cuda/sm90/hopper.h on a CPU: the same names for the same kernels, run by emulator.cpp. An error ends
+// the launch, and the kernel's thread never comes back from the call.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __syncthreads() ::smoothie::emulator::sync_block()
+#define __syncwarp() ::smoothie::emulator::sync_warp()
+
+namespace smoothie {
+namespace hopper {
+
+using emulator::BFloat16;
+using emulator::Half;
+using emulator::narrow;
+using emulator::TensorMap;
+using emulator::widen;
+
+template <class T>
+inline uint32_t pack(float first, float second) {
+  T low, high;
+  narrow(first, low), narrow(second, high);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+
+using emulator::address_of;
+using emulator::shared_memory;
+
+using emulator::barrier_arrive;
+using emulator::barrier_expect;
+using emulator::barrier_init;
+using emulator::barrier_init_done;
+using emulator::barrier_wait;
+
+using emulator::load_box;
+using emulator::prefetch_map;
+using emulator::stores_before_products;
+
+using emulator::block_in_cluster;
+using emulator::cluster_sync;
+using emulator::sync_threads;
+
+inline int warpgroup() { return int(threadIdx.x / 128); }
+inline void hide(int&) {}
+
+template <class X>
+inline X shuffle_xor(X x, int bits) {
+  static_assert(std::is_arithmetic_v<X> && sizeof(X) <= 8);
+  uint64_t bytes = 0;
+  std::memcpy(&bytes, &x, sizeof(X));
+  bytes = emulator::shuffle_xor(bytes, bits);
+  std::memcpy(&x, &bytes, sizeof(X));
+  return x;
+}
+
+template <int kRegisters>
+inline void take_registers() {
+  emulator::set_registers(kRegisters);
+}
+
+template <int kRegisters>
+inline void give_registers() {
+  emulator::set_registers(kRegisters);
+}
+
+using emulator::products_begin;
+using emulator::products_commit;
+
+template <int kGroups>
+inline void products_wait() {
+  static_assert(kGroups >= 0 && kGroups <= 7);
+  emulator::products_wait(kGroups);
+}
+
+template <int kSums>
+inline void products_wait_for(float (&)[kSums]) {
+  products_wait<0>();
+}
+
+template <int kCount>
+inline void products_have_read(uint32_t (&)[kCount]) {}
+
+// As there: emulator.cpp takes it apart again.
+inline uint64_t matrix_at(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
+  return kSwizzle128 | kEightRows | kUnused | uint64_t((address & 0x3FFFF) >> 4);
+}
+constexpr uint64_t kNextColumns = 16 * 2 >> 4;
+constexpr uint64_t kNextRows = 16 * 128 >> 4;
+
+template <class T>
+inline void multiply_64x128(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
+  emulator::multiply(sums, 128, std::is_same_v<T, Half>, false, a, b, add);
+}
+
+template <class T>
+inline void multiply_64x64(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+  emulator::multiply(sums, 64, std::is_same_v<T, Half>, false, a, b, add);
+}
+
+template <class T>
+inline void multiply_64x64(float (&sums)[32], const uint32_t (&a)[4], uint64_t b) {
+  emulator::multiply(sums, 64, std::is_same_v<T, Half>, a, b, true);
+}
+
+template <class T, bool kDownA>
+inline void multiply_64x32(float (&sums)[16], uint64_t a, uint64_t b, bool add) {
+  emulator::multiply(sums, 32, std::is_same_v<T, Half>, kDownA, a, b, add);
+}
+
+using emulator::column_of;
+using emulator::row_of;
+
+// Denormals are zero, as an argument and as a result.
+inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
+inline float log2_approx(float x) { return flush(std::log2(flush(x))); }
+inline float sqrt_approx(float x) { return flush(std::sqrt(flush(x))); }
+inline float sin_approx(float x) { return flush(std::sin(flush(x))); }
+inline float cos_approx(float x) { return flush(std::cos(flush(x))); }
+
+}  // namespace hopper
+}  // namespace smoothie
