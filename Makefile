@@ -45,8 +45,9 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 .PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check cuda-check lint format
 test: test-cpp pytest  ## all tests
 
-test-cpp: venv  ## the kernel against double precision, without torch
+test-cpp: venv  ## the CPU kernel against double precision, and the emulator of Hopper, without torch
 	$(BIN)/python tests/cpp/build.py
+	$(BIN)/python tests/cuda/build.py
 
 pytest: build  ## the Python tests
 	$(BIN)/python -m pytest

@@ -27,8 +27,9 @@ __device__ inline void words(uint32_t pair, uint32_t row, uint32_t key, uint32_t
 // logarithm is off by 3e-7, which a radius below 0.03 feels; elsewhere normals are right to 1e-5.
 __device__ inline Normals box_muller(uint32_t r0, uint32_t r1) {
   constexpr float kMinusTwoLn2 = -1.38629436f, kPi = 3.14159265f;
-  const float u = fminf(fmaf(float(r0), 0x1p-32f, 0x1p-33f), 1.0f - 0x1p-24f);
-  const float radius = hopper::sqrt_approx(kMinusTwoLn2 * hopper::log2_approx(u));
+  const float u = fmaf(float(r0), 0x1p-32f, 0x1p-33f);
+  const float squared = fmaxf(kMinusTwoLn2 * hopper::log2_approx(u), 0.0f);  // may come out below zero next to u = 1
+  const float radius = hopper::sqrt_approx(squared);
   const float angle = fmaf(float(int32_t(r1)), kPi * 0x1p-31f, kPi * 0x1p-32f);  // in [-pi, pi): no range reduction
   return {radius * hopper::cos_approx(angle), radius * hopper::sin_approx(angle)};
 }

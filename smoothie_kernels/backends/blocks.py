@@ -34,13 +34,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def pick_block(n: int, v: int, workspace: int, weight_bytes: int, row_bytes: int, tile: Tile) -> tuple[int, int]:
+def pick_block(
+    n: int, v: int, workspace: int, weight_bytes: int, row_bytes: int, tile: Tile, most_rows: int = MAX_ROWS
+) -> tuple[int, int]:
     """Rows and tokens of a block, in whole tiles, at least one, in nearly equal blocks: what fits into the workspace.
 
     Every pair takes weight_bytes, every row row_bytes beside them."""
     all_rows, all_tokens = (cdiv(size, by) * by for size, by in ((n, tile.n), (v, tile.v)))
     useful = min(all_tokens, USEFUL_TOKENS) * weight_bytes + row_bytes
-    rows = max(tile.n, min(workspace // useful // tile.n * tile.n, all_rows, MAX_ROWS))
+    rows = max(tile.n, min(workspace // useful // tile.n * tile.n, all_rows, most_rows))
     rows = even(all_rows, rows, tile.n)
     tokens = max(tile.v, min((workspace // rows - row_bytes) // weight_bytes // tile.v * tile.v, all_tokens))
     return rows, even(all_tokens, tokens, tile.v)

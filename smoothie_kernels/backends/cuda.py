@@ -109,6 +109,12 @@ START = 2.0  # tiles' time that a block takes before its first tile and after it
 RESIDENT = 8  # of 14 boxes; the rest of x comes again with every tile, and six are the least that hide the way from L2
 
 
+def pick_rows(d: int, processors: int) -> int:
+    """Rows of a block: as many as fill all processors once with the library's tiles of the second product, 128 x 256.
+    (D = 768: 44 x 3 of 132. With 4,096 rows a quarter of the processors would have nothing to do.)"""
+    return max(1, processors // cdiv(d, 256)) * SCORE.n
+
+
 def pick_cluster(row_blocks: int) -> int:
     """Blocks that share every box of the table: alone, a block would ask L2 for more than its share of what L2 gives.
     An odd number of blocks takes one more, which has nothing to do."""
@@ -244,7 +250,8 @@ def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
     if n <= FEW_ROWS or d <= NARROWEST:
         return smoothed, _mean_of_block(inputs, v, None, smoothed)
     row_bytes = 4 * d + 20 * cdiv(v, SCORE.v)  # its sum and its parts
-    block_n, block_v = pick_block(n, v, inputs.workspace, x.itemsize, row_bytes, SCORE)
+    most_rows = pick_rows(d, processors(x.device))
+    block_n, block_v = pick_block(n, v, inputs.workspace, x.itemsize, row_bytes, SCORE, most_rows)
     weights = x.new_empty(min(n, block_n), block_v)
     blocks = [
         _mean_of_block(rows_of(inputs, rows), block_v, weights[: rows.stop - rows.start], smoothed[rows])

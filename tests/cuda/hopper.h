@@ -121,13 +121,21 @@ inline void multiply_64x32(float (&sums)[16], uint64_t a, uint64_t b, bool add) 
 using emulator::column_of;
 using emulator::row_of;
 
-// Denormals are zero, as an argument and as a result.
+// Denormals are zero, as an argument and as a result. Results are off by as much as the PTX ISA allows, up or down by
+// the bits of the argument.
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
-inline float log2_approx(float x) { return flush(std::log2(flush(x))); }
-inline float sqrt_approx(float x) { return flush(std::sqrt(flush(x))); }
-inline float sin_approx(float x) { return flush(std::sin(flush(x))); }
-inline float cos_approx(float x) { return flush(std::cos(flush(x))); }
+inline double off(float x, double by) { return (emulator::bits_of(x) * 0x9E3779B9u) >> 31 ? by : -by; }
+constexpr double kSinError = 6.743496e-07;  // 2^-20.5, from -2 pi to 2 pi
+inline float exp2_approx(float x) {
+  return flush(float(std::exp2(double(flush(x))) * (1 + off(x, 1.6858739e-07))));  // 2^-22.5
+}
+inline float log2_approx(float x) {
+  const double y = std::log2(double(flush(x)));
+  return flush(float(x > 0.5f && x < 2.0f ? y + off(x, 0x1p-22) : y * (1 + off(x, 0x1p-22))));
+}
+inline float sqrt_approx(float x) { return flush(float(std::sqrt(double(flush(x))) * (1 + off(x, 0x1p-23)))); }
+inline float sin_approx(float x) { return flush(float(std::sin(double(x)) + off(x, kSinError))); }
+inline float cos_approx(float x) { return flush(float(std::cos(double(x)) + off(x, -kSinError))); }
 
 }  // namespace hopper
 }  // namespace smoothie
