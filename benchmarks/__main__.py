@@ -1,4 +1,5 @@
-"""Command line: python -m benchmarks list | run | recall | training | sampling | quality | curve | compare."""
+"""Command line: python -m benchmarks list | run | recall | training | sampling | quality | roofline | cycles | curve |
+compare."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from rich.table import Column, Table
 from benchmarks import (
     compare,
     curve,
+    cycles,
     machine,
     models,
     pictures,
@@ -27,10 +29,13 @@ from benchmarks import (
     recall,
     recall_report,
     registry,
+    roofline,
+    roofline_report,
     sampling,
     sampling_cases,
     sampling_noise,
     sampling_report,
+    sections,
     training,
     training_cases,
     training_report,
@@ -58,13 +63,15 @@ def main() -> int:
         if arguments.command == "curve":
             console.print(curve.draw(arguments.run, arguments.picture))
             return 0
+        if arguments.command == "cycles":
+            return count_cycles(arguments, console)
         prepare(arguments)
         commands = {
             "run": run, "recall": measure_recall, "training": measure_training, "sampling": measure_sampling,
-            "quality": measure_quality,
+            "quality": measure_quality, "roofline": measure_roofline,
         }  # fmt: skip
         return commands[arguments.command](arguments, console, errors)
-    except (NoEmbeddings, compare.NoResult, curve.NoRun, ValueError) as error:
+    except (NoEmbeddings, compare.NoResult, curve.NoRun, cycles.CannotCount, ValueError) as error:
         errors.print(f"benchmarks: {error}", style="bold red")
         return 2
 
@@ -98,7 +105,8 @@ def parse() -> argparse.Namespace:
         each.add_argument(
             "--keep-going", action="store_true", help="a wrong result of ours costs that case its times; write as we go"
         )
-    for each in (run, of_top, steps, calls):
+    on_hopper = add_roofline(commands)
+    for each in (run, of_top, steps, calls, on_hopper):
         each.add_argument(
             "--embeddings", help="a Hugging Face name, a model's folder, a .safetensors file, or 'synthetic'"
         )
@@ -107,6 +115,10 @@ def parse() -> argparse.Namespace:
     for each in (run, of_top, steps, calls, of_texts):
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         each.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
+    of_code = commands.add_parser(
+        "cycles", help="what the machine code for Hopper says of its speed; needs nvcc, no GPU"
+    )
+    of_code.add_argument("--docs", type=Path, help=f"folder of {roofline_report.PAGE}, which gets the tables")
     of_run = commands.add_parser("curve", help="draw the losses of a training run")
     of_run.add_argument("run", type=Path, help="folder that `smoothie-kernels train` wrote")
     of_run.add_argument("picture", type=Path, help="file to draw into, .png or .svg")
@@ -138,6 +150,20 @@ def add_quality(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def add_roofline(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "roofline", help="on a Hopper GPU: stages of the step against the machine's own rates"
+    )
+    parser.add_argument("--docs", type=Path, help=f"folder of {roofline_report.PAGE}, which gets the tables")
+    parser.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
+    parser.add_argument("--repeats", type=int, help="timed runs of everybody; by default about 0.7 seconds of them")
+    parser.add_argument("--keep-going", action="store_true", help="a wrong result costs that case its times")
+    parser.add_argument("--deadline", type=float, help="seconds after which no further case begins")
+    parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--emulated", type=Path, help=argparse.SUPPRESS)  # a library of tests/cuda: for tests
+    return parser
+
+
 def list_cases(console: Console) -> None:
     table = Table(
         Column("case", overflow="fold"), "group", "N", "V", "D", "K", "type", "noise", "what for", box=SIMPLE_HEAD
@@ -158,6 +184,10 @@ def list_cases(console: Console) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     if arguments.command in ("training", "sampling", "quality"):
         models.flush_denormals()
+    if arguments.command == "roofline":
+        arguments.device = "cpu" if arguments.emulated else "cuda"
+        if reason := roofline.cannot(arguments.emulated):
+            raise ValueError(reason)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
     if arguments.threads:
@@ -235,6 +265,48 @@ def measure_models(
                 report.save(result, arguments.out)
         last(plan, result, material, progress)
     return conclude(report, result, arguments, console, errors, start)
+
+
+def measure_roofline(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    start = time.monotonic()
+    check_docs(arguments.docs, roofline_report.PAGE)
+    plan = roofline.PLAN
+    cases = roofline.select(plan, filter(None, arguments.cases.split(",")))
+    result = roofline_report.Result(machine.describe(arguments.device), plan=plan)
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=len(cases))
+
+        def progress(what: str, parts: float) -> None:
+            bar.update(task, advance=parts, description=what)
+
+        material = read_material(arguments, console)
+        bench = roofline.Bench(
+            result, material, arguments.device, arguments.repeats, arguments.keep_going, progress
+        )  # fmt: skip
+        for name, shape in cases:
+            if arguments.deadline and time.monotonic() - start > arguments.deadline:
+                errors.print(f"{name}: left out, the deadline has passed")
+                continue
+            try:
+                bench.measure(name, shape)
+            except CheckFailed as error:
+                errors.print(f"check failed, no speed is reported: {error}", style="bold red")
+                return 1
+            progress(name, 1)
+            roofline_report.save(result, arguments.out)
+    return conclude(roofline_report, result, arguments, console, errors, start)
+
+
+def count_cycles(arguments: argparse.Namespace, console: Console) -> int:
+    check_docs(arguments.docs, roofline_report.PAGE)
+    found = cycles.sections(cycles.compile_kernels())
+    for section in found.values():
+        console.print(section.title, style="bold")
+        console.print("\n".join(section.markdown()), soft_wrap=True)
+    if arguments.docs:
+        tables = {name: section.markdown() for name, section in found.items()}
+        tell(sections.fill(arguments.docs / roofline_report.PAGE, tables, None, [], ""), [], console)
+    return 0
 
 
 def measure_quality(arguments: argparse.Namespace, console: Console, errors: Console) -> int:

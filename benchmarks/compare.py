@@ -12,7 +12,8 @@ from benchmarks.machine import commit_of
 from benchmarks.report import Report, duration, size
 
 RESULTS = Path(__file__).parent / "results"
-RECALL, TRAINING, SAMPLING = "recall-", "training-", "sampling-"  # begin the names of results of another form
+# These begin the names of results of another form.
+RECALL, TRAINING, SAMPLING, ROOFLINE = OTHERS = "recall-", "training-", "sampling-", "roofline-"
 
 
 class NoResult(Exception):
@@ -37,8 +38,7 @@ def _candidates(name: str, folder: Path) -> list[Path]:
             raise NoResult(f"there is no file {name}")
         return [Path(name)]
     commit = commit_of(name)
-    others = RECALL, TRAINING, SAMPLING
-    found = sorted(path for path in folder.glob(f"*-{commit}.json") if not path.name.startswith(others))
+    found = sorted(path for path in folder.glob(f"*-{commit}.json") if not path.name.startswith(OTHERS))
     if not found:
         raise NoResult(f"{name!r} is no .json file, and no result of commit {commit} is in {folder}")
     return found

@@ -103,7 +103,13 @@ def top_k(recall_target: float, smooth: str = "topk") -> Mapping[str, Prepare]:
 
 
 def without_mean(
-    inputs: Inputs, table: sk.Vocabulary, *, topk: int = 0, recall_target: float = 1.0, offset: int = 0
+    inputs: Inputs,
+    table: sk.Vocabulary,
+    *,
+    topk: int = 0,
+    recall_target: float = 1.0,
+    offset: int = 0,
+    backend: str = "auto",
 ) -> StepOutputs:
     """One pass of the library that gives everything but a mean embedding."""
     return StepOutputs(
@@ -111,20 +117,24 @@ def without_mean(
             inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std, row_ids=None, seed=torch.tensor(SEED),
             offsets=torch.tensor([offset]), field_weights=None, row_offset=0, sigma_min=SIGMA_MIN,
             has_noise=inputs.noisy, workspace=2**28, smooth="none", topk=topk, recall_target=recall_target,
-            backend="auto",
+            backend=backend,
         )
     )  # fmt: skip
 
 
-def statistics(inputs: Inputs) -> Call:
+def statistics(backend: str = "auto") -> Mapping[str, Prepare]:
     """The pass that a top-k rides on."""
-    table = sk.Vocabulary(inputs.table)
 
-    def call() -> Outputs:
-        y = without_mean(inputs, table)
-        return Outputs(tokens=y.tokens, noisy_tokens=y.noisy_tokens, lse=y.lse)
+    def prepare(inputs: Inputs) -> Call:
+        table = sk.Vocabulary(inputs.table, backend=backend)
 
-    return call
+        def call() -> Outputs:
+            y = without_mean(inputs, table, backend=backend)
+            return Outputs(tokens=y.tokens, noisy_tokens=y.noisy_tokens, lse=y.lse)
+
+        return call
+
+    return {"topk": prepare}
 
 
 def _top_k(name: str, recall_target: float, what: str, smooth: str = "topk") -> Contestant:
@@ -167,6 +177,7 @@ def products(dtype: torch.dtype | None = None) -> Mapping[str, Prepare]:
     return dict.fromkeys(OPS, prepare)
 
 
+ALL_BACKENDS = (*dispatch.BACKENDS, *dispatch.BY_NAME)
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -174,13 +185,23 @@ CONTESTANTS = {
         Contestant("fused, raw table", fused(raw=True), "this package, given the table as a tensor", ours=True),
         *(
             Contestant(f"fused[{name}]", fused(name), f"its {name} backend", ours=True, absent=backend_cannot(name))
-            for name in dispatch.BACKENDS
+            for name in ALL_BACKENDS
         ),
         Contestant("fused, one kernel", fused(workspace=0), "this package without a workspace, on a GPU", ours=True),
         _top_k("top-k, 0.95", 0.95, "this package: the top-k at recall_target 0.95, and their mean"),
         _top_k("top-k, exact", 1.0, "the same, exact"),
         _top_k("top-k and mean", 0.95, "the same at 0.95, their mean and the table's for the tail", "topk+mean"),
-        Contestant("statistics", {"topk": statistics}, "its pass alone: tokens, noisy tokens, lse", ours=True),
+        Contestant("statistics", statistics(), "its pass alone: tokens, noisy tokens, lse", ours=True),
+        *(
+            Contestant(
+                f"statistics[{name}]",
+                statistics(name),
+                f"that of its {name} backend",
+                ours=True,
+                absent=backend_cannot(name),
+            )
+            for name in ALL_BACKENDS
+        ),
         Contestant("eager", competitors.dense(), "PyTorch as the authors of Smoothie write it", tensors_of_n_v=6),
         Contestant(
             "eager, float32", competitors.dense(dtype=torch.float32), "the same on float32 copies", tensors_of_n_v=6

@@ -1,10 +1,15 @@
-"""One command for a machine with a CUDA GPU: python -m benchmarks.device. Builds, tests, measures, looks for bad memory
-accesses, within a time limit.
+"""One command for a machine with a CUDA GPU: python -m benchmarks.device. Builds, tests, measures, within a time limit.
 
 Needs no network and no package beyond those of the `bench` and `test` extras; where the package with the embedding
 table is missing, the tables are synthetic, and the results say so. Every file is written as soon as its part is done:
-the benchmark's after every case. On request it measures training steps and sampling:
-`--parts build training sampling`.
+those of `roofline` and `benchmark` after every case. All parts together take three times the limit, so there are three
+calls, what is wanted first in the first, and two more for whole models:
+
+    python -m benchmarks.device                                     build, tests, roofline
+    python -m benchmarks.device --parts build checkers offline      bad memory accesses, races; registers
+    python -m benchmarks.device --parts build benchmark             the gpu-* cases, all contestants
+    python -m benchmarks.device --parts build training
+    python -m benchmarks.device --parts build sampling
 """
 
 from __future__ import annotations
@@ -25,15 +30,19 @@ from benchmarks.embeddings import NoEmbeddings, pinned_package
 from benchmarks.machine import ROOT, describe
 
 SECONDS = 530  # for everything
-BUILD_SECONDS, TESTS_SHARE = 150, 0.35  # of what is left when they begin
-CHECKERS_SECONDS = 120  # are kept for what comes after the benchmark
-LAST_CASE_SECONDS = 35  # no case of the benchmark begins later than this before its end
-MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 60, 40, 25  # starting under a checker is slow
+BUILD_SECONDS, TESTS_SHARE = 180, 0.35  # nvcc takes about a minute; of what is left when the tests begin
+LAST_CASE_SECONDS = 35  # no case begins later than this before the end of its part
+MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 100, 40, 25  # starting under a checker is slow
 OFFLINE_SECONDS = 60
+MEASURING = {  # part: command of benchmarks
+    "roofline": ("roofline",),
+    "benchmark": ("run", "--device", "cuda", "--cases", "gpu-*"),
+}
 MODEL_SECONDS = {"training": 240, "sampling": 300}
-USUAL_PARTS = ("build", "tests", "benchmark", "checkers", "offline")
-PARTS = (*USUAL_PARTS, *MODEL_SECONDS)
-CHECKERS = ("memcheck", "racecheck", "initcheck")
+USUAL_PARTS = ("build", "tests", "roofline")
+PARTS = (*USUAL_PARTS, "benchmark", "checkers", "offline", *MODEL_SECONDS)
+# Backends, and what looks at them; kernels that nobody has run come first.
+CHECKERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "triton": ("memcheck", "racecheck", "initcheck")}
 TOOLKITS = ("/usr/local", "/opt/nvidia", "/opt")  # where CUDA toolkits are, in folders named cuda*
 TAIL = 30  # lines of a part's output that are shown
 
@@ -88,14 +97,15 @@ def main() -> int:
     if "build" in wanted:
         parts.run("build", [python, "setup.py", "build_ext", "--inplace"], min(BUILD_SECONDS, parts.left()))
     if "tests" in wanted:
-        # A new process describes and uses what was just built. The tests that a GPU decides come first.
-        tests = [*sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton*.py")), "tests"]
-        parts.run("tests", [python, "-m", "pytest", *tests], TESTS_SHARE * parts.left())
-    if "benchmark" in wanted:
-        measure = [python, "-m", "benchmarks", "run", "--device", "cuda", "--cases", "gpu-*", "--keep-going"]
-        seconds = max(parts.left() - CHECKERS_SECONDS, LAST_CASE_SECONDS)
-        measure += ["--out", str(out), "--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
-        parts.run("benchmark", measure, seconds)
+        # A new process describes and uses what was just built.
+        parts.run("tests", [python, "-m", "pytest", *tests_in_order()], TESTS_SHARE * parts.left())
+    for i, (part, command) in enumerate(MEASURING.items()):
+        if part in wanted:  # each gets its share of what is left
+            others = sum(other in wanted for other in (*list(MEASURING)[i + 1 :], "checkers"))
+            seconds = max(parts.left() / (1 + others), LAST_CASE_SECONDS)
+            measure = [python, "-m", "benchmarks", *command, "--keep-going", "--out", str(out)]
+            measure += ["--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
+            parts.run(part, measure, seconds)
     if "checkers" in wanted:
         sanitize(parts, python)
     if "offline" in wanted:
@@ -113,6 +123,13 @@ def main() -> int:
     return 1 if parts.failed else 0
 
 
+def tests_in_order() -> list[str]:
+    """Those that a GPU decides first, and of these those of backend "cuda". What a build does needs no GPU."""
+    found = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))]
+    on_gpu = [name for start in ("tests/test_cuda", "tests/test_triton") for name in found if name.startswith(start)]
+    return [*(name for name in on_gpu if "build" not in name), "tests"]
+
+
 def sanitize(parts: Parts, python: str) -> None:
     """As many checkers as there is time for; the first finds the most."""
     checker = find_compute_sanitizer()
@@ -122,15 +139,17 @@ def sanitize(parts: Parts, python: str) -> None:
             flush=True,
         )
         return
-    for tool in CHECKERS:
-        seconds = min(parts.left(), MOST_PER_CHECKER)
-        if seconds < LEAST_PER_CHECKER:
-            print(f"== {tool}: left out, there is no time", flush=True)
-            continue
-        command = [checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-        command += [python, "-m", "benchmarks.sanitize", "--seconds", str(int(seconds - LAST_CALL_SECONDS))]
-        # A cached block is larger than its tensor: what goes beyond the tensor would not be seen.
-        parts.run(tool, command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for backend, tools in CHECKERS.items():
+        for tool in tools:
+            seconds = min(parts.left(), MOST_PER_CHECKER)
+            if seconds < LEAST_PER_CHECKER:
+                print(f"== {tool} of {backend}: left out, there is no time", flush=True)
+                continue
+            command = [checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
+            command += [python, "-m", "benchmarks.sanitize", "--backend", backend]
+            command += ["--seconds", str(int(seconds - LAST_CALL_SECONDS))]
+            # A cached block is larger than its tensor: what goes beyond the tensor would not be seen.
+            parts.run(f"{tool}-{backend}", command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def find_compute_sanitizer() -> str | None:

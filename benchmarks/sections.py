@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.machine import Machine
@@ -75,9 +76,9 @@ class Page:
             console.print(section.note)
             table = Table(box=SIMPLE_HEAD)
             for column, name in enumerate(section.header):
-                table.add_column(name, justify="right" if column else "left")
+                table.add_column(escape(name), justify="right" if column else "left")
             for cells in section.cells:
-                table.add_row(*cells, style="bold green" if self.ours and cells[0] == self.ours else "")
+                table.add_row(*map(escape, cells), style="bold green" if self.ours and cells[0] == self.ours else "")
             console.print(table)
 
 

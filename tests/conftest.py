@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
 
 from smoothie_kernels import dispatch
-from smoothie_kernels.backends import reference
+from smoothie_kernels.backends import cuda, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -27,6 +28,32 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" else DEVICE
+
+
+@pytest.fixture(scope="session")
+def hopper_library() -> tuple[Path, str]:
+    """The CUDA kernels, and the device that they run on; on the CPU, in an emulator, where there is no Hopper GPU. Both
+    define the same operators: a process has one of them."""
+    if not cuda.supports("cuda", None):
+        return cuda.LIBRARY, "cuda"
+    import setup
+
+    spec = importlib.util.spec_from_file_location("cuda_emulator", Path(__file__).parent / "cuda/build.py")
+    emulator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulator)
+    try:
+        return emulator.library(), "cpu"
+    except setup.CannotBuild as reason:
+        pytest.skip(f"no Hopper GPU, and the emulator of one cannot be built: {reason}")
+
+
+@pytest.fixture
+def hopper(hopper_library: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of backend "cuda", which runs in this test."""
+    library, device = hopper_library
+    monkeypatch.setattr(cuda, "LIBRARY", library)
+    monkeypatch.setattr(cuda, "DEVICE", device)
+    return device
 
 
 @pytest.fixture

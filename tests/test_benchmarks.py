@@ -238,7 +238,10 @@ def test_cases_are_selected_by_group_and_by_name():
     on_gpu = registry.select(["gpu-*"])
     assert {"step", "topk", "train", "train-x"} <= {case.op for case in on_gpu}
     assert [case.op for case in on_gpu][:4] == ["step", "step", "topk", "topk"]
-    for case in on_gpu:  # beside the hardest competitor both of our forms
+    for case in on_gpu:
+        of_hopper = [name for name in case.contestants if name.endswith("[cuda]")]
+        assert len(of_hopper) == (case.dtype == torch.bfloat16), case.name
+        # Beside the hardest competitor both of our forms.
         assert ("fused, one kernel" in case.contestants) == (registry.EPILOGUE in case.contestants), case.name
 
 
@@ -270,14 +273,15 @@ def test_compute_sanitizer_is_found_on_the_path_or_in_a_toolkit(tmp_path, monkey
     assert device.find_compute_sanitizer() == str(tool)
 
 
-def test_the_device_script_measures_before_it_looks_for_bad_accesses(tmp_path, monkeypatch):
+@pytest.mark.parametrize("parts", [(), ("build", "benchmark", "checkers", "offline")])
+def test_the_device_script_measures_before_it_looks_for_bad_accesses(parts, tmp_path, monkeypatch):
     ran = {}
 
     def run(parts, name, command, seconds, **environment):
         ran[name] = (command, environment)
         assert 0 < seconds <= parts.left() + 1
 
-    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path), *(["--parts", *parts] if parts else [])])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device, "describe", lambda what: Machine("GPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today"))
     monkeypatch.setattr(device, "RESULTS", tmp_path)
@@ -285,8 +289,20 @@ def test_the_device_script_measures_before_it_looks_for_bad_accesses(tmp_path, m
     monkeypatch.setattr(device, "find_compute_sanitizer", lambda: "sanitizer")
     monkeypatch.setattr(device.Parts, "run", run)
     assert device.main() == 0
-    assert [*ran][:6] == ["build", "tests", "benchmark", *device.CHECKERS]
-    assert ran["memcheck"][1] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    checkers = [f"{tool}-{backend}" for backend, tools in device.CHECKERS.items() for tool in tools]
+    assert checkers[:3] == ["memcheck-cuda", "racecheck-cuda", "synccheck-cuda"]
+    if not parts:
+        assert [*ran] == ["build", "tests", "roofline"]
+        tests = ran["tests"][0]
+        assert tests[3].startswith("tests/test_cuda")
+        assert [name for name in tests if "build" in name] == []
+        assert tests[-1] == "tests"
+        assert ran["roofline"][0][3:5] == ["roofline", "--keep-going"]
+        return
+    assert [*ran] == ["build", "benchmark", *checkers, "offline"]
+    assert ran["memcheck-cuda"][1] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ran["synccheck-cuda"][0]
+    assert command[command.index("--backend") + 1] == "cuda"
 
 
 def test_a_part_of_the_device_script_gets_its_environment_and_its_end(tmp_path):
@@ -300,10 +316,22 @@ def test_a_part_of_the_device_script_gets_its_environment_and_its_end(tmp_path):
 def test_what_the_memory_checkers_run_runs():
     for topk in (False, True):
         assert sanitize.Call((3, 9, 8), torch.float32, workspace=0, topk=topk).run("reference", "cpu")
-    assert {call.topk for call in sanitize.calls()} == {False, True}
-    widths = {call.shape[2] for call in sanitize.calls()}
-    assert min(widths) <= 32
-    assert max(widths) >= 1024
+    for backend in sanitize.BACKENDS:
+        calls = list(sanitize.calls(backend))
+        assert {call.topk for call in calls} == {call.far for call in calls} == {False, True}
+        widths = {call.shape[2] for call in calls}
+        assert min(widths) <= 32
+        assert max(widths) >= 1024
+    of_cuda = list(sanitize.calls("cuda"))
+    assert {call.dtype for call in of_cuda} == {torch.bfloat16, torch.float16}
+    assert not any(call.shape[2] % 8 for call in of_cuda)
+    assert min(call.shape[0] for call in of_cuda) <= 64 < max(call.shape[0] for call in of_cuda)
+
+
+def test_what_the_memory_checkers_run_of_the_cuda_backend_runs(hopper):
+    if hopper == "cpu":  # on a GPU `python -m benchmarks.device --parts checkers` runs them all
+        for how in ({}, {"topk": True}, {"far": True}):
+            assert sanitize.Call((70, 131, 264), torch.bfloat16, workspace=2**16, **how).run("cuda", "cpu")
 
 
 def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monkeypatch):
@@ -397,7 +425,7 @@ def test_a_report_survives_its_file_and_two_are_compared(tmp_path, monkeypatch):
     assert compare.find((str(path), str(path))) == (path, path)
     with pytest.raises(compare.NoResult):
         compare.find(("no-such-ref", str(path)), tmp_path)
-    for other in (compare.RECALL, compare.TRAINING):
+    for other in compare.OTHERS:
         (tmp_path / f"{other}{path.name}").touch()
     monkeypatch.setattr(compare, "commit_of", lambda ref: "abcdef0")
     assert compare.find(("HEAD", "HEAD"), tmp_path) == (path, path)

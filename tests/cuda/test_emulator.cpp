@@ -678,8 +678,6 @@ void test_boxes() {
       }
 }
 
-// --- Speed, for people to look at
-
 // --- From registers: out = weights . table, 64 x tokens times tokens x 64
 
 struct RegistersParams {
@@ -750,6 +748,8 @@ void test_registers() {
   context = "registers written too soon";
   CHECK_EQUAL(caught > 0, true);
 }
+
+// --- Speed, for people to look at
 
 struct SpeedParams {
   int switches, products;
