@@ -27,8 +27,9 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
   RingPlace at, before;  // the first box of a tile, and of the one before it
   int unread = 0;        // boxes of that, which the second product may still read
   Walk walk(a.p, blockIdx.y, kNarrowTokens);
+  const GiveBack give_back_box(boxes);
   const auto give_back = [&] {
-    for (int i = 0; i < unread; ++i) boxes.give_back(before.after(i, boxes.slots));
+    for (int i = 0; i < unread; ++i) give_back_box(before.after(i, boxes.slots));
   };
   epilogue.fetch_bias(walk.tile);
   hopper::barrier_wait(boxes.x_full(), 0);

@@ -17,11 +17,16 @@ constexpr int kScoreTokens = 128;
 // Products of a tile, box by box.
 template <class T>
 struct Products {
-  const Boxes<kScoreTokens>& boxes;
-  RingPlace ahead, behind;  // the next box to read, the next to give back
-  uint32_t rows;            // of this warpgroup, from the beginning of a box of x
+  static constexpr uint64_t kNextBox = kBoxBytes >> 4;
 
-  __device__ Products(const Boxes<kScoreTokens>& b) : boxes(b), rows(hopper::warpgroup() * 64 * 128) {
+  const Boxes<kScoreTokens>& boxes;
+  GiveBack give_back_box;
+  RingPlace ahead, behind;  // the next box to read, the next to give back
+  uint64_t x, ring, rows;  // descriptions: x's first box, the ring's; this warpgroup's rows from the beginning of a box
+
+  __device__ Products(const Boxes<kScoreTokens>& b) : boxes(b), give_back_box(b) {
+    rows = hopper::warpgroup() * (64 * 128 >> 4);
+    x = hopper::matrix_at(boxes.x(0)) + rows, ring = hopper::matrix_at(boxes.ring(RingPlace{}));
     if (boxes.resident) hopper::barrier_wait(boxes.x_full(), 0);
   }
 
@@ -32,9 +37,7 @@ struct Products {
     for (int i = from; i < to; ++i) {
       hopper::products_wait<1>();
       if (i >= 2) give_back(i - 2);
-      uint32_t x = boxes.x(i);
-      if (i >= boxes.resident) x = arrived();
-      const uint64_t a = hopper::matrix_at(x + rows), b = hopper::matrix_at(arrived());
+      const uint64_t a = i < boxes.resident ? x + i * kNextBox : arrived() + rows, b = arrived();
       hopper::products_begin();
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k)
@@ -50,16 +53,16 @@ struct Products {
   }
 
  private:
-  __device__ uint32_t arrived() {
+  __device__ uint64_t arrived() {
     hopper::barrier_wait(boxes.full(ahead), ahead.odd);
-    const uint32_t box = boxes.ring(ahead);
+    const uint64_t box = ring + ahead.slot * kNextBox;
     ahead.next(boxes.slots);
     return box;
   }
 
   __device__ void give_back(int i) {
     for (int n = i < boxes.resident ? 1 : 2; n > 0; --n) {
-      boxes.give_back(behind);
+      give_back_box(behind);
       behind.next(boxes.slots);
     }
   }

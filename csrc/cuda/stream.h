@@ -199,7 +199,7 @@ __device__ inline void consume(const StreamArguments& a, const StreamBoxes& boxe
     for (int i = 0; i < kHalfBoxes; ++i) hopper::products_wait_for(acc[i]);
 #pragma unroll 1
     for (int i = 0; i < mine; ++i)
-      if (threadIdx.x % 32 == 0) hopper::barrier_arrive(boxes.empty(place(i).slot), 0);
+      if (threadIdx.x % 32 == 0) hopper::barrier_arrive(hopper::barrier_of_block(boxes.empty(place(i).slot), 0));
     __syncwarp();
     tile_at = tile_at.after(boxes.count, boxes.slots);
   } while (walk.next());

@@ -83,11 +83,19 @@ struct Boxes {
     }
     hopper::barrier_init_done();
   }
+};
 
-  // By all threads of a warp, when it has read a box: every block of the cluster must know, for all write to it.
-  __device__ void give_back(const RingPlace& at) const {
+// By all threads of a warp, when it has read a box: every block of the cluster must know, for all write to it.
+struct GiveBack {
+  uint32_t first = 0;  // the ring's first barrier of the block that this thread tells, 0 where it tells none
+
+  template <int kTokens>
+  __device__ explicit GiveBack(const Boxes<kTokens>& boxes) {
     const int lane = threadIdx.x % 32;
-    if (lane < cluster) hopper::barrier_arrive(empty(at), lane);
+    if (lane < boxes.cluster) first = hopper::barrier_of_block(boxes.empty(RingPlace{}), lane);
+  }
+  __device__ void operator()(const RingPlace& at) const {
+    if (first) hopper::barrier_arrive(first + 8 * at.slot);
     __syncwarp();
   }
 };

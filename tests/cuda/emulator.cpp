@@ -42,7 +42,7 @@ constexpr uint32_t kSharedBegin = 1024;  // Hopper keeps the first KiB for itsel
 constexpr size_t kMaxShared = 232448, kGuard = 4096, kPage = 1024, kMaxPages = kMaxShared / kPage;
 constexpr uint8_t kPoison = 0xFF, kCanary = 0xA5;
 constexpr uint32_t kSumsPoison = 0x7FC0BAD0;  // a NaN that no arithmetic makes
-constexpr int kMaxFlights = 8, kMaxGroups = 8, kMaxTx = (1 << 20) - 1, kSystemPage = 4096;
+constexpr int kBlockBits = 24, kMaxFlights = 8, kMaxGroups = 8, kMaxTx = (1 << 20) - 1, kSystemPage = 4096;
 #ifdef SMOOTHIE_ASAN
 constexpr size_t kStack = 512 << 10;
 #else
@@ -1101,7 +1101,12 @@ void barrier_expect(uint32_t address, uint32_t bytes) {
   yield();
 }
 
-void barrier_arrive(uint32_t address, uint32_t rank) {
+// Never an address of the block's own: the block stands above.
+uint32_t barrier_of_block(uint32_t barrier, uint32_t block) { return barrier | (block + 1) << kBlockBits; }
+
+void barrier_arrive(uint32_t remote) {
+  const uint32_t address = remote & ((1u << kBlockBits) - 1), rank = (remote >> kBlockBits) - 1;
+  if (!(remote >> kBlockBits)) FAIL("an arrival at %u, which is no barrier_of_block", remote);
   if (rank >= uint32_t(machine.n_blocks)) FAIL("an arrival at block %u of a cluster of %d", rank, machine.n_blocks);
   Block& block = *machine.blocks[rank];
   if (!block.live) FAIL("an arrival at block %u of the cluster, which has exited", rank);

@@ -71,7 +71,8 @@ uint32_t address_of(const void* shared);
 void barrier_init(uint32_t barrier, uint32_t arrivals);
 void barrier_init_done();
 void barrier_expect(uint32_t barrier, uint32_t bytes);
-void barrier_arrive(uint32_t barrier, uint32_t block);
+uint32_t barrier_of_block(uint32_t barrier, uint32_t block);
+void barrier_arrive(uint32_t remote);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 
 void prefetch_map(const TensorMap* map);

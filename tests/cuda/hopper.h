@@ -40,6 +40,7 @@ using emulator::barrier_arrive;
 using emulator::barrier_expect;
 using emulator::barrier_init;
 using emulator::barrier_init_done;
+using emulator::barrier_of_block;
 using emulator::barrier_wait;
 
 using emulator::load_box;

@@ -211,10 +211,10 @@ __global__ void __launch_bounds__(256) along(const __grid_constant__ AlongParams
   const auto release = [&](int k) {
     if (p.fault == kNoRelease && k == 1) return;
     if (threadIdx.x == 128 + 5) {
-      for (int b = 0; b < kCluster; ++b) barrier_arrive(empty + 8 * (k % kStages), b);
+      for (int b = 0; b < kCluster; ++b) barrier_arrive(barrier_of_block(empty + 8 * (k % kStages), b));
       if (p.fault == kDoubleRelease)
-        for (int b = 0; b < kCluster; ++b) barrier_arrive(empty + 8 * (k % kStages), b);
-      if (p.fault == kReleaseNowhere) barrier_arrive(empty + 8 * (k % kStages), kCluster);
+        for (int b = 0; b < kCluster; ++b) barrier_arrive(barrier_of_block(empty + 8 * (k % kStages), b));
+      if (p.fault == kReleaseNowhere) barrier_arrive(barrier_of_block(empty + 8 * (k % kStages), kCluster));
     }
   };
   for (int k = 0; k < p.chunks; ++k) {
@@ -500,16 +500,18 @@ __global__ void small(const SmallParams p) {
     case 0:  // two phases, in this order; the parity before the first is that of a phase that has ended
       barrier_wait(barrier, 1);
       if (first) {
-        barrier_arrive(barrier, 0);
+        barrier_arrive(barrier_of_block(barrier, 0));
         barrier_expect(barrier, 0);
         barrier_wait(barrier, 0);
-        barrier_arrive(barrier, 0);
-        barrier_arrive(barrier, 0);
+        barrier_arrive(barrier_of_block(barrier, 0));
+        barrier_arrive(barrier_of_block(barrier, 0));
         barrier_wait(barrier, 1);
       }
       break;
     case 1:
-      if (first) barrier_arrive(barrier, 0), barrier_expect(barrier, 128), barrier_arrive(barrier, 0);
+      if (first)
+        barrier_arrive(barrier_of_block(barrier, 0)), barrier_expect(barrier, 128),
+            barrier_arrive(barrier_of_block(barrier, 0));
       break;
     case 2:
       if (first)
@@ -522,10 +524,10 @@ __global__ void small(const SmallParams p) {
       if (first) barrier_init(barrier, 1);
       break;
     case 5:
-      if (first) barrier_arrive(barrier + 8, 0);
+      if (first) barrier_arrive(barrier_of_block(barrier + 8, 0));
       break;
     case 6:
-      if (first) std::memset(shared_memory(), 0, 8), barrier_arrive(barrier, 0);
+      if (first) std::memset(shared_memory(), 0, 8), barrier_arrive(barrier_of_block(barrier, 0));
       break;
     case 7:
       if (thread % 32 != 3) shuffle_xor(1.0f, 1);

@@ -57,16 +57,16 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the same barrier of a block of the cluster.
-__device__ inline void barrier_arrive(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier),
-      "r"(block)
-      : "memory");
+// The same barrier of a block of the cluster; also of this one. The next barrier is 8 further, as here.
+__device__ inline uint32_t barrier_of_block(uint32_t barrier, uint32_t block) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(barrier), "r"(block));
+  return remote;
+}
+
+// Arrives at a barrier_of_block.
+__device__ inline void barrier_arrive(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
 // Waits for the end of the phase of that parity: 0 for the first, 1 for the second, 0 for the third, ...
