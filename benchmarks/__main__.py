@@ -160,6 +160,8 @@ def add_roofline(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--keep-going", action="store_true", help="a wrong result costs that case its times")
     parser.add_argument("--deadline", type=float, help="seconds after which no further case begins")
     parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--add-to", type=Path, help="result file of this commit: its cases are not measured again")
+    parser.add_argument("--report", action="store_true", help="measure nothing more: write what the file has")
     parser.add_argument("--emulated", type=Path, help=argparse.SUPPRESS)  # a library of tests/cuda: for tests
     return parser
 
@@ -185,8 +187,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     if arguments.command in ("training", "sampling", "quality"):
         models.flush_denormals()
     if arguments.command == "roofline":
-        arguments.device = "cpu" if arguments.emulated else "cuda"
-        if reason := roofline.cannot(arguments.emulated):
+        arguments.device = "cpu" if arguments.emulated or arguments.report else "cuda"
+        if not arguments.report and (reason := roofline.cannot(arguments.emulated)):
             raise ValueError(reason)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
@@ -259,7 +261,7 @@ def measure_models(
                     keep_going=arguments.keep_going, progress=progress,
                 )  # fmt: skip
             except CheckFailed as error:
-                errors.print(f"check failed, no speed is reported: {error}", style="bold red")
+                errors.print(f"check failed, no speed is reported: {escape(str(error))}", style="bold red")
                 return 1
             if arguments.keep_going:
                 report.save(result, arguments.out)
@@ -270,16 +272,21 @@ def measure_models(
 def measure_roofline(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
     start = time.monotonic()
     check_docs(arguments.docs, roofline_report.PAGE)
-    plan = roofline.PLAN
-    cases = roofline.select(plan, filter(None, arguments.cases.split(",")))
-    result = roofline_report.Result(machine.describe(arguments.device), plan=plan)
+    if arguments.report and not arguments.add_to:
+        raise ValueError("--report needs --add-to FILE")
+    cases = roofline.select(roofline.PLAN, filter(None, arguments.cases.split(",")))
+    here = machine.describe(arguments.device)
+    result = roofline_report.Result(here, plan=roofline.PLAN)
+    if arguments.add_to:
+        result = roofline_report.load(arguments.add_to)
+        cases = [] if arguments.report else roofline.missing(result, cases, here)
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(cases))
 
         def progress(what: str, parts: float) -> None:
             bar.update(task, advance=parts, description=what)
 
-        material = read_material(arguments, console)
+        material = read_material(arguments, console) if cases else None
         bench = roofline.Bench(
             result, material, arguments.device, arguments.repeats, arguments.keep_going, progress
         )  # fmt: skip
@@ -290,7 +297,7 @@ def measure_roofline(arguments: argparse.Namespace, console: Console, errors: Co
             try:
                 bench.measure(name, shape)
             except CheckFailed as error:
-                errors.print(f"check failed, no speed is reported: {error}", style="bold red")
+                errors.print(f"check failed, no speed is reported: {escape(str(error))}", style="bold red")
                 return 1
             progress(name, 1)
             roofline_report.save(result, arguments.out)
@@ -345,7 +352,7 @@ def conclude(
         written += report.fill(result, drawn if isinstance(drawn, list) else [], arguments.docs)
     tell(written, drawn, console)
     for failure in result.failures():
-        errors.print(f"red: {failure}", style="bold red")
+        errors.print(f"red: {escape(failure)}", style="bold red")
     console.print(f"took {time.monotonic() - start:.0f} s")
     return 1 if result.failures() else 0
 
@@ -370,7 +377,7 @@ def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int
             try:
                 note, rows = suite.run(case, lambda what, stages: bar.update(task, advance=stages, description=what))
             except CheckFailed as error:
-                errors.print(f"check failed, no speed is reported: {error}", style="bold red")
+                errors.print(f"check failed, no speed is reported: {escape(str(error))}", style="bold red")
                 return 1
             for row in rows:
                 if row.ours and row.note.startswith(WRONG):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare import RESULTS
+from benchmarks.compare import RESULTS, ROOFLINE
 from benchmarks.embeddings import NoEmbeddings, pinned_package
 from benchmarks.machine import ROOT, describe
 
@@ -105,6 +105,9 @@ def main() -> int:
             seconds = max(parts.left() / (1 + others), LAST_CASE_SECONDS)
             measure = [python, "-m", "benchmarks", *command, "--keep-going", "--out", str(out)]
             measure += ["--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
+            earlier = RESULTS / f"{ROOFLINE}{parts.log_stem.name}.json"
+            if part == "roofline" and earlier.exists():  # goes on where that ended
+                measure += ["--add-to", str(earlier)]
             parts.run(part, measure, seconds)
     if "checkers" in wanted:
         sanitize(parts, python)

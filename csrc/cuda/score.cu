@@ -28,7 +28,7 @@ const char* score(Mode mode, const StepParams& p, hopper::Stream stream) {
   if (auto wrong = misshapen(p, kScoreTokens)) return wrong;
   const int boxes = (p.width + kBoxColumns - 1) / kBoxColumns;
   // Two boxes' products may be unfinished while the next arrives, and each takes a second slot where x is not resident.
-  if (p.resident < 0 || p.resident > kBoxes - (p.resident < boxes ? 6 : 3)) return "too many boxes of x are resident";
+  if (p.resident < 0 || p.resident > kBoxes - (p.resident < boxes ? 4 : 3)) return "too many boxes of x are resident";
   return p.type == Type::kBFloat16 ? launch<hopper::BFloat16>(mode, p, stream) : launch<hopper::Half>(mode, p, stream);
 }
 

@@ -3,8 +3,8 @@
 // A consumer has two sets of sums: while the matrix units fill one with the next tile, its threads make noise, weights
 // and statistics of the other. Registers: 2 x 64 sums, and about 90 for the rest, of 240.
 //
-// Figures behind it, per logit and multiprocessor, D = 768: 0.375 cycles of matrix units; about 30 of 128 instructions
-// a cycle, 0.25; 0.8 bytes fetched in 0.375 cycles with a cluster of 2, where L2 gives about 25 a cycle.
+// Figures behind it, per logit and multiprocessor, D = 768: 0.375 cycles of matrix units; 45 instructions of 128 a cycle,
+// 0.35; 10 bytes fetched with a cluster of 2, 0.4 cycles at the 25 bytes that L2 may give. docs/hopper.md has them all.
 #pragma once
 
 #include "epilogue.h"
