@@ -58,13 +58,16 @@ struct Epilogue {
   __device__ void take(const float (&sums)[kTokens / 2], int tile, int piece, uint32_t (&weights)[2][kPairs]) {
     const int first = tile * kTokens + piece * (8 * kPairs) + column;  // from p.first_token on
     const float* bias_here = bias + turn * kWarpgroup + piece * (8 * kPairs) + column;
+    float low_bias[kPairs], high_bias[kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) low_bias[i] = bias_here[8 * i], high_bias[i] = bias_here[8 * i + 1];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float low[kPairs], high[kPairs];  // of the even and of the odd columns: scores, logits, weights
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const float* sum = &sums[(piece * kPairs + i) * 4 + r * 2];
-        low[i] = sum[0] + bias_here[8 * i], high[i] = sum[1] + bias_here[8 * i + 1];
+        low[i] = sum[0] + low_bias[i], high[i] = sum[1] + high_bias[i];
       }
       if (kStatistics) nearest[r].take(low, high, p.first_token + first, 8);
       if (kLogits) take_logits(low, high, r, first, weights[r]);

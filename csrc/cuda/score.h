@@ -3,8 +3,9 @@
 // A consumer has two sets of sums: while the matrix units fill one with the next tile, its threads make noise, weights
 // and statistics of the other. Registers: 2 x 64 sums, and about 90 for the rest, of 240.
 //
-// Figures behind it, per logit and multiprocessor, D = 768: 0.375 cycles of matrix units; 45 instructions of 128 a cycle,
-// 0.35; 10 bytes fetched with a cluster of 2, 0.4 cycles at the 25 bytes that L2 may give. docs/hopper.md has them all.
+// Figures behind it, per logit and multiprocessor, D = 768: 0.375 cycles of matrix units; 45 instructions of 128 a
+// cycle, 0.35; 10 bytes fetched with a cluster of 2, 0.4 cycles at the 25 bytes that L2 may give. docs/hopper.md has
+// them all.
 #pragma once
 
 #include "epilogue.h"
@@ -17,27 +18,29 @@ constexpr int kScoreTokens = 128;
 // Products of a tile, box by box.
 template <class T>
 struct Products {
-  static constexpr uint64_t kNextBox = kBoxBytes >> 4;
+  static constexpr uint32_t kNextBox = kBoxBytes >> 4;
 
   const Boxes<kScoreTokens>& boxes;
   GiveBack give_back_box;
   RingPlace ahead, behind;  // the next box to read, the next to give back
-  uint64_t x, ring, rows;  // descriptions: x's first box, the ring's; this warpgroup's rows from the beginning of a box
+  uint32_t x, ring, rows;   // places: x's first box, the ring's; this warpgroup's rows from the beginning of a box
 
   __device__ Products(const Boxes<kScoreTokens>& b) : boxes(b), give_back_box(b) {
     rows = hopper::warpgroup() * (64 * 128 >> 4);
-    x = hopper::matrix_at(boxes.x(0)) + rows, ring = hopper::matrix_at(boxes.ring(RingPlace{}));
+    x = hopper::place_of(boxes.x(0)) + rows, ring = hopper::place_of(boxes.ring(RingPlace{}));
     if (boxes.resident) hopper::barrier_wait(boxes.x_full(), 0);
   }
 
   // sums (+)= x . E^T over columns [64 from, 64 to). Two boxes' products at most are unfinished: the ring has room for
   // them, and the matrix units have work while the threads turn to something else.
   __device__ void issue(float (&sums)[64], int from, int to) {
+    uint32_t resident = x + from * kNextBox;
 #pragma unroll 1
-    for (int i = from; i < to; ++i) {
+    for (int i = from; i < to; ++i, resident += kNextBox) {
       hopper::products_wait<1>();
       if (i >= 2) give_back(i - 2);
-      const uint64_t a = i < boxes.resident ? x + i * kNextBox : arrived() + rows, b = arrived();
+      const uint64_t a = hopper::matrix_at_place(i < boxes.resident ? resident : arrived() + rows);
+      const uint64_t b = hopper::matrix_at_place(arrived());
       hopper::products_begin();
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k)
@@ -53,9 +56,9 @@ struct Products {
   }
 
  private:
-  __device__ uint64_t arrived() {
+  __device__ uint32_t arrived() {
     hopper::barrier_wait(boxes.full(ahead), ahead.odd);
-    const uint64_t box = ring + ahead.slot * kNextBox;
+    const uint32_t box = ring + ahead.slot * kNextBox;
     ahead.next(boxes.slots);
     return box;
   }

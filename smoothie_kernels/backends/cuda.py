@@ -8,10 +8,11 @@
 Beside every pass: prepare (references of rows, keys of noise fields) before it, merge after it.
 
 Why two kernels and a library product where one kernel could keep the mean in registers, by arithmetic (D = 768, cycles
-of a multiprocessor for a logit, each product 0.375): noise, exp and maxima take about 0.25, which the score kernel has
+of a multiprocessor for a logit, each product 0.375): noise, exp and maxima take about 0.28, which the score kernel has
 beside its product; the mean of 64 rows alone takes three quarters of the registers, so a kernel that holds it has no
 second set of sums, and makes noise while the matrix units wait, or crosses scores and weights between two blocks. The
-weights are 2 bytes a logit, written and read mostly in L2: a block of them is no larger than `workspace`.
+weights are 2 bytes a logit, written and read once, beside the products; a block of them is no larger than `workspace`.
+docs/hopper.md has the arithmetic.
 
 No GPU has run this: it is compiled (`make cuda-check`), and run through an emulator of the hardware (tests/cuda).
 Every number in "plans" below is arithmetic.

@@ -92,10 +92,15 @@ template <int kCount>
 inline void products_have_read(uint32_t (&)[kCount]) {}
 
 // As there: emulator.cpp takes it apart again.
-inline uint64_t matrix_at(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
-  return kSwizzle128 | kEightRows | kUnused | uint64_t((address & 0x3FFFF) >> 4);
+inline uint32_t place_of(uint32_t address) {
+  constexpr uint32_t kUnused = 1u << 16;
+  return kUnused | (address & 0x3FFFF) >> 4;
 }
+inline uint64_t matrix_at_place(uint32_t place) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kEightRows | place;
+}
+inline uint64_t matrix_at(uint32_t address) { return matrix_at_place(place_of(address)); }
 constexpr uint64_t kNextColumns = 16 * 2 >> 4;
 constexpr uint64_t kNextRows = 16 * 128 >> 4;
 

@@ -168,12 +168,20 @@ __device__ inline void products_wait_for(float (&sums)[kSums]) {
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+// A place in shared memory as products are told it, in steps of 16 bytes: the half of a matrix's description that
+// differs.
+__device__ inline uint32_t place_of(uint32_t address) {
+  constexpr uint32_t kUnused = 1u << 16;
+  return kUnused | (address & 0x3FFFF) >> 4;
+}
+
 // A matrix in shared memory as boxes of 64 columns leave it, at a multiple of 1,024 bytes: rows of 128 bytes, their
 // 16-byte parts swizzled by row mod 8. Products read it along its rows, or down its columns, with the same description.
-__device__ inline uint64_t matrix_at(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
-  return kSwizzle128 | kEightRows | kUnused | uint64_t((address & 0x3FFFF) >> 4);
+__device__ inline uint64_t matrix_at_place(uint32_t place) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kEightRows | place;
 }
+__device__ inline uint64_t matrix_at(uint32_t address) { return matrix_at_place(place_of(address)); }
 constexpr uint64_t kNextColumns = 16 * 2 >> 4;  // added to a description: 16 columns further
 constexpr uint64_t kNextRows = 16 * 128 >> 4;   // 16 rows further
 
