@@ -48,14 +48,14 @@ def expected_recall(V: int, K: int, buckets: int, keep: int) -> float:
             wanted = "at least 1" if most == math.inf else f"in [1, V] with V = {V}"
             raise ValueError(f"{name} must be {wanted}, got {value}")
     small, larger = V // buckets, V % buckets  # so many buckets have one token more
-    found = (buckets - larger) * _found(V, K, small, keep)
+    found = (buckets - larger) * expected_found(V, K, small, keep)
     if larger:
-        found += larger * _found(V, K, small + 1, keep)
+        found += larger * expected_found(V, K, small + 1, keep)
     return min(1.0, found / K)
 
 
-def _found(v: int, k: int, size: int, keep: int) -> float:
-    """Expected winners that a bucket of this size keeps."""
+def expected_found(v: int, k: int, size: int, keep: int) -> float:
+    """Of the K largest of V logits, how many a bucket of this size keeps, in expectation."""
     if keep >= min(k, size):
         return k * size / v
     missing = 0.0

@@ -18,6 +18,7 @@ No GPU has run this: it is compiled (`make cuda-check`), and run through an emul
 Every number in "plans" below is arithmetic.
 """
 
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from smoothie_kernels.backends.blocks import (
     slices,
 )
 from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, largest_of_all, with_largest
-from smoothie_kernels.recall import Buckets
+from smoothie_kernels.recall import Buckets, expected_found
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -129,6 +130,29 @@ def pick_chunks(row_blocks: int, tiles: int, processors: int, most: int = 2**31)
         return cdiv(row_blocks * chunks, processors) * (cdiv(tiles, chunks) + START)
 
     return min(range(1, max(1, min(tiles, 2 * processors, most)) + 1), key=rounds)
+
+
+@cache
+def pick_parts(v: int, k: int, recall_target: float, buckets: Buckets) -> int | None:
+    """In how many parts the table is taken, each at least a whole tile: token j is in part (j / 128) mod parts, and
+    there in bucket j mod 8. As many buckets as the other backends have, of other tokens, whose sizes differ by a tile's
+    16; where that finds less than the target, more. At a target of 1 buckets need only certify."""
+    for parts in range(cdiv(buckets.buckets, BUCKETS_OF_PART), v // SCORE.v + 1):
+        if recall_target >= 1 or _expected_recall(v, k, parts, buckets.keep) >= recall_target:
+            return parts
+    return None
+
+
+def _expected_recall(v: int, k: int, parts: int, keep: int) -> float:
+    whole, rest = divmod(v, SCORE.v)  # tiles; tokens of the last, if it is not
+    sizes: Counter[int] = Counter()
+    for part in range(parts):
+        size = len(range(part, whole, parts)) * (SCORE.v // BUCKETS_OF_PART)
+        of_rest = rest if part == whole % parts else 0
+        larger = of_rest % BUCKETS_OF_PART
+        sizes[size + of_rest // BUCKETS_OF_PART] += BUCKETS_OF_PART - larger
+        sizes[size + of_rest // BUCKETS_OF_PART + 1] += larger
+    return sum(count * expected_found(v, k, size, keep) for size, count in sizes.items() if count) / k
 
 
 # --- one pass over tokens
@@ -309,11 +333,10 @@ def _statistics(inputs: StepInputs) -> Statistics:
 
 
 def _approximate(inputs: StepInputs, buckets: Buckets) -> tuple[Statistics, Tensor, Tensor]:
-    """Token j is in part (j / 128) mod parts, and there in bucket j mod 8: as many buckets as in the other backends,
-    other tokens in each. A part is at least one tile; where that makes too few, all logits are written down."""
-    x, v = inputs.x, len(inputs.embeddings)
-    parts = cdiv(buckets.buckets, BUCKETS_OF_PART)
-    if parts > cdiv(v, SCORE.v):
+    """Where tiles are too few for the buckets, all logits are written down."""
+    x = inputs.x
+    parts = pick_parts(len(inputs.embeddings), inputs.topk, inputs.recall_target, buckets)
+    if parts is None:
         found = _statistics(inputs)
         return found, _exact(inputs, found.best_score), torch.ones(len(x), dtype=torch.bool, device=x.device)
     return largest_kept(inputs, parts * BUCKETS_OF_PART * buckets.keep, SCORE.n, partial(_kept, parts, buckets.keep))
@@ -340,20 +363,20 @@ def _write_keys(fields: Tensor, inputs: StepInputs, tokens: slice, ref_score: Te
 
 
 def column_bias(embeddings: Tensor) -> Tensor:
-    bias = _floats(embeddings, len(embeddings))
+    embeddings, bias = _aligned(embeddings), _floats(embeddings, len(embeddings))
     _call("column_bias", embeddings, embeddings, bias)
     return bias
 
 
 def step_fwd(inputs: StepInputs) -> StepOutputs:
-    x, embeddings = _aligned(inputs.x, inputs.embeddings)
+    x, embeddings = _both_aligned(inputs.x, inputs.embeddings)
     inputs = noise_on_device(inputs._replace(x=x, embeddings=embeddings))
     smoothed, found = _mean(inputs) if inputs.mean else (inputs.x.new_empty(len(inputs.x), 0), None)
     return with_largest(inputs, smoothed, found, Passes(_statistics, _approximate, _exact))
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x, embeddings = _aligned(x, embeddings)
+    x, embeddings = _both_aligned(x, embeddings)
     tokens, distance = x.new_empty(len(x), dtype=torch.int64), _floats(x, len(x))
     nothing = x.new_empty(0, dtype=torch.float32)
     inputs = StepInputs(x, embeddings, bias, nothing, None, None, 0, nothing, nothing, None, 1.0, 0)
@@ -382,22 +405,22 @@ def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dt
     return triton.average(weights, tokens, embeddings, dtype)
 
 
-def _aligned(x: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """As box copies need them: rows that begin on 16 bytes. RuntimeError where that takes another width or type."""
+def _both_aligned(x: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype != embeddings.dtype:
         raise RuntimeError(
             f"backend 'cuda' takes x and embeddings of one type, got {x.dtype} and {embeddings.dtype}: convert one, or "
             "use backend='triton'"
         )
-    d = x.shape[1]
+    return _aligned(x), _aligned(embeddings)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """As box copies need them: rows that begin on 16 bytes. RuntimeError where that takes another width."""
+    d = rows.shape[1]
     if d % WIDTH_STEP or d > WIDEST:
         raise RuntimeError(
             f"backend 'cuda' takes widths D that are multiples of {WIDTH_STEP} up to {WIDEST:,}, got {d}: use "
             "backend='triton'"
         )
-
-    def aligned(rows: Tensor) -> Tensor:
-        fits = rows.data_ptr() % 16 == 0 and rows.stride(0) % WIDTH_STEP == 0
-        return rows if fits else rows.clone(memory_format=torch.contiguous_format)
-
-    return aligned(x), aligned(embeddings)
+    fits = rows.data_ptr() % 16 == 0 and rows.stride(0) % WIDTH_STEP == 0
+    return rows if fits else rows.clone(memory_format=torch.contiguous_format)
