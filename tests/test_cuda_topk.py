@@ -82,7 +82,8 @@ def test_blocks_do_not_matter(hopper, k, workspace):
 def test_only_rows_without_certificate_are_done_again(hopper, done_again, n, given, dtype):
     """Ten tokens of one bucket are near to row 1: it keeps four of them."""
     x, table = inputs(n, 2100, 24, 1.0, hopper, dtype)
-    table[3:83:8] = x[1] + 0.05 * torch.randn(10, 24, device=hopper).to(dtype)
+    apart = 8 * (2100 // 128)  # tokens of one bucket of one tile
+    table[3 : 3 + 10 * apart : apart] = x[1] + 0.05 * torch.randn(10, 24, device=hopper).to(dtype)
     where = {"row_ids": torch.randint(2**32, (n,), device=hopper)} if given else {}
     found = step(x, table, 0.3, 0.5, topk=20, **where)
     assert check_topk(found.topk, x, table, *noisy(x, table, 0.3, 0.5, **where)) == []
@@ -107,11 +108,18 @@ def test_a_cuda_graph_is_not_asked(hopper, done_again, monkeypatch):
 # --- of buckets
 
 
+def bucket_of(j, v, parts):
+    """csrc/cuda/params.h: pairs of tokens of the whole tiles lie as many pairs apart as there are tiles."""
+    tiles, pair = v // 128, j // 2
+    tile, column = (pair % tiles, pair // tiles * 2 + j % 2) if j < 128 * tiles else (tiles, j - 128 * tiles)
+    return tile % parts, column % 8
+
+
 def kept_of(row, parts, keep):
     """The tokens that buckets keep of a row of logits, in plain words."""
     buckets = {}
     for j in sorted(range(len(row)), key=lambda j: -row[j]):
-        buckets.setdefault((j // 128 % parts, j % 8), []).append(j)
+        buckets.setdefault(bucket_of(j, len(row), parts), []).append(j)
     return {j for bucket in buckets.values() for j in bucket[:keep]}
 
 
@@ -145,6 +153,17 @@ def test_statistics_beside_buckets(hopper, pick, keep, mu, std):
         assert torch.equal(getattr(found, name), getattr(alone, name))
     for name in ("lse", "log_sum"):  # sums in another order
         torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("v", [1920, 2100])
+def test_neighbours_are_in_different_buckets(hopper, v):
+    """All of the largest logits are of tokens side by side: as many are found as of tokens anywhere."""
+    x, table = inputs(64, v, 8, 1.0, hopper, torch.float16)
+    table[500:564] = 0.1 * table[500:564]  # near the origin, as the unused tokens of real tables
+    found = step(0 * x, table, 3.0, 0.1, topk=64, recall_target=0.9).topk
+    exact = fused_smoothie_step(0 * x, table, 3.0, 0.1, **KEY, topk=64, backend="reference").topk.indices
+    assert ((exact >= 500) & (exact < 564)).double().mean() > 0.9
+    assert (found.indices[:, :, None] == exact[:, None]).any(2).double().mean() >= 0.9
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 0.99])

@@ -16,7 +16,7 @@ struct Epilogue {
   static constexpr int kKeep = kept_in(kMode);
   static constexpr bool kLogits = kMode != Mode::kNearest, kStatistics = kMode != Mode::kKeys;
   static constexpr bool kWeights = kMode == Mode::kWeights || kMode == Mode::kMean;
-  static constexpr int kPairs = kKeep == 4 ? 2 : 4;  // of columns of a piece, of a thread and row; of 4, kKeep4 spills
+  static constexpr int kPairs = kKeep ? 2 : 4;  // of columns of a piece, of a thread and row; of 4, buckets spill
   static constexpr int kPieces = kTokens / (8 * kPairs);  // of a tile
   static constexpr float kUnit = kMode == Mode::kKeys ? 1.0f : kLog2E;
 
@@ -42,9 +42,19 @@ struct Epilogue {
     }
   }
 
+  // Which tokens a tile's columns are: the pair of columns c and c + 1 is `first` and the next, from p.first_token on,
+  // and the pair of c + 8 is `step` tokens further.
+  struct Columns {
+    int first, step;
+  };
+  __device__ Columns columns_of(int tile, int c) const {
+    if (kKeep > 0 && tile < p.strided_tiles) return {2 * (c / 2 * p.strided_tiles + tile), 8 * p.strided_tiles};
+    return {tile * kTokens + c, 8};
+  }
+
   // The bias of a tile's tokens, on its way before it is needed. Beyond the last token no score is any good.
   __device__ void fetch_bias(int tile) {
-    const int token = p.first_token + tile * kTokens + threadIdx.x % kWarpgroup;
+    const int c = threadIdx.x % kWarpgroup, token = p.first_token + columns_of(tile, c & ~1).first + c % 2;
     next_bias = token < p.end_token ? p.bias[token] : -kInfinity;
   }
 
@@ -56,7 +66,7 @@ struct Epilogue {
 
   // A piece of a tile's sums. Its weights, of both rows: two of neighbouring columns a word.
   __device__ void take(const float (&sums)[kTokens / 2], int tile, int piece, uint32_t (&weights)[2][kPairs]) {
-    const int first = tile * kTokens + piece * (8 * kPairs) + column;  // from p.first_token on
+    const Columns columns = columns_of(tile, piece * (8 * kPairs) + column);
     const float* bias_here = bias + turn * kWarpgroup + piece * (8 * kPairs) + column;
     float low_bias[kPairs], high_bias[kPairs];
 #pragma unroll
@@ -69,22 +79,23 @@ struct Epilogue {
         const float* sum = &sums[(piece * kPairs + i) * 4 + r * 2];
         low[i] = sum[0] + low_bias[i], high[i] = sum[1] + high_bias[i];
       }
-      if (kStatistics) nearest[r].take(low, high, p.first_token + first, 8);
-      if (kLogits) take_logits(low, high, r, first, weights[r]);
+      if (kStatistics) nearest[r].take(low, high, p.first_token + columns.first, columns.step);
+      if (kLogits) take_logits(low, high, r, columns, weights[r]);
     }
   }
 
-  __device__ void take_logits(float (&low)[kPairs], float (&high)[kPairs], int r, int first,
+  __device__ void take_logits(float (&low)[kPairs], float (&high)[kPairs], int r, Columns columns,
                               uint32_t (&weights)[kPairs]) {
+    const int first = columns.first, step = columns.step;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) low[i] = rows[r].logit(low[i]), high[i] = rows[r].logit(high[i]);
-    if (p.std) add_noise(low, high, rows[r], uint32_t(p.first_token + first) / 2, 4, field, p);
+    if (p.std) add_noise(low, high, rows[r], uint32_t(p.first_token + first) / 2, step / 2, field, p);
     const int end = p.end_token - p.first_token;
-    if (first + 8 * kPairs > end) {  // a scale of zero would make NaN of the bias there
+    if (first + step * kPairs > end) {  // a scale of zero would make NaN of the bias there
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        if (first + 8 * i >= end) low[i] = -kInfinity;
-        if (first + 8 * i + 1 >= end) high[i] = -kInfinity;
+        if (first + step * i >= end) low[i] = -kInfinity;
+        if (first + step * i + 1 >= end) high[i] = -kInfinity;
       }
     }
     const int64_t row = first_row + 8 * r;
@@ -93,15 +104,16 @@ struct Epilogue {
       int64_t* keys = p.keys + row * p.weights_stride + first;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i)
-        store_keys(keys + 8 * i, sort_key(low[i], p.first_token + first + 8 * i),
-                   sort_key(high[i], p.first_token + first + 8 * i + 1));
+        store_keys(keys + 8 * i, sort_key(low[i], p.first_token + first + step * i),
+                   sort_key(high[i], p.first_token + first + step * i + 1));
       return;
     }
-    noisy[r].take(low, high, p.first_token + first, 8);
+    noisy[r].take(low, high, p.first_token + first, step);
     if constexpr (kKeep > 0) {
 #pragma unroll
       for (int i = 0; i < kPairs; ++i)
-        even[r].take(low[i], p.first_token + first + 8 * i), odd[r].take(high[i], p.first_token + first + 8 * i + 1);
+        even[r].take(low[i], p.first_token + first + step * i),
+            odd[r].take(high[i], p.first_token + first + step * i + 1);
     }
     float sum = 0;
 #pragma unroll

@@ -25,6 +25,11 @@ const char* launch_tiles(void (*kernel)(ScoreArguments), const StepParams& p, ho
   if (auto wrong =
           hopper::describe<T>(&a.table_map, p.table, p.end_token, p.width, p.table_stride, kTokens / p.cluster))
     return wrong;
+  if (p.strided_tiles) {
+    if (auto wrong = hopper::describe_strided<T>(&a.strided_map, p.table, p.strided_tiles, p.width, p.table_stride,
+                                                 kTokens / 2 / p.cluster))
+      return wrong;
+  }
   const int rows = int((p.n_rows + kTileRows - 1) / kTileRows);
   const hopper::Grid grid{(rows + p.cluster - 1) / p.cluster * p.cluster, p.chunks, kScoreThreads, p.cluster,
                           sizeof(ScoreShared)};

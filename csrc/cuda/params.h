@@ -44,6 +44,7 @@ struct StepParams {
 
   // A call takes the tiles of tokens in `parts` parts, part p having tiles p, p + parts, ...; each of `chunks` blocks
   // for the same rows takes parts c, c + chunks, ... and writes one result for all of them.
+  int strided_tiles;  // kKeep*: so many tiles have pairs of tokens that lie as many pairs apart; the rest is as it is
   int parts, chunks;  // chunks <= parts <= tiles; equal but with kKeep*
   int resident;       // score: boxes of 64 columns of x that stay in shared memory
   int cluster;        // score: neighbouring blocks that share the table's boxes: 1, 2 or 4
@@ -58,7 +59,8 @@ struct StepParams {
 
 constexpr int kSharedBytes = 232448;  // 227 KiB: what a block of Hopper can have
 
-// Token j of a part lies in bucket j mod 8 of it.
+// Neighbours in a table are alike, and winners in one bucket are lost: so no tile has neighbours, but for pairs. Column
+// c of a tile lies in bucket c mod 8 of its part.
 constexpr int kBucketsOfPart = 8;
 
 // A row's reference lies so far below the highest logit that there can be: see backends/cuda.py.

@@ -22,13 +22,14 @@ struct Best {
     float most = fmaxf(even[0], odd[0]);
 #pragma unroll
     for (int i = 1; i < kPairs; ++i) most = fmaxf(most, fmaxf(even[i], odd[i]));
-    if (!(most > value)) return;
-    value = most;
+    if (!(most >= value)) return;  // tiles do not always come in the order of their tokens
+    int found = 0;
 #pragma unroll
     for (int i = kPairs - 1; i >= 0; --i) {
-      token = odd[i] == most ? first + i * step + 1 : token;
-      token = even[i] == most ? first + i * step : token;
+      found = odd[i] == most ? first + i * step + 1 : found;
+      found = even[i] == most ? first + i * step : found;
     }
+    merge(most, found);
   }
 
   __device__ void merge(float other, int other_token) {
@@ -58,11 +59,11 @@ struct Kept {
   }
 
   __device__ void take(float logit, int from) {
-    if (!(logit > value[kKeep - 1])) return;
+    if (!(logit > value[kKeep - 1] || (logit == value[kKeep - 1] && from < token[kKeep - 1]))) return;
     value[kKeep - 1] = logit, token[kKeep - 1] = from;
 #pragma unroll
     for (int i = kKeep - 1; i > 0; --i) {
-      const bool better = value[i] > value[i - 1];
+      const bool better = value[i] > value[i - 1] || (value[i] == value[i - 1] && token[i] < token[i - 1]);
       const float low = better ? value[i - 1] : value[i];
       const int low_token = better ? token[i - 1] : token[i];
       value[i - 1] = better ? value[i] : value[i - 1], token[i - 1] = better ? token[i] : token[i - 1];

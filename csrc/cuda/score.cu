@@ -24,7 +24,10 @@ const char* launch(Mode mode, const StepParams& p, hopper::Stream stream) {
 
 }  // namespace
 
-const char* score(Mode mode, const StepParams& p, hopper::Stream stream) {
+const char* score(Mode mode, const StepParams& given, hopper::Stream stream) {
+  StepParams p = given;
+  if (kept_in(mode)) p.strided_tiles = p.end_token / kScoreTokens;
+  if (kept_in(mode) && p.first_token) return "buckets are of the whole table";
   if (auto wrong = misshapen(p, kScoreTokens)) return wrong;
   const int boxes = (p.width + kBoxColumns - 1) / kBoxColumns;
   // Two boxes' products may be unfinished while the next arrives, and each takes a second slot where x is not resident.

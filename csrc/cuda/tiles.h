@@ -23,7 +23,7 @@ struct ScoreShared {
 };
 
 struct ScoreArguments {
-  hopper::TensorMap x_map, table_map;  // boxes of 128 rows; of a tile's tokens / cluster
+  hopper::TensorMap x_map, table_map, strided_map;  // boxes of 128 rows; of a tile's tokens / cluster, twice
   StepParams p;
 };
 
@@ -130,7 +130,11 @@ __device__ inline void fetch(const ScoreArguments& a, const Boxes<kTokens>& boxe
         at.next(boxes.slots);
       }
       free_slot();
-      hopper::load_box(boxes.ring(at) + own * 128, &a.table_map, boxes.full(at), i * kBoxColumns, token, everyone);
+      const uint32_t to = boxes.ring(at) + own * 128;
+      if (walk.tile < a.p.strided_tiles)
+        hopper::load_strided_box(to, &a.strided_map, boxes.full(at), i * kBoxColumns, walk.tile, own / 2, everyone);
+      else
+        hopper::load_box(to, &a.table_map, boxes.full(at), i * kBoxColumns, token, everyone);
       at.next(boxes.slots);
     }
   } while (walk.next());

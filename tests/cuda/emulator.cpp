@@ -190,7 +190,7 @@ struct Copy {
   TensorMap map;
   Block* block;
   uint32_t to, barrier;
-  int column, row;
+  int column, row, tile;
 };
 
 struct Machine {
@@ -458,8 +458,9 @@ bool execute(const Copy& copy) {
   for (int r = 0; r < map.box_rows; ++r)
     for (int part = 0; part < 8; ++part) {
       uint16_t numbers[8] = {};
-      const int64_t row = int64_t(copy.row) + r, column = int64_t(copy.column) + 8 * part;
-      if (row >= 0 && row < map.rows) {
+      const int64_t of_map = int64_t(copy.row) + r, column = int64_t(copy.column) + 8 * part;
+      const int64_t row = map.tiles ? 2 * (of_map / 2 * map.tiles + copy.tile) + of_map % 2 : of_map;
+      if (of_map >= 0 && of_map < map.rows) {
         const int64_t low = std::max<int64_t>(column, 0), high = std::min(column + 8, map.columns);
         if (low < high)
           std::memcpy(numbers + (low - column), map.base + row * map.row_bytes + low * 2, (high - low) * 2);
@@ -477,9 +478,12 @@ bool execute(const Copy& copy) {
   return true;
 }
 
-void issue_boxes(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint32_t blocks) {
+void issue_boxes(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint32_t blocks,
+                 int tile = 0) {
   if (reinterpret_cast<uintptr_t>(map) % 64) FAIL("a tensor map that is not at a multiple of 64");
   if (map->described != kDescribed) FAIL("a tensor map that nobody described");
+  if (map->tiles ? tile < 0 || tile >= map->tiles : tile)
+    FAIL("tile %d of a tensor map with %lld", tile, static_cast<long long>(map->tiles));
   const uint32_t bytes = uint32_t(map->box_rows) * 128;
   if (to % 128 || (map->box_rows >= 8 && to % 1024))
     FAIL("a box copy to %u, which is not a multiple of %d", to, map->box_rows >= 8 ? 1024 : 128);
@@ -498,7 +502,7 @@ void issue_boxes(uint32_t to, const TensorMap* map, uint32_t barrier, int column
         FAIL("a box copy to %u of block %d of the cluster, where another is under way", to, i);
     if (barrier + 8 > to && barrier < to + bytes) FAIL("a box copy onto its barrier %u", barrier);
     poison(block, to, bytes);
-    machine.copies.push_back({*map, &block, to, barrier, column, row});
+    machine.copies.push_back({*map, &block, to, barrier, column, row, tile});
   }
   mark(machine.box_pages, to, bytes);
   yield();
@@ -1004,7 +1008,7 @@ void narrow(float x, Half& to) {
 // --- Launching
 
 const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t row_stride,
-                     int box_rows) {
+                     int box_rows, int64_t tiles) {
   constexpr int64_t kMaxSize = int64_t(1) << 32;
   if (reinterpret_cast<uintptr_t>(map) % 64) return "the tensor map is not at a multiple of 64 bytes";
   if (!matrix || reinterpret_cast<uintptr_t>(matrix) % 16) return "the matrix does not begin at a multiple of 16 bytes";
@@ -1017,7 +1021,7 @@ const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t c
   *map = {};
   map->base = static_cast<const uint8_t*>(matrix);
   map->rows = rows, map->columns = columns, map->row_bytes = row_stride * 2;
-  map->box_rows = box_rows;
+  map->box_rows = box_rows, map->tiles = tiles;
   map->described = kDescribed;
   return nullptr;
 }
@@ -1142,6 +1146,12 @@ void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, i
 
 void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint16_t blocks) {
   issue_boxes(to, map, barrier, column, row, blocks);
+}
+
+void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile, int pair,
+                      uint16_t blocks) {
+  if (!map->tiles) FAIL("a strided box of a tensor map without strides");
+  issue_boxes(to, map, barrier, column, 2 * pair, blocks, tile);
 }
 
 void stores_before_products() {

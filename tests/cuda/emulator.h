@@ -22,7 +22,8 @@ struct alignas(64) TensorMap {
   int64_t rows, columns, row_bytes;
   int box_rows;
   uint32_t described;  // kDescribed, or it is no map
-  uint8_t unused[88];
+  int64_t tiles;       // 0: rows lie one after the other; else pairs of rows this many pairs apart
+  uint8_t unused[80];
 };
 static_assert(sizeof(TensorMap) == 128);
 constexpr uint32_t kDescribed = 0x4D415021;
@@ -61,7 +62,7 @@ void narrow(float x, Half& to);
 const char* run(void (*body)(const void*), const void* context, int64_t x, int64_t y, int threads, int cluster,
                 size_t shared);
 const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t row_stride,
-                     int box_rows);
+                     int box_rows, int64_t tiles = 0);
 
 // --- What a thread may do; see csrc/cuda/sm90/hopper.h
 
@@ -78,6 +79,8 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 void prefetch_map(const TensorMap* map);
 void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row);
 void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint16_t blocks);
+void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile, int pair,
+                      uint16_t blocks);
 void stores_before_products();
 
 uint32_t block_in_cluster();

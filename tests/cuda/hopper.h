@@ -44,6 +44,7 @@ using emulator::barrier_of_block;
 using emulator::barrier_wait;
 
 using emulator::load_box;
+using emulator::load_strided_box;
 using emulator::prefetch_map;
 using emulator::stores_before_products;
 

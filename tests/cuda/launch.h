@@ -40,5 +40,11 @@ const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t c
   return emulator::describe(map, matrix, rows, columns, row_stride, box_rows);
 }
 
+template <class T>
+const char* describe_strided(TensorMap* map, const void* matrix, int64_t tiles, int64_t columns, int64_t row_stride,
+                             int box_pairs) {
+  return emulator::describe(map, matrix, 128, columns, row_stride, 2 * box_pairs, tiles);
+}
+
 }  // namespace hopper
 }  // namespace smoothie

@@ -106,6 +106,17 @@ __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
+// The same of a matrix that describe_strided has described: 64 columns of row 2 ((pair + i / 2) tiles + tile) + i mod 2
+// become row i of the box.
+__device__ inline void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile,
+                                        int pair, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(uint64_t(map)), "r"(barrier), "r"(column), "r"(0), "r"(tile), "r"(pair), "h"(blocks)
+      : "memory");
+}
+
 // Before matrix products read what this thread has written to shared memory with ordinary stores.
 __device__ inline void stores_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

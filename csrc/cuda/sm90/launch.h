@@ -33,11 +33,11 @@ const char* launch(void (*kernel)(Params), const Grid& grid, Stream stream, cons
   return check(cudaLaunchKernelEx(&config, kernel, params));
 }
 
-// Rows of `columns` numbers of type T, row_stride numbers apart; boxes are box_rows x 64, swizzled in shared memory.
-// The matrix begins at a multiple of 16 bytes, as do its rows.
-template <class T>
-const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t row_stride,
-                     int box_rows) {
+// A matrix of so many dimensions, the first of numbers of type T one after the other; strides in numbers, of the
+// others.
+template <class T, int kDimensions>
+const char* describe(TensorMap* map, const void* matrix, const int64_t (&sizes)[kDimensions],
+                     const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
   // From the driver, by name: then the library asks for no libcuda when it is loaded.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -49,14 +49,33 @@ const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t c
     return Encode(found);
   }();
   if (!encode) return "the driver knows no tensor maps";
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(row_stride) * sizeof(T)};
-  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  cuuint64_t all[kDimensions], bytes[kDimensions - 1];
+  cuuint32_t boxes[kDimensions], steps[kDimensions];
+  for (int i = 0; i < kDimensions; ++i) all[i] = cuuint64_t(sizes[i]), boxes[i] = cuuint32_t(box[i]), steps[i] = 1;
+  for (int i = 0; i + 1 < kDimensions; ++i) bytes[i] = cuuint64_t(strides[i]) * sizeof(T);
   constexpr auto type =
       std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
-      encode(map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, type, kDimensions, const_cast<void*>(matrix), all, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the driver refused a tensor map";
+}
+
+// Rows of `columns` numbers, row_stride numbers apart; boxes are box_rows x 64, swizzled in shared memory. The matrix
+// begins at a multiple of 16 bytes, as do its rows.
+template <class T>
+const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t row_stride,
+                     int box_rows) {
+  return describe<T, 2>(map, matrix, {columns, rows}, {row_stride}, {64, box_rows});
+}
+
+// The first 128 tiles rows of such a matrix in `tiles` tiles of 64 pairs of rows: pair p of tile t is pair p tiles + t.
+// Boxes have one tile's next box_pairs pairs.
+template <class T>
+const char* describe_strided(TensorMap* map, const void* matrix, int64_t tiles, int64_t columns, int64_t row_stride,
+                             int box_pairs) {
+  return describe<T, 4>(map, matrix, {columns, 2, tiles, 64}, {row_stride, 2 * row_stride, 2 * tiles * row_stride},
+                        {64, 2, 1, box_pairs});
 }
 
 }  // namespace hopper
