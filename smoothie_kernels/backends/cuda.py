@@ -19,8 +19,7 @@ Every number in "plans" below is arithmetic.
 """
 
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,15 +85,10 @@ def _ops() -> Any:
     return torch.ops.smoothie_kernels_cuda
 
 
-def _on(x: Tensor) -> AbstractContextManager[None]:
-    """Kernels are launched on the current device."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
-
-
 def _call(name: str, x: Tensor, *arguments: object) -> None:
+    """On x's device, which the operator makes the current one, and on torch's stream there."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    with _on(x):
-        getattr(_ops(), name)(*arguments, stream)
+    getattr(_ops(), name)(*arguments, stream)
 
 
 # --- plans
@@ -132,7 +126,7 @@ def pick_chunks(row_blocks: int, tiles: int, processors: int, most: int = 2**31)
     return min(range(1, max(1, min(tiles, 2 * processors, most)) + 1), key=rounds)
 
 
-@cache
+@lru_cache(maxsize=256)
 def pick_parts(v: int, k: int, recall_target: float, buckets: Buckets) -> int | None:
     """In how many parts the table is taken, each at least a whole tile, with 8 buckets each.
 

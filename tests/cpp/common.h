@@ -1,9 +1,9 @@
-// What the C++ tests share: checks, threads, numbers of the three types, problems, and how the forward is called.
+// What the C++ tests of the CPU kernels share: threads, numbers of the three types, problems, and how the forward is
+// called.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -15,6 +15,7 @@
 
 #include "../../csrc/cpu/tiers.h"
 #include "../../csrc/philox.h"
+#include "check.h"
 
 namespace {
 
@@ -29,21 +30,6 @@ constexpr double kEps = 0x1p-24;  // rounding of fp32
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 const float kInfinity = std::numeric_limits<float>::infinity();
 
-int checks = 0, failures = 0;
-std::string context;  // what is under test, for messages
-
-void check(bool ok, int line, const char* what, double got, double wanted, double bound) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20)
-    std::printf("line %d: %s: got %.9g, wanted %.9g, bound %.3g (%s)\n", line, what, got, wanted, bound,
-                context.c_str());
-}
-
-#define CHECK_EQUAL(got, wanted) check((got) == (wanted), __LINE__, #got, double(got), double(wanted), 0.0)
-// False for NaN.
-#define CHECK_CLOSE(got, wanted, bound) \
-  check(std::fabs((got) - (wanted)) <= (bound), __LINE__, #got, double(got), double(wanted), double(bound))
 #define CHECK_WITHIN(got, low, high) check((got) >= (low) && (got) <= (high), __LINE__, #got, double(got), low, high)
 
 Threads threads(int count) {

@@ -13,25 +13,12 @@
 #include <string>
 #include <vector>
 
+#include "../cpp/check.h"
+
 namespace {
 
 using namespace smoothie::hopper;
 
-int checks = 0, failures = 0;
-std::string context;
-
-void check(bool ok, int line, const char* what, double got, double wanted, double bound) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20)
-    std::printf("line %d: %s: got %.9g, wanted %.9g, bound %.3g (%s)\n", line, what, got, wanted, bound,
-                context.c_str());
-}
-
-#define CHECK_EQUAL(got, wanted) check((got) == (wanted), __LINE__, #got, double(got), double(wanted), 0.0)
-// False for NaN.
-#define CHECK_CLOSE(got, wanted, bound) \
-  check(std::fabs((got) - (wanted)) <= (bound), __LINE__, #got, double(got), double(wanted), double(bound))
 #define CHECK_ERROR(error, part) check_error(error, part, __LINE__)
 #define CHECK_NO_ERROR(error) check_error(error, nullptr, __LINE__)
 

@@ -212,6 +212,16 @@ constexpr uint64_t kNextRows = 16 * 128 >> 4;   // 16 rows further
 #define SMOOTHIE_PRODUCT(shape, type, names, a, b, add, down_a) \
     "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n" \
     "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a ", " b ", add, 1, 1, " down_a ", 0;\n}\n"
+// That product of numbers of type T, a, b and add being a function's arguments.
+#define SMOOTHIE_MULTIPLY(shape, names, at_a, at_b, at_add, down_a, sums)                                             \
+  do {                                                                                                                \
+    if constexpr (std::is_same_v<T, BFloat16>)                                                                        \
+      asm volatile(SMOOTHIE_PRODUCT(shape, "bf16", names, at_a, at_b, at_add, down_a)                                 \
+                   : sums : "l"(a), "l"(b), "r"(int(add)));                                                           \
+    else                                                                                                              \
+      asm volatile(SMOOTHIE_PRODUCT(shape, "f16", names, at_a, at_b, at_add, down_a)                                  \
+                   : sums : "l"(a), "l"(b), "r"(int(add)));                                                           \
+  } while (false)
 // a in four registers, b down its columns; always added
 #define SMOOTHIE_PRODUCT_OF_REGISTERS(shape, type) \
     "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" SMOOTHIE_NAMES_32 "}, {%32, %33, %34, %35}, %36, " \
@@ -221,27 +231,13 @@ constexpr uint64_t kNextRows = 16 * 128 >> 4;   // 16 rows further
 // sums [64 x 128] (+)= a [64 x 16] . b [128 x 16]^T, both along their rows. A thread's sums: row_of, column_of.
 template <class T>
 __device__ inline void multiply_64x128(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, BFloat16>)
-    asm volatile(SMOOTHIE_PRODUCT("m64n128k16", "bf16", SMOOTHIE_NAMES_64, "%64", "%65", "%66", "0")
-                 : SMOOTHIE_FLOATS_64(sums)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  else
-    asm volatile(SMOOTHIE_PRODUCT("m64n128k16", "f16", SMOOTHIE_NAMES_64, "%64", "%65", "%66", "0")
-                 : SMOOTHIE_FLOATS_64(sums)
-                 : "l"(a), "l"(b), "r"(int(add)));
+  SMOOTHIE_MULTIPLY("m64n128k16", SMOOTHIE_NAMES_64, "%64", "%65", "%66", "0", SMOOTHIE_FLOATS_64(sums));
 }
 
 // sums [64 x 64] (+)= a [64 x 16] . b [64 x 16]^T, both along their rows.
 template <class T>
 __device__ inline void multiply_64x64(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, BFloat16>)
-    asm volatile(SMOOTHIE_PRODUCT("m64n64k16", "bf16", SMOOTHIE_NAMES_32, "%32", "%33", "%34", "0")
-                 : SMOOTHIE_FLOATS_32(sums)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  else
-    asm volatile(SMOOTHIE_PRODUCT("m64n64k16", "f16", SMOOTHIE_NAMES_32, "%32", "%33", "%34", "0")
-                 : SMOOTHIE_FLOATS_32(sums)
-                 : "l"(a), "l"(b), "r"(int(add)));
+  SMOOTHIE_MULTIPLY("m64n64k16", SMOOTHIE_NAMES_32, "%32", "%33", "%34", "0", SMOOTHIE_FLOATS_32(sums));
 }
 
 // sums [64 x 64] += a [64 x 16] . b [16 x 64], b down its columns. a lies in registers as sums do, two columns a word:
@@ -268,22 +264,10 @@ __device__ inline void products_have_read(uint32_t (&words)[kCount]) {
 // sums [64 x 32] (+)= a [64 x 16] . b [32 x 16]^T; with kDownA a is [16 x 64], and transposed.
 template <class T, bool kDownA>
 __device__ inline void multiply_64x32(float (&sums)[16], uint64_t a, uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, BFloat16> && kDownA)
-    asm volatile(SMOOTHIE_PRODUCT("m64n32k16", "bf16", SMOOTHIE_NAMES_16, "%16", "%17", "%18", "1")
-                 : SMOOTHIE_FLOATS_16(sums, 0)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  else if constexpr (std::is_same_v<T, BFloat16>)
-    asm volatile(SMOOTHIE_PRODUCT("m64n32k16", "bf16", SMOOTHIE_NAMES_16, "%16", "%17", "%18", "0")
-                 : SMOOTHIE_FLOATS_16(sums, 0)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  else if constexpr (kDownA)
-    asm volatile(SMOOTHIE_PRODUCT("m64n32k16", "f16", SMOOTHIE_NAMES_16, "%16", "%17", "%18", "1")
-                 : SMOOTHIE_FLOATS_16(sums, 0)
-                 : "l"(a), "l"(b), "r"(int(add)));
+  if constexpr (kDownA)
+    SMOOTHIE_MULTIPLY("m64n32k16", SMOOTHIE_NAMES_16, "%16", "%17", "%18", "1", SMOOTHIE_FLOATS_16(sums, 0));
   else
-    asm volatile(SMOOTHIE_PRODUCT("m64n32k16", "f16", SMOOTHIE_NAMES_16, "%16", "%17", "%18", "0")
-                 : SMOOTHIE_FLOATS_16(sums, 0)
-                 : "l"(a), "l"(b), "r"(int(add)));
+    SMOOTHIE_MULTIPLY("m64n32k16", SMOOTHIE_NAMES_16, "%16", "%17", "%18", "0", SMOOTHIE_FLOATS_16(sums, 0));
 }
 
 // Where a thread's sums lie in a product's result: element i is row row_of(i), column column_of(i).
