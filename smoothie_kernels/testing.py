@@ -1,6 +1,8 @@
 """The step as one reads it in the paper, dense, and how close results and gradients have to come to it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -31,7 +33,10 @@ def dense_step(
     x: Tensor, embeddings: Tensor, mu: Tensor, std: Tensor, eps: Tensor, sigma_min: float = 1.5
 ) -> SmoothieStep:
     """The whole step with its [N, V] tensors. x [N, D], embeddings [V, D], mu and std [N], eps [N, V]: one type."""
-    distances, logits = dense_logits(x, embeddings, mu, std, eps, sigma_min)
+    return _step_of(*dense_logits(x, embeddings, mu, std, eps, sigma_min), embeddings)
+
+
+def _step_of(distances: Tensor, logits: Tensor, embeddings: Tensor) -> SmoothieStep:
     return SmoothieStep(logits.softmax(-1) @ embeddings, distances.argmax(-1), logits.argmax(-1), logits.logsumexp(-1))
 
 
@@ -40,7 +45,64 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
 
 
-def check_step(
+class Compared(NamedTuple):
+    """One result, held against float64."""
+
+    name: str
+    error: float  # of its elements the one nearest to its bound, or farthest beyond it
+    bound: float
+    off: Tensor  # bool: which elements are beyond their bound
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.off.any())
+
+    def __str__(self) -> str:
+        return f"{self.name}: off by {self.error:.2e}, {self.bound:.2e} is allowed"
+
+
+def compare(name: str, error: Tensor, bound: Tensor | float) -> Compared:
+    """Element by element; an error that is not a number is beyond any bound."""
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=error.device).expand_as(error)
+    off = ~(error <= bound)
+    if not error.numel():
+        return Compared(name, 0.0, 0.0, off)
+    worst = (error / bound.clamp_min(1e-300)).nan_to_num(nan=torch.inf).argmax()
+    return Compared(name, float(error.flatten()[worst]), float(bound.flatten()[worst]), off)
+
+
+def _compare_norm(name: str, difference: Tensor, bound: float, unit: float = 1.0) -> Compared:
+    """||difference||, in units. Where it is beyond the bound, those elements are off that are not finite; or else, that
+    are far beyond the bound's root-mean-square; or else, beyond it."""
+    error = float(difference.norm())
+    off = ~difference.isfinite()
+    if not error <= bound:
+        for times in (4, 1):
+            if not off.any():
+                off = difference.abs() > times * bound / difference.numel() ** 0.5
+    return Compared(name, error / unit, bound / unit, off)
+
+
+_Given = ParamSpec("_Given")
+
+
+def _what_is_wrong(comparison: Callable[_Given, list[Compared]]) -> Callable[_Given, list[str]]:
+    """The same in words; an empty list where nothing is wrong."""
+
+    @wraps(comparison)
+    def check(*args: _Given.args, **kwargs: _Given.kwargs) -> list[str]:
+        return [str(compared) for compared in comparison(*args, **kwargs) if compared.wrong]
+
+    return check
+
+
+def _gather(values: Tensor, indices: Tensor) -> Tensor:
+    """values [N, V] at indices [N, K]; NaN where an index is none, as in memory that was never written."""
+    inside = (indices >= 0) & (indices < values.shape[1])
+    return values.gather(1, indices.where(inside, 0)).where(inside, torch.nan)
+
+
+def compare_step(
     step: SmoothieStep,
     x: Tensor,
     embeddings: Tensor,
@@ -50,8 +112,8 @@ def check_step(
     sigma_min: float = 1.5,
     *,
     loudness: float = 1.0,
-) -> list[str]:
-    """What is wrong with `step`, held against the dense step in float64; an empty list where nothing is.
+) -> list[Compared]:
+    """`step` against the dense step in float64.
 
     smoothed: relative error at most FLOOR of its type (times std * loudness where that is above 1: the float32 field is
     good to 2e-6, a sum of fields to that times `loudness`, the sum of |field_weights|) or twice that of the naive
@@ -62,32 +124,31 @@ def check_step(
     def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return x.to(dtype), embeddings.to(dtype), mu.to(dtype), std.to(dtype), eps.to(dtype)
 
-    exact = dense_step(*inputs(torch.float64), sigma_min)
     distances, logits = dense_logits(*inputs(torch.float64), sigma_min)
+    exact = _step_of(distances, logits, embeddings.double())
     naive = dense_step(*inputs(torch.float64 if x.dtype == torch.float64 else torch.float32), sigma_min)
 
-    wrong = []
-    error = relative_error(step.smoothed, exact.smoothed)
+    size = max(float(exact.smoothed.norm()), 1e-300)
     bound = max(
         FLOOR[x.dtype] * max(1.0, loudness * float(std.max())),
         NAIVE_MARGIN * relative_error(naive.smoothed, exact.smoothed),
     )
-    if not error <= bound:
-        wrong.append(f"smoothed: relative error {error:.2e} > {bound:.2e}")
+    compared = [_compare_norm("smoothed", step.smoothed.double() - exact.smoothed, bound * size, size)]
     lse_error = (step.lse.double() - exact.lse).abs()
     lse_bound = (1e-5 * exact.lse.abs()).clamp_min(float(NAIVE_MARGIN * (naive.lse.double() - exact.lse).abs().max()))
     lse_bound = lse_bound.clamp_min(FLOOR[torch.float32] if x.dtype != torch.float64 else FLOOR[x.dtype])
-    if not bool((lse_error <= lse_bound).all()):
-        wrong.append(f"lse: error {float(lse_error.max()):.2e} > {float(lse_bound.max()):.2e}")
+    compared.append(compare("lse", lse_error, lse_bound))
     for name, scores in (("tokens", distances), ("noisy_tokens", logits)):
         got, best = getattr(step, name), scores.max(1).values
-        behind = best - scores.gather(1, got[:, None])[:, 0]
-        if not bool((behind <= TIE * best.abs().clamp_min(1.0)).all()):
-            wrong.append(f"{name}: behind the best by up to {float(behind.max()):.2e}")
-    return wrong
+        behind = best - _gather(scores, got[:, None])[:, 0]
+        compared.append(compare(name, behind, TIE * best.abs().clamp_min(1.0)))
+    return compared
 
 
-def check_topk(
+check_step = _what_is_wrong(compare_step)
+
+
+def compare_topk(
     topk: TopK,
     x: Tensor,
     embeddings: Tensor,
@@ -98,8 +159,8 @@ def check_topk(
     *,
     recall: float = 1.0,
     loudness: float = 1.0,
-) -> list[str]:
-    """What is wrong with `topk`, held against the dense logits in float64; an empty list where nothing is.
+) -> list[Compared]:
+    """`topk` against the dense logits in float64.
 
     values: 1e-5 of max(|logit|, std * loudness, 1), or twice the error of the naive float32 logits; descending.
     indices: distinct, each with its value; together at least `recall` of the largest logits, in the mean over rows,
@@ -112,26 +173,27 @@ def check_topk(
 
     logits, n, k = logits_in(torch.float64), *topk.values.shape
     naive = (logits_in(torch.float64 if x.dtype == torch.float64 else torch.float32) - logits).abs()
-    of_tokens = logits.gather(1, topk.indices)
+    of_tokens = _gather(logits, topk.indices)
     relative = 1e-5 if x.dtype != torch.float64 else 1e-7  # float64 reference, float32 field
     bound = (relative * of_tokens.abs().maximum(loudness * std.double()[:, None]).clamp_min(1)).clamp_min(
         NAIVE_MARGIN * float(naive.max())
     )
-    wrong = []
-    if bool(((topk.values.double() - of_tokens).abs() > bound).any()) or bool(topk.values.isnan().any()):
-        wrong.append(f"values: off by up to {float((topk.values.double() - of_tokens).abs().max()):.2e}")
-    if bool((topk.values.diff(dim=1) > 0).any()):
-        wrong.append("values: not descending")
-    if any(len(row.unique()) != k for row in topk.indices):
-        wrong.append("indices: not distinct")
+    compared = [
+        compare("values", (topk.values.double() - of_tokens).abs(), bound),
+        compare("order of values", topk.values.diff(dim=1).clamp_min(0), 0.0),
+    ]
+    twice = k - torch.tensor([len(row.unique()) for row in topk.indices])
+    compared.append(compare("indices that come twice", twice.double(), 0.0))
     smallest = logits.topk(k).values[:, -1:]
-    found = float((of_tokens >= smallest - 2 * bound).double().mean()) if n else 1.0
-    if found < recall:
-        wrong.append(f"indices: recall {found:.4f} < {recall}")
-    tail = 1 - logits.softmax(1).gather(1, topk.indices).sum(1)
-    if bool(((topk.tail_mass.double() - tail).abs() > 2 * bound.amax(1)).any()):
-        wrong.append(f"tail_mass: off by up to {float((topk.tail_mass.double() - tail).abs().max()):.2e}")
-    return wrong
+    lost = ~(of_tokens >= smallest - 2 * bound)
+    share = float(lost.double().mean()) if n else 0.0
+    compared.append(Compared("share of the largest that is lost", share, 1 - recall, lost & (1 - share < recall)))
+    tail = 1 - _gather(logits.softmax(1), topk.indices).sum(1)
+    compared.append(compare("tail_mass", (topk.tail_mass.double() - tail).abs(), 2 * bound.amax(1)))
+    return compared
+
+
+check_topk = _what_is_wrong(compare_topk)
 
 
 def dense_gradients(
@@ -158,7 +220,7 @@ def _distances_to_differentiate(x: Tensor, embeddings: Tensor) -> Tensor:
     return x.square().sum(1)[:, None] - 2 * x @ embeddings.T + embeddings.square().sum(1)
 
 
-def check_gradients(
+def compare_gradients(
     grads: Sequence[Tensor | None],
     x: Tensor,
     embeddings: Tensor,
@@ -171,8 +233,8 @@ def check_gradients(
     *,
     cancelled: float = 0.0,
     loudness: float = 1.0,
-) -> list[str]:
-    """What is wrong with the gradients of x and embeddings (None: not asked for), held against float64.
+) -> list[Compared]:
+    """The gradients of x and embeddings (None: not asked for) against float64.
 
     Relative error at most twice that of naive float32 autograd on the same inputs, or FLOOR of the coarser of the two
     types (times std * loudness where that is above 1). Where terms may cancel by chance: or the share `cancelled` of
@@ -193,17 +255,20 @@ def check_gradients(
         x.double(), embeddings.double(), mu.double(), std.double(), eps.double(),
         grad_smoothed.double(), grad_lse.double(), sigma_min,
     )  # fmt: skip
-    wrong = []
+    compared = []
     for name, grad, truth, by_naive, size in zip(("x", "embeddings"), grads, exact, naive, sizes, strict=True):
         if grad is None:
             continue
-        error, norm = float((grad.double() - truth).norm()), float(truth.norm())
         bound = max(
-            floor * norm, NAIVE_MARGIN * float((by_naive - truth).norm()), floor * cancelled * float(size.norm())
+            floor * float(truth.norm()),
+            NAIVE_MARGIN * float((by_naive - truth).norm()),
+            floor * cancelled * float(size.norm()),
         )
-        if not error <= bound:
-            wrong.append(f"gradient of {name}: error {error:.2e} > {bound:.2e}, of {norm:.2e}")
-    return wrong
+        compared.append(_compare_norm(f"gradient of {name}", grad.double() - truth, bound))
+    return compared
+
+
+check_gradients = _what_is_wrong(compare_gradients)
 
 
 def _sizes_of_terms(
