@@ -10,10 +10,11 @@ import torch
 import smoothie_kernels
 from smoothie_kernels import dispatch
 
-DIFFUSION = {  # commands: their modules, the extras that these need, and what they do
-    "train": ("train", "train", "train a Smoothie model on text"),
-    "sample": ("sample_command", "train", "sample texts from a trained model"),
-    "evaluate": ("evaluate", "evaluate", "score generated texts"),
+COMMANDS = {  # their modules, the extras that these need, and what they do
+    "check": ("check.command", None, "check every kernel on this machine against float64"),
+    "train": ("diffusion.train", "train", "train a Smoothie model on text"),
+    "sample": ("diffusion.sample_command", "train", "sample texts from a trained model"),
+    "evaluate": ("diffusion.evaluate", "evaluate", "score generated texts"),
 }
 
 
@@ -22,23 +23,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=smoothie_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backends can run here, and why the others cannot")
-    for name, (_, _, text) in DIFFUSION.items():
+    for name, (_, _, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in DIFFUSION:
-        return diffusion(arguments.command, rest)
+    if arguments.command in COMMANDS:
+        return run(arguments.command, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(doctor())
     return 0
 
 
-def diffusion(name: str, arguments: list[str]) -> int:
-    """A command of `smoothie_kernels.diffusion`, whose packages are not needed by anything else."""
-    where, extra, _ = DIFFUSION[name]
+def run(name: str, arguments: list[str]) -> int:
+    """A command of its own. Packages that only some of them need may be missing."""
+    where, extra, _ = COMMANDS[name]
     try:
-        module = import_module(f"smoothie_kernels.diffusion.{where}")
+        module = import_module(f"smoothie_kernels.{where}")
     except ModuleNotFoundError as error:
+        if extra is None:
+            raise
         print(
             f"smoothie-kernels {name} needs the package {error.name}: pip install 'smoothie-kernels[{extra}]'",
             file=sys.stderr,
@@ -64,6 +67,7 @@ def doctor() -> str:
             lines.append(f"  {backend:<10} {_detail(backend) if reason is None else f'no: {reason}'}")
     if len(devices) == 1:
         lines.append("\ncuda tensors: torch sees no GPU")
+    lines.append("\nsmoothie-kernels check: whether the kernels are right on this machine")
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ DIFFUSION = [
     "embeddings", "batches", "data", "loss", "evaluation", "ema", "checkpoint", "metrics", "trainer", "flags", "train",
     "pipeline", "sample_command", "scores", "evaluate",
 ]  # fmt: skip
+# The same in smoothie_kernels.check, which uses whatever it checks.
+CHECK = ["findings", "isolate", "probes", "cuda_kernels", "plan", "machine", "run", "command"]
 PUBLIC = {*smoothie_kernels.__all__, "vocabulary", "diffusion"}
 BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "nearest_fwd", "gaussian"}
 
@@ -80,7 +82,7 @@ def test_imports_go_downward():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules == set(LAYERS)
     for position, name in enumerate(LAYERS):
-        allowed = set(LAYERS[:position]) | {"library": {"backends"}, "cli": {"backends", "diffusion"}}.get(name, set())
+        allowed = set(LAYERS[:position]) | {"library": {"backends"}, "cli": {"backends"}}.get(name, set())
         assert imported(PACKAGE / f"{name}.py") <= allowed, name
     for path in (PACKAGE / "backends").rglob("*.py"):
         assert imported(path) <= {"noise", "recall", "backends"}, path
@@ -97,10 +99,25 @@ def test_imports_of_diffusion_go_downward():
         assert inside <= set(DIFFUSION[:position]), name
 
 
+def test_imports_of_check_go_downward():
+    folder = PACKAGE / "check"
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(CHECK)
+    for position, name in enumerate(CHECK):
+        path = folder / f"{name}.py"
+        assert imported(path) <= {*LAYERS, "backends", "check", *smoothie_kernels.__all__} - {"cli"}, name
+        pattern = re.compile(r"^from smoothie_kernels\.check(?:\.(\w+))? import (.+)", re.MULTILINE)
+        inside = {
+            n
+            for module, names in pattern.findall(path.read_text())
+            for n in ([module] if module else names.split(", "))
+        }
+        assert inside <= set(CHECK[:position]), name
+
+
 def test_the_package_needs_no_trainer():
     """Nor do the diffusion package's own schedules and noising need transformers or datasets."""
     program = """if True:
-        import sys, smoothie_kernels, smoothie_kernels.cli, smoothie_kernels.diffusion
+        import sys, smoothie_kernels, smoothie_kernels.cli, smoothie_kernels.check.command, smoothie_kernels.diffusion
         print([name for name in ("transformers", "datasets", "accelerate", "triton") if name in sys.modules])
     """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
