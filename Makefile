@@ -80,12 +80,9 @@ format: venv  ## rewrite the sources as lint wants them
 
 # --- Benchmarks and the rest
 
-.PHONY: bench device doctor clean
+.PHONY: bench doctor clean
 bench: .venv/bench build  ## run the benchmarks on this machine's CPU
 	$(BIN)/python -m benchmarks run
-
-device:  ## run the benchmarks on this machine's GPU, with its own Python and torch
-	$(PYTHON) -m benchmarks.device
 
 doctor: build  ## say which backends run here
 	$(BIN)/smoothie-kernels doctor

@@ -13,7 +13,7 @@ from benchmarks.report import Report, duration, size
 
 RESULTS = Path(__file__).parent / "results"
 # These begin the names of results of another form.
-RECALL, TRAINING, SAMPLING, ROOFLINE = OTHERS = "recall-", "training-", "sampling-", "roofline-"
+RECALL, TRAINING, SAMPLING = OTHERS = "recall-", "training-", "sampling-"
 
 
 class NoResult(Exception):

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 import smoothie_kernels as sk
-from benchmarks import chunked, competitors, epilogue
+from benchmarks import chunked, competitors, epilogue, plans
 from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, training
+from benchmarks.plans import Plan
 from benchmarks.registry import OPS
 from smoothie_kernels import dispatch, library
 from smoothie_kernels.backends import StepOutputs
 
 SEED = 20_250_518
+ALL_BACKENDS = (*dispatch.BACKENDS, *dispatch.BY_NAME)
 
 
 def never(inputs: Inputs) -> str | None:
@@ -81,16 +83,16 @@ def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -
     return {"step": step, "nearest": nearest, "topk": step, **training(smoothed)}
 
 
-def top_k(recall_target: float, smooth: str = "topk") -> Mapping[str, Prepare]:
+def top_k(recall_target: float, smooth: str = "topk", backend: str = "auto") -> Mapping[str, Prepare]:
     def prepare(inputs: Inputs) -> Call:
         # The benchmark's usual time has more weight in the tail than that, and the report is no place to say so.
         warnings.filterwarnings("ignore", "smooth='topk' leaves out")
-        table, std = sk.Vocabulary(inputs.table), inputs.std if inputs.noisy else 0
+        table, std = sk.Vocabulary(inputs.table, backend=backend), inputs.std if inputs.noisy else 0
 
         def call() -> Outputs:
             y = sk.fused_smoothie_step(
                 inputs.x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, topk=inputs.k,
-                recall_target=recall_target, smooth=smooth,
+                recall_target=recall_target, smooth=smooth, backend=backend,
             )  # fmt: skip
             assert y.topk is not None
             return Outputs(
@@ -137,9 +139,35 @@ def statistics(backend: str = "auto") -> Mapping[str, Prepare]:
     return {"topk": prepare}
 
 
-def _top_k(name: str, recall_target: float, what: str, smooth: str = "topk") -> Contestant:
-    prepare = top_k(recall_target, smooth)
-    return Contestant(name, prepare, what, ours=True, recall_target=recall_target, smooth=smooth)
+def planned(plan: Plan) -> Mapping[str, Prepare]:
+    """fused, with other numbers in its backend's plan."""
+
+    def under(prepare: Prepare) -> Prepare:
+        def prepare_planned(inputs: Inputs) -> Call:
+            with plan.applied():
+                call = prepare(inputs)
+
+            def planned_call() -> Outputs:
+                with plan.applied():
+                    return call()
+
+            return planned_call
+
+        return prepare_planned
+
+    return {op: under(prepare) for op, prepare in fused(plan.backend, workspace=plan.workspace).items()}
+
+
+def _top_k(name: str, recall_target: float, what: str, smooth: str = "topk") -> list[Contestant]:
+    """By whichever backend auto picks, and by name."""
+    of_backend = [("auto", name, never), *((each, f"{name}[{each}]", backend_cannot(each)) for each in ALL_BACKENDS)]
+    return [
+        Contestant(
+            label, top_k(recall_target, smooth, backend), what, ours=True, recall_target=recall_target, smooth=smooth,
+            absent=absent,
+        )
+        for backend, label, absent in of_backend
+    ]  # fmt: skip
 
 
 def backend_cannot(name: str) -> Callable[[Inputs], str | None]:
@@ -177,7 +205,6 @@ def products(dtype: torch.dtype | None = None) -> Mapping[str, Prepare]:
     return dict.fromkeys(OPS, prepare)
 
 
-ALL_BACKENDS = (*dispatch.BACKENDS, *dispatch.BY_NAME)
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -187,10 +214,13 @@ CONTESTANTS = {
             Contestant(f"fused[{name}]", fused(name), f"its {name} backend", ours=True, absent=backend_cannot(name))
             for name in ALL_BACKENDS
         ),
-        Contestant("fused, one kernel", fused(workspace=0), "this package without a workspace, on a GPU", ours=True),
-        _top_k("top-k, 0.95", 0.95, "this package: the top-k at recall_target 0.95, and their mean"),
-        _top_k("top-k, exact", 1.0, "the same, exact"),
-        _top_k("top-k and mean", 0.95, "the same at 0.95, their mean and the table's for the tail", "topk+mean"),
+        *(
+            Contestant(name, planned(plan), "another plan of the same", ours=True, absent=backend_cannot(plan.backend))
+            for name, plan in plans.ALL.items()
+        ),
+        *_top_k("top-k, 0.95", 0.95, "this package: the top-k at recall_target 0.95, and their mean"),
+        *_top_k("top-k, exact", 1.0, "the same, exact"),
+        *_top_k("top-k and mean", 0.95, "the same at 0.95, their mean and the table's for the tail", "topk+mean"),
         Contestant("statistics", statistics(), "its pass alone: tokens, noisy tokens, lse", ours=True),
         *(
             Contestant(

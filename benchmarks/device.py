@@ -1,182 +1,317 @@
-"""One command for a machine with a CUDA GPU: python -m benchmarks.device. Builds, tests, measures, within a time limit.
+"""Three calls for a machine with a GPU: python -m benchmarks.device probe | measure | models.
 
-Needs no network and no package beyond those of the `bench` and `test` extras; where the package with the embedding
-table is missing, the tables are synthetic, and the results say so. Every file is written as soon as its part is done:
-those of `roofline` and `benchmark` after every case. All parts together take three times the limit, so there are three
-calls, what is wanted first in the first, and two more for whole models:
+Each ends within SECONDS, is useful without the others, and loses nothing when something fails: every probe and case
+runs in a process of its own, and every result is written at once. README.md says what the seconds are spent on.
 
-    python -m benchmarks.device                                     build, tests, roofline
-    python -m benchmarks.device --parts build checkers offline      bad memory accesses, races; registers
-    python -m benchmarks.device --parts build benchmark             the gpu-* cases, all contestants
-    python -m benchmarks.device --parts build training
-    python -m benchmarks.device --parts build sampling
+    python -m benchmarks.device pack       before: what the machine will need, gathered in build/device
+    python -m benchmarks.device probe      are the kernels right? `smoothie-kernels check`, then the tests
+    python -m benchmarks.device measure    the step against what people use instead, and a profile of the slowest kernel
+    python -m benchmarks.device models     whole training steps and calls of the sampler
+
+Nothing is downloaded or compiled but Triton's kernels. The results of a call are one archive in the folder --out.
+`--rehearse` makes the call on a machine without a GPU: small cases, Triton's interpreter, the emulator of Hopper.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
-from benchmarks.compare import RESULTS, ROOFLINE
-from benchmarks.embeddings import NoEmbeddings, pinned_package
-from benchmarks.machine import ROOT, describe
+from benchmarks import bars, crew, machine, rates, registry, rehearsal
+from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.machine import ROOT, Machine
+from benchmarks.report import Report
+from benchmarks.suite import WRONG
+from smoothie_kernels.backends import cuda
+from smoothie_kernels.check.isolate import Ended, run_command
 
-SECONDS = 530  # for everything
-BUILD_SECONDS, TESTS_SHARE = 180, 0.35  # nvcc takes about a minute; of what is left when the tests begin
-LAST_CASE_SECONDS = 35  # no case begins later than this before the end of its part
-MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 100, 40, 25  # starting under a checker is slow
-OFFLINE_SECONDS = 60
-MEASURING = {  # part: command of benchmarks
-    "roofline": ("roofline",),
-    "benchmark": ("run", "--device", "cuda", "--cases", "gpu-*"),
-}
-MODEL_SECONDS = {"training": 240, "sampling": 300}
-USUAL_PARTS = ("build", "tests", "roofline")
-PARTS = (*USUAL_PARTS, "benchmark", "checkers", "offline", *MODEL_SECONDS)
-# Backends, and what looks at them; kernels that nobody has run come first.
-CHECKERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "triton": ("memcheck", "racecheck", "initcheck")}
-TOOLKITS = ("/usr/local", "/opt/nvidia", "/opt")  # where CUDA toolkits are, in folders named cuda*
-TAIL = 30  # lines of a part's output that are shown
+SECONDS = 240.0
+PACKED = ROOT / "build" / "device"  # git-ignored: to be taken along, with LIBRARIES
+MATERIAL, GOLDEN, COMMIT = PACKED / "material.pt", PACKED / "golden", machine.STAMP
+SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
+LIBRARIES = (
+    cuda.LIBRARY.with_name("libsmoothie_kernels_cpu.so"),
+    cuda.LIBRARY,
+    cuda.LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so"),
+)
+MOST_PACKED = 64 * 2**20  # bytes, with all files of the project
+
+CHECK_SECONDS, LEAST_SECONDS = 100.0, 15.0  # for the probes; what must be left for another thing to begin
+TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("cuda", "cuda_edges", "cuda_topk", "cuda_gpu", "triton", "triton_chunked", "triton_topk", "noise",
+                 "nearest", "forward", "backward", "topk", "vocabulary", "library")
+)  # fmt: skip
+TEST_SECONDS, ALONE_AT_ONCE = 60, 8  # for one test; tests that are tried again at the same time, each alone
+PROFILE_SECONDS = 45.0
+PROFILED = {"fused[cuda]": "score_kernel", "fused[triton]": "chunk_fwd_kernel"}  # contestants: their slowest kernels
+MODELS = (  # command, case, seconds: the paper's model first
+    ("training", "train-12x768", 100.0), ("sampling", "sample-12x768", 80.0), ("training", "train-4x384", 60.0),
+    ("sampling", "sample-4x384", 60.0),
+)  # fmt: skip
 
 
-class Parts:
-    """Runs commands one after the other, each within what is left of the time."""
+SMALL_MODELS = (("training", "train-4x384-small", 100.0), ("sampling", "sample-4x384-one", 100.0))  # in a rehearsal
 
-    def __init__(self, seconds: float, log_stem: Path) -> None:
-        self.end = time.monotonic() + seconds
-        self.log_stem = log_stem
-        self.failed: list[str] = []
+
+@dataclass
+class Call:
+    """One of the calls, and what all of its parts need."""
+
+    name: str
+    machine: Machine
+    folder: Path  # for everything that is written
+    begin: float
+    end: float
+    rehearsed: str = ""  # the module that stands in for a GPU
+    patterns: tuple[str, ...] = ("*",)
+    failed: list[str] = field(default_factory=list)
+    console: Console = field(default_factory=lambda: Console(width=150, highlight=False))
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        common = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "SMOOTHIE_GOLDEN": str(GOLDEN)}
+        return common | ({"TRITON_INTERPRET": "1"} if self.rehearsed else {})
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsed else "cuda"
+
+    def wants(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self.patterns)
 
     def left(self) -> float:
-        return max(self.end - time.monotonic(), 1.0)
+        return self.end - time.monotonic()
 
-    def run(self, name: str, command: list[str], seconds: float, **environment: str) -> None:
-        log = self.log_stem.with_name(f"{self.log_stem.name}-{name}.txt")
-        print(f"== {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
-        with log.open("w", encoding="utf-8") as output:
-            part = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                ended = f"exit code {part.wait(seconds)}"
-            except subprocess.TimeoutExpired:
-                os.killpg(part.pid, signal.SIGKILL)  # with the processes that it started
-                part.wait()
-                ended = f"stopped after {seconds:.0f} s"
-            output.write(f"{ended}\n")
-        print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]), flush=True)
-        if ended != "exit code 0":
+    def says(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
+
+    def run(
+        self, name: str, command: list[str], seconds: float, fine: tuple[int, ...] = (0,), **env: str
+    ) -> Ended | None:
+        """A command with its output in a file; None where there is no time for it. `fine`: exit codes."""
+        seconds = min(seconds, self.left())
+        if seconds < LEAST_SECONDS:
+            self.says(f"{name}: left out, no time")
+            self.failed.append(f"{name}: left out")
+            return None
+        self.says(f"{name}: at most {seconds:.0f} s")
+        ended = run_command([sys.executable, *command], seconds, self.folder / f"{name}.txt", {**self.env, **env}, ROOT)
+        self.says(f"{name}: {ended}\n{ended.tail}")
+        if ended.code not in fine:
             self.failed.append(f"{name}: {ended}")
+        return ended
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
-    parser.add_argument("--out", type=Path, help="output folder; $OUT or benchmarks/results without it")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for everything")
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=USUAL_PARTS, help=f"without it: {', '.join(USUAL_PARTS)}"
+# --- before
+
+
+def pack() -> int:
+    """What the calls read, and the libraries, are here: says what has to be taken along."""
+    PACKED.mkdir(parents=True, exist_ok=True)
+    material = load_material(None)
+    note = f"{material.note}; rounded to bfloat16"
+    Material(material.table.bfloat16(), material.tokens, note).save(MATERIAL)
+    if SHARED_GOLDEN.is_dir():
+        shutil.copytree(SHARED_GOLDEN, GOLDEN, dirs_exist_ok=True)
+    COMMIT.write_text(machine.commit_of("HEAD") + "\n", encoding="utf-8")
+    missing = [path for path in (*LIBRARIES, GOLDEN) if not path.exists()]
+    for path in missing:
+        print(f"missing: {path.relative_to(ROOT)} (SMOOTHIE_WATCHDOG=1 make build makes the libraries)")
+    taken = [path for path in (PACKED, *LIBRARIES) if path.exists()]
+    size = sum(file.stat().st_size for path in taken for file in ([path] if path.is_file() else path.rglob("*")))
+    print(f"take along: {' '.join(str(path.relative_to(ROOT)) for path in taken)} ({size / 2**20:.1f} MiB)")
+    return int(bool(missing) or size > MOST_PACKED)
+
+
+# --- are the kernels right?
+
+
+def probe(call: Call) -> None:
+    check = ["-m", "smoothie_kernels.cli", "check"]
+    if call.rehearsed:
+        emulator = str(rehearsal.emulator())
+        for name, more in (("cpu", []), ("triton", []), ("cuda", ["--emulated", emulator])):
+            rows = str(call.folder / f"check-{name}.jsonl")
+            call.run(f"check-{name}", [*check, "--quick", "--backend", name, *more, "--out", rows], CHECK_SECONDS)
+    else:
+        call.run("check", [*check, "--out", str(call.folder / "check.jsonl")], CHECK_SECONDS)
+    tests(call)
+
+
+def tests(call: Call) -> None:
+    """All at once on several workers; then those that failed, or took their worker down, each in a process of its own:
+    an error of CUDA stays with its process, and fails all tests behind it."""
+    files = [name for name in TESTS if call.wants(name)]
+    lines, workers = call.folder / "tests.jsonl", min(12, os.cpu_count() or 1)
+    pytest = [
+        "-m", "pytest", "-c", "pyproject.toml", "--rootdir", str(ROOT), "-p", "benchmarks.pytest_lines", "--tb=short",
+        f"--timeout={TEST_SECONDS}", "--timeout-method=thread",
+    ]  # fmt: skip
+    several = ["-n", str(workers), "--dist=worksteal", f"--max-worker-restart={len(files) * 10}"]
+    call.run("tests", [*pytest, *several, *files], call.left() * 0.8, fine=(0, 1), SMOOTHIE_TEST_LINES=str(lines))
+    outcomes = read_tests(lines)
+    again = [name for name, outcome in outcomes.items() if outcome == "failed"]
+
+    def alone(i: int) -> tuple[str, str]:
+        log, mine = call.folder / f"test-{i}.txt", call.folder / f"test-{i}.jsonl"
+        if call.left() < LEAST_SECONDS:
+            return again[i], "failed, not tried alone"
+        run_command(
+            [sys.executable, *pytest, again[i]], min(TEST_SECONDS, call.left()), log,
+            {**call.env, "SMOOTHIE_TEST_LINES": str(mine)}, ROOT,
+        )  # fmt: skip
+        return again[i], read_tests(mine).get(again[i], "failed")
+
+    with ThreadPoolExecutor(ALONE_AT_ONCE) as pool:
+        outcomes |= dict(pool.map(alone, range(len(again))))
+    counts = {outcome: sum(each == outcome for each in outcomes.values()) for outcome in sorted(set(outcomes.values()))}
+    call.says(f"tests: {counts}; {len(again)} were tried again, each alone")
+    for name, outcome in outcomes.items():
+        if outcome.startswith("failed"):
+            call.failed.append(f"{name}: {outcome}")
+
+
+def read_tests(lines: Path) -> dict[str, str]:
+    if not lines.exists():
+        return {}
+    found = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    return {each["test"]: each["outcome"] for each in found}
+
+
+# --- how fast is the step?
+
+
+def measure(call: Call) -> None:
+    names = [rates.CASE, *(case.name for case in registry.CASES.values() if case.group == "gpu")]
+    chosen = [name for name in names if call.wants(name)]
+    report, ends = Report(call.machine, {}, []), dict[str, str]()
+    material = packed_material(call)
+    more = ["--rehearsal", call.rehearsed, "--repeats", "1"] if call.rehearsed else []
+    command = crew.command(call.device, material, *more)
+
+    def on_case(worker: crew.Worker, how: str) -> None:
+        crew.collect(report, worker, how)
+        report.save(call.folder)
+        ends[worker.case] = how
+        call.says(f"{worker.case}: {how or 'measured'}")
+
+    reserve = 0.0 if call.rehearsed else PROFILE_SECONDS
+    left_out = crew.run(
+        (crew.Worker(name, command, call.folder) for name in chosen), call.env, call.end - reserve, on_case
     )
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks.device: PyTorch sees no CUDA GPU on this machine; nothing was run", file=sys.stderr)
-        return 2
-    out = (arguments.out or Path(os.environ.get("OUT") or RESULTS)).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    parts = Parts(arguments.seconds, out / describe("cuda").stem)
-    python = sys.executable
-    wanted = arguments.parts
-    if "build" in wanted:
-        parts.run("build", [python, "setup.py", "build_ext", "--inplace"], min(BUILD_SECONDS, parts.left()))
-    if "tests" in wanted:
-        # A new process describes and uses what was just built.
-        parts.run("tests", [python, "-m", "pytest", *tests_in_order()], TESTS_SHARE * parts.left())
-    for i, (part, command) in enumerate(MEASURING.items()):
-        if part in wanted:  # each gets its share of what is left
-            others = sum(other in wanted for other in (*list(MEASURING)[i + 1 :], "checkers"))
-            seconds = max(parts.left() / (1 + others), LAST_CASE_SECONDS)
-            measure = [python, "-m", "benchmarks", *command, "--keep-going", "--out", str(out)]
-            measure += ["--deadline", str(int(seconds - LAST_CASE_SECONDS)), *embeddings()]
-            earlier = RESULTS / f"{ROOFLINE}{parts.log_stem.name}.json"
-            if part == "roofline" and earlier.exists():  # goes on where that ended
-                measure += ["--add-to", str(earlier)]
-            parts.run(part, measure, seconds)
-    if "checkers" in wanted:
-        sanitize(parts, python)
-    if "offline" in wanted:
-        offline(parts, python)
-    for part, seconds in MODEL_SECONDS.items():
-        if part in wanted:
-            measure = [python, "-m", "benchmarks", part, "--device", "cuda", "--keep-going"]
-            parts.run(part, [*measure, "--out", str(out), *embeddings()], min(seconds, parts.left()))
-    if out != RESULTS.resolve():
-        RESULTS.mkdir(exist_ok=True)
-        for path in out.glob(f"*{parts.log_stem.name}*"):
-            shutil.copy(path, RESULTS)
-    for failure in parts.failed:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1 if parts.failed else 0
+    call.failed += [f"{name}: {how}" for name, how in ends.items() if how]
+    call.failed += [f"{name}: left out, no time" for name in left_out]
+    call.failed += [f"{row.case}, {row.contestant}: {row.note}" for row in report.rows if row.note.startswith(WRONG)]
+    report.show(call.console)
+    bars.section(report).show(call.console)
+    if not call.rehearsed:
+        profile(call, report, command)
 
 
-def tests_in_order() -> list[str]:
-    """Those that a GPU decides first, and of these those of backend "cuda". What a build does needs no GPU."""
-    found = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))]
-    on_gpu = [name for start in ("tests/test_cuda", "tests/test_triton") for name in found if name.startswith(start)]
-    return [*(name for name in on_gpu if "build" not in name), "tests"]
-
-
-def sanitize(parts: Parts, python: str) -> None:
-    """As many checkers as there is time for; the first finds the most."""
-    checker = find_compute_sanitizer()
-    if checker is None:
-        print(
-            "== no compute-sanitizer, neither on PATH nor in a CUDA toolkit: memory accesses are not checked",
-            flush=True,
-        )
+def profile(call: Call, report: Report, command: list[str]) -> None:
+    """Nsight Compute's counters of the kernels that take the longest, with the clocks as they are."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        call.says("profile: there is no ncu on PATH")
         return
-    for backend, tools in CHECKERS.items():
-        for tool in tools:
-            seconds = min(parts.left(), MOST_PER_CHECKER)
-            if seconds < LEAST_PER_CHECKER:
-                print(f"== {tool} of {backend}: left out, there is no time", flush=True)
-                continue
-            command = [checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-            command += [python, "-m", "benchmarks.sanitize", "--backend", backend]
-            command += ["--seconds", str(int(seconds - LAST_CALL_SECONDS))]
-            # A cached block is larger than its tensor: what goes beyond the tensor would not be seen.
-            parts.run(f"{tool}-{backend}", command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for who, kernel in PROFILED.items():
+        if not any((row.case, row.contestant) == (bars.STEP, who) and row.seconds for row in report.rows):
+            continue
+        options = [
+            "--set", "full", "--clock-control", "none", "--kernel-name", f"regex:{kernel}", "--launch-skip", "1",
+            "--launch-count", "1", "--export", str(call.folder / f"profile-{kernel}"), "--force-overwrite",
+            "--page", "details",
+        ]  # fmt: skip
+        once = [*command, bars.STEP, "--rows", str(call.folder / "profile.jsonl"), "--only", who]
+        if call.left() > LEAST_SECONDS:
+            ended = run_command(
+                [ncu, *options, *once], min(PROFILE_SECONDS, call.left()), call.folder / f"profile-{kernel}.txt",
+                call.env, ROOT,
+            )  # fmt: skip
+            call.says(f"profile of {who}, {kernel}: {ended}")
 
 
-def find_compute_sanitizer() -> str | None:
-    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    homes += [home for folder in TOOLKITS for home in sorted(Path(folder).glob("cuda*"), reverse=True)]
-    folders = [home / inner for home in homes for inner in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or next(
-        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=str(folder)))), None
-    )  # fmt: skip
-
-
-def offline(parts: Parts, python: str) -> None:
-    """What the kernels' compilation for all GPUs says, with the Triton that is here."""
-    command = [python, "-m", "smoothie_kernels.backends.triton.offline", "--json"]
-    parts.run("offline", command, min(OFFLINE_SECONDS, parts.left()))
-
-
-def embeddings() -> list[str]:
+def packed_material(call: Call) -> Path:
+    """The table that was packed; else a synthetic one, and the results say so."""
+    if MATERIAL.exists():
+        return MATERIAL
+    path = call.folder / "material.pt"
     try:
-        pinned_package()
+        load_material(None).save(path)
     except NoEmbeddings as reason:
-        print(f"synthetic tables: {reason}", flush=True)
-        return ["--embeddings", "synthetic"]
-    return []
+        call.says(f"synthetic tables: {reason}")
+        synthetic(30_522, 384).save(path)
+    return path
+
+
+# --- how fast are whole models?
+
+
+def models(call: Call) -> None:
+    material = packed_material(call)
+    for command, case, seconds in SMALL_MODELS if call.rehearsed else MODELS:
+        if not call.wants(case):
+            continue
+        how = ["--device", call.device, "--cases", case, "--keep-going", "--embeddings", str(material)]
+        out = call.folder / case
+        call.run(case, ["-m", "benchmarks", command, *how, "--out", str(out)], seconds)
+
+
+CALLS = {"probe": probe, "measure": measure, "models": models}
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("call", choices=("pack", *CALLS))
+    parser.add_argument("--out", type=Path, help="folder for the archive; $OUT or benchmarks/results without it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit")
+    parser.add_argument("--only", default="*", help="patterns of cases, or of test files, separated by commas")
+    parser.add_argument("--rehearse", nargs="?", const="benchmarks.rehearsal", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    if options.call == "pack":
+        return pack()
+    if not options.rehearse and not torch.cuda.is_available():
+        print("benchmarks.device: PyTorch sees no GPU on this machine; nothing was run", file=sys.stderr)
+        return 2
+    if options.rehearse:
+        rehearsal.emulator()  # the compiler's minute is not the call's
+    here = machine.describe("cpu" if options.rehearse else "cuda")
+    name = f"{options.call}-{here.stem}"
+    out: Path = (options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")).resolve()
+    folder = PACKED / name
+    shutil.rmtree(folder, ignore_errors=True)
+    for each in (out, folder):
+        each.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    call = Call(
+        options.call, here, folder, begin, begin + options.seconds, options.rehearse, tuple(options.only.split(","))
+    )
+    try:
+        CALLS[options.call](call)
+    finally:
+        (folder / "failed.txt").write_text("".join(f"{each}\n" for each in call.failed), encoding="utf-8")
+        with tarfile.open(out / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(folder, arcname=name)
+        call.says(f"{len(call.failed)} things failed; all results: {out / name}.tar.gz")
+        for failure in call.failed:
+            print(f"failed: {failure}")
+    return int(bool(call.failed))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Material:
 
     @staticmethod
     def load(path: Path) -> Material:
-        return Material(**torch.load(path))
+        content = torch.load(path)
+        return Material(content["table"].float(), content["tokens"], content["note"])
 
 
 def synthetic(v: int, d: int) -> Material:

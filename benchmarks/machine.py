@@ -18,6 +18,7 @@ from smoothie_kernels.backends import cpu
 
 ROOT = Path(__file__).parent.parent
 CPUINFO = Path("/proc/cpuinfo")
+STAMP = ROOT / "build" / "device" / "commit"  # of a copy without git: `benchmarks.device pack` writes it
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Machine:
     @property
     def slug(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu|processor", " ", self.processor.lower())).strip("-")
+
+    @property
+    def versions_line(self) -> str:
+        return " ".join(f"{name}={number}" for name, number in self.versions.items())
 
     @property
     def stem(self) -> str:
@@ -66,8 +71,11 @@ def describe(device: str) -> Machine:
 
 
 def commit_of(ref: str) -> str:
-    """Seven digits, or "unknown" where there is no git or no such ref."""
-    return (_git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") or "unknown")[:7]
+    """Seven digits, or "unknown" where there is no such ref. A copy without git may have a file that says of which."""
+    found = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    if not found and ref == "HEAD" and STAMP.is_file():
+        found = STAMP.read_text(encoding="utf-8")
+    return (found or "unknown")[:7]
 
 
 def _git(*arguments: str) -> str:

@@ -25,7 +25,7 @@ from benchmarks.check import CheckFailed
 from benchmarks.embeddings import Material
 from benchmarks.machine import Machine
 from benchmarks.model_report import OURS, Products, Result, Row
-from benchmarks.suite import USABLE, WRONG
+from benchmarks.suite import USABLE, WRONG, one_line
 from benchmarks.timing import Clock, race
 
 if TYPE_CHECKING:
@@ -132,10 +132,6 @@ def counted(call: Callable[[], Any]) -> tuple[int, Any]:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         found = call()
     return counter.get_total_flops(), found
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
 class Race(ABC, Generic[Case, OneRow]):

@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 
 import torch
 
+from benchmarks import plans
+
 
 @dataclass(frozen=True)
 class Op:
@@ -60,6 +62,7 @@ class Case:
     std: float = 0.99  # 0: no noise
     fields: int = 1  # whose sum the noise is; "step" alone takes more than one
     t: float | None = None  # time in the paper's schedule, instead of mu and std
+    captured: bool = False  # on a GPU: replayed from a CUDA graph, so that launches from Python do not count
     group: str = "default"  # "default", "sweep" (in the default run too), "full", "gpu"
 
 
@@ -162,49 +165,88 @@ _FULL = (
 )
 
 
-def _on_gpu(case: Case, who: tuple[str, ...], n: int, v: int, d: int, dtype: torch.dtype) -> Case:
-    name = f"gpu-{case.name}-n{n}-v{v}-d{d}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
-    return replace(case, name=name, why="a GPU", contestants=who, n=n, v=v, d=d, dtype=dtype, group="gpu")
+# --- a GPU: in the order in which `benchmarks.device measure` takes them
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 
-def _with_cuda(case: Case) -> Case:
-    """The backend for Hopper takes part by its name, in the types that it takes."""
-    if case.dtype == torch.float32:
-        return case
-    ours = "statistics[cuda]" if case.op == "topk" else "fused[cuda]"
-    return replace(case, contestants=(case.contestants[0], ours, *case.contestants[1:]))
+def _gpu(
+    of: Case, who: tuple[str, ...], n: int, v: int, d: int, dtype: torch.dtype = BF16, *, name: str = "", why: str = "",
+    captured: bool = False,
+) -> Case:  # fmt: skip
+    full = f"gpu-{name or of.name}-n{n}-v{v}-d{d}-{SHORT[dtype]}"
+    why = why or of.why.partition(":")[0]
+    return replace(
+        of, name=full, why=why, contestants=who, n=n, v=v, d=d, dtype=dtype, group="gpu", captured=captured
+    )  # fmt: skip
 
 
-# With the hardest competitor, and in both of the forms that a GPU has for ours.
-_BOTH = ("fused", "fused, one kernel", EPILOGUE)
-_SIZES = ((28_996, 768), (30_522, 384))
-_GPU_MAIN = tuple(
-    _on_gpu(case, who, 16384, v, d, torch.bfloat16)
-    for v, d in _SIZES
-    for case, who in (
-        (_STEP, (*_BOTH, *DENSE, "eager, float32")),
-        (_QUIET, (*_BOTH, "eager", "sdpa")),
-        (_TRAIN, (*_BOTH, *DENSE, "eager, float32")),
-    )
-)
-# What is wanted first comes first: where time is short, the last cases are left out.
+def by_backend(name: str) -> tuple[str, ...]:
+    return f"{name}[cuda]", f"{name}[triton]"
+
+
+(ONE_KERNEL,) = plans.named(plans.ONE_KERNEL)
+_ONE_PASS, _TWO_PASSES = plans.named(plans.FEW_ROWS)
+_FUSED, _PASS = by_backend("fused"), by_backend("statistics")
+_ALL = (*_FUSED, ONE_KERNEL, EPILOGUE, "eager", "eager, float32", "compiled")
+_IN_FLOAT32 = ("fused[triton]", ONE_KERNEL, EPILOGUE, "eager")
+_FEW = (*_FUSED, _ONE_PASS, _TWO_PASSES, ONE_KERNEL, EPILOGUE, "eager, float32")
+_PASS_ONLY = replace(_TOPK, why="tokens, noisy tokens and lse alone: one product")
+_MANY, _BERT, _UNCASED, _MINILM = 16_384, (28_996, 768), (30_522, 1024), (30_522, 384)
+_LARGE = (256_000, 768)
+
 _GPU = (
-    *_GPU_MAIN[:2],
-    *(_on_gpu(_TOPK, _TOPK.contestants, 16384, v, d, torch.bfloat16) for v, d in _SIZES),
-    *_GPU_MAIN[2:],
+    _gpu(_STEP, _ALL, _MANY, *_BERT),
+    _gpu(_QUIET, (*_FUSED, "eager", "sdpa"), _MANY, *_BERT),
+    _gpu(_PASS_ONLY, _PASS, _MANY, *_BERT, name="statistics"),
+    _gpu(replace(_PASS_ONLY, std=0.0), _PASS, _MANY, *_BERT, name="statistics-quiet", why="the same without noise"),
+    _gpu(_TRAIN, _ALL, _MANY, *_BERT),
+    _gpu(_STEP, _ALL, _MANY, *_MINILM),
+    _gpu(_STEP, _IN_FLOAT32, _MANY, *_BERT, FP32, why="float32 products by three tf32 products"),
     *(
-        _on_gpu(case, (*_BOTH, "eager", "chunked", "fused[reference]"), 4096, v, d, torch.float32)
-        for v, d in _SIZES
-        for case in (_STEP, _TRAIN)
+        _gpu(_STEP, _FEW, n, *_BERT, name="graph", why="few rows, replayed from a CUDA graph", captured=True)
+        for n in (1, 8, 64)
     ),
-    *(_on_gpu(_TRAIN_X, (*_BOTH, "eager", "chunked"), 16384, v, d, torch.bfloat16) for v, d in _SIZES),
-    _on_gpu(_QUIET, ("fused", "compiled", "flex"), 4096, *_SIZES[1], torch.bfloat16),
-    *(_on_gpu(_NEAREST, ("fused", *DENSE), 16384, v, d, torch.bfloat16) for v, d in _SIZES),
-    *(_on_gpu(_STEP, (*_BOTH, "eager"), 4096, v, d, torch.bfloat16) for v, d in _SIZES),
-    *(_on_gpu(_STEP, (*_BOTH, "eager"), 16384, v, d, torch.float32) for v, d in _SIZES),
+    _gpu(_TOPK, (*by_backend("top-k, 0.95"), *by_backend("top-k, exact"), "eager", "compiled"), _MANY, *_BERT),
+    _gpu(_STEP, (*_FUSED, EPILOGUE, "eager, float32"), _MANY, *_UNCASED),
+    _gpu(_NEAREST, _FUSED, _MANY, *_BERT),
+    _gpu(_STEP, (*_FUSED, ONE_KERNEL), _MANY, *_BERT, FP16, why="float16 rows and table"),
+    _gpu(
+        _STEP,
+        ("fused[cuda]", *plans.named(plans.CUDA)),
+        _MANY,
+        *_BERT,
+        name="plans",
+        why="backend cuda with other numbers in its plan",
+    ),
+    _gpu(
+        _STEP,
+        ("fused[triton]", *plans.named(plans.FORWARD)),
+        _MANY,
+        *_BERT,
+        name="tiles",
+        why="backend triton with other tiles",
+    ),
+    _gpu(
+        _STEP,
+        ("fused[triton]", *plans.named(plans.FORWARD)),
+        _MANY,
+        *_MINILM,
+        name="tiles",
+        why="the same for a narrow table",
+    ),
+    _gpu(_STEP, (*_FUSED, EPILOGUE, "eager, float32"), 2048, *_LARGE, why="a large model's vocabulary"),
+    _gpu(_TRAIN, ("fused[triton]", *plans.named(plans.BACKWARD), EPILOGUE, "compiled"), _MANY, *_MINILM),
+    _gpu(_STEP, _FEW, 512, *_BERT, name="graph", why="some rows, replayed from a CUDA graph", captured=True),
+    _gpu(_STEP, _FEW, 64, *_BERT, why="few rows, launched from Python"),
+    _gpu(_PASS_ONLY, _PASS, 2048, *_LARGE, name="statistics"),
+    _gpu(_TRAIN, _IN_FLOAT32, 4096, *_BERT, FP32, why="gradients in float32"),
+    _gpu(_TRAIN_X, ("fused[triton]", "eager"), _MANY, *_BERT),
+    _gpu(_STEP, ("fused[triton]", ONE_KERNEL, "eager"), 4096, *_MINILM, FP32, why="float32, a narrow table"),
 )
 
-CASES = {case.name: case for case in (*_DEFAULT, *_SWEEP, *_FULL, *map(_with_cuda, _GPU))}
+CASES = {case.name: case for case in (*_DEFAULT, *_SWEEP, *_FULL, *_GPU)}
 
 
 def select(patterns: Iterable[str] = (), *, full: bool = False) -> list[Case]:

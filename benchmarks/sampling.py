@@ -21,10 +21,10 @@ from benchmarks.authors import Authors
 from benchmarks.check import CheckFailed, frobenius
 from benchmarks.embeddings import Material
 from benchmarks.model_report import OURS, Products, with_times
-from benchmarks.models import SEED, Race, counted, flush_denormals, make_model, one_line, run_case, stretches
+from benchmarks.models import SEED, Race, counted, flush_denormals, make_model, run_case, stretches
 from benchmarks.sampling_cases import CONTESTANTS, SamplingCase
 from benchmarks.sampling_report import OURS_ALL, Result, Row
-from benchmarks.suite import WRONG
+from benchmarks.suite import WRONG, one_line
 from smoothie_kernels.diffusion import sampling as sampler
 from smoothie_kernels.diffusion.live import before
 from smoothie_kernels.diffusion.states import make_state

@@ -34,6 +34,17 @@ class Section:
         ]
         return [f"| {' | '.join(line)} |" for line in lines]
 
+    def show(self, console: Console, ours: str = "") -> None:
+        """`ours`: the first cell of rows that stand out."""
+        console.print(f"\n{self.title}", style="bold")
+        console.print(self.note)
+        table = Table(box=SIMPLE_HEAD)
+        for column, name in enumerate(self.header):
+            table.add_column(escape(name), justify="right" if column else "left")
+        for cells in self.cells:
+            table.add_row(*map(escape, cells), style="bold green" if ours and cells[0] == ours else "")
+        console.print(table)
+
 
 @dataclass(frozen=True)
 class Page:
@@ -72,14 +83,7 @@ class Page:
         for line in machine_lines(self.machine):
             console.print(line)
         for section in self.sections:
-            console.print(f"\n{section.title}", style="bold")
-            console.print(section.note)
-            table = Table(box=SIMPLE_HEAD)
-            for column, name in enumerate(section.header):
-                table.add_column(escape(name), justify="right" if column else "left")
-            for cells in section.cells:
-                table.add_row(*map(escape, cells), style="bold green" if self.ours and cells[0] == self.ours else "")
-            console.print(table)
+            section.show(console, self.ours)
 
 
 def fill(

@@ -16,6 +16,7 @@ Clock = Callable[[Callable[[], object]], float]
 MOST = 25  # timed runs of a call, where --repeats does not say
 FEWEST = ((1.0, 5), (3.0, 2))  # at least so many where one takes less than so many seconds; else one
 SLOW = 1.0  # seconds: a longer first run needs no warm-up beyond the check's, and counts
+WARM_UP = 2  # runs of a call before a graph is captured
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's last-level cache
 
 
@@ -62,27 +63,55 @@ def race(
     patience: float,
     repeats: int | None = None,
     progress: Callable[[float], None] = lambda part: None,
+    on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Runs every call for about `patience` seconds in all (see `_how_often`), or `repeats` times.
 
     Rounds go through all calls in order; one with fewer runs than there are rounds sits out evenly. Every call must
-    have run before.
+    have run before. `on_turn` gets the name of each call before it runs.
     """
+
+    def timed(name: str) -> float:
+        on_turn(name)
+        return clock(calls[name])
+
+    if not calls:
+        return {}
     gc.collect()
-    first = {name: clock(call) for name, call in calls.items()}
+    first = {name: timed(name) for name in calls}
     samples = {name: [seconds] if seconds > SLOW else [] for name, seconds in first.items()}
     runs = {name: (repeats or _how_often(first[name], patience)) - len(samples[name]) for name in calls}
     rounds = max(runs.values())
     gc.disable()
     try:
         for k in range(rounds):
-            for name, call in calls.items():
+            for name in calls:
                 if (k + 1) * runs[name] // rounds > k * runs[name] // rounds:
-                    samples[name].append(clock(call))
+                    samples[name].append(timed(name))
             progress(1 / rounds)
     finally:
         gc.enable()
     return {name: summary(times) for name, times in samples.items()}
+
+
+def capture(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """One CUDA graph of all calls, to be replayed."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+
+    def replay() -> object:
+        graph.replay()
+        return outputs  # the graph writes into their memory
+
+    return replay
 
 
 def _how_often(seconds: float, patience: float) -> int:

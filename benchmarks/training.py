@@ -22,8 +22,8 @@ from benchmarks import memory, models, timing
 from benchmarks.check import CheckFailed, frobenius
 from benchmarks.embeddings import Material
 from benchmarks.model_report import OURS, Products, with_times
-from benchmarks.models import SEED, Progress, Race, counted, flush_denormals, make_model, one_line, run_case, stretches
-from benchmarks.suite import WRONG
+from benchmarks.models import SEED, Progress, Race, counted, flush_denormals, make_model, run_case, stretches
+from benchmarks.suite import WRONG, one_line
 from benchmarks.training_cases import CONTESTANTS, TrainingCase
 from benchmarks.training_report import REFERENCE, Curves, Result, Row
 from smoothie_kernels.diffusion.noising import smooth

@@ -12,6 +12,7 @@ from smoothie_kernels import dispatch
 from smoothie_kernels.backends import cuda, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GOLDEN = os.environ.get("SMOOTHIE_GOLDEN")  # a copy of the folder of known answers: then it must be there
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -58,8 +59,10 @@ def hopper(hopper_library: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def golden() -> Path:
-    folder = SHARED / "golden"
+    folder = Path(GOLDEN) if GOLDEN else SHARED / "golden"
     if not folder.is_dir():
+        if GOLDEN:
+            pytest.fail(f"SMOOTHIE_GOLDEN names a folder of known answers that is not there: {GOLDEN}")
         pytest.skip("the folder of known answers, ../shared/golden, is not here")
     return folder
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +16,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import (
     __main__,
+    bars,
     check,
     compare,
-    device,
     epilogue,
     inputs,
     memory,
     recall,
     recall_report,
     registry,
-    sanitize,
     timing,
 )
 from benchmarks.check import CheckFailed, Referee
@@ -34,7 +32,7 @@ from benchmarks.contestants import CONTESTANTS, FLOOR
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.machine import Machine
 from benchmarks.report import Report, Row, columns_of, noise_costs, with_ratio
-from benchmarks.suite import Suite
+from benchmarks.suite import Running, Suite
 from smoothie_kernels import library, noise
 from smoothie_kernels.recall import Buckets, expected_recall
 from smoothie_kernels.testing import dense_logits
@@ -237,12 +235,24 @@ def test_cases_are_selected_by_group_and_by_name():
     assert {case.op for case in registry.select(["*train*"])} == {"train", "train-x"}
     on_gpu = registry.select(["gpu-*"])
     assert {"step", "topk", "train", "train-x"} <= {case.op for case in on_gpu}
-    assert [case.op for case in on_gpu][:4] == ["step", "step", "topk", "topk"]
+    assert on_gpu[0].name == bars.STEP
     for case in on_gpu:
-        of_hopper = [name for name in case.contestants if name.endswith("[cuda]")]
-        assert len(of_hopper) == (case.dtype == torch.bfloat16), case.name
-        # Beside the hardest competitor both of our forms.
-        assert ("fused, one kernel" in case.contestants) == (registry.EPILOGUE in case.contestants), case.name
+        assert case.dtype != torch.float32 or not any("[cuda]" in name for name in case.contestants), case.name
+
+
+def test_the_bars_are_of_cases_and_contestants_that_exist():
+    asked = set()
+
+    def find(case, who):
+        asked.add((case, who))
+
+    for bar in bars.BARS:
+        bar.found(find, [])
+    asked -= {("gpu-rates", "copy")}
+    assert len(asked) > 10
+    for case, who in asked:
+        of_float32 = registry.CASES[case].dtype == torch.float32 and "[cuda]" in who
+        assert who in registry.CASES[case].contestants or of_float32, (case, who)
 
 
 def test_the_cost_of_noise_is_read_off_two_cases():
@@ -259,87 +269,12 @@ def test_times_are_compared_with_the_first_of_ours_that_has_one():
     assert "x ours" in columns_of(rows[:2])
 
 
-def test_compute_sanitizer_is_found_on_the_path_or_in_a_toolkit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(device, "TOOLKITS", (str(tmp_path),))
-    assert device.find_compute_sanitizer() is None
-    device.sanitize(device.Parts(100, tmp_path / "log"), "python")
-    assert "no compute-sanitizer" in capsys.readouterr().out
-    tool = tmp_path / "cuda-13.0" / "bin" / "compute-sanitizer"
-    tool.parent.mkdir(parents=True)
-    tool.touch(0o755)
-    assert device.find_compute_sanitizer() == str(tool)
-
-
-@pytest.mark.parametrize("parts", [(), ("build", "benchmark", "checkers", "offline")])
-def test_the_device_script_measures_before_it_looks_for_bad_accesses(parts, tmp_path, monkeypatch):
-    ran = {}
-
-    def run(parts, name, command, seconds, **environment):
-        ran[name] = (command, environment)
-        assert 0 < seconds <= parts.left() + 1
-
-    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path), *(["--parts", *parts] if parts else [])])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device, "describe", lambda what: Machine("GPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today"))
-    monkeypatch.setattr(device, "RESULTS", tmp_path)
-    monkeypatch.setattr(device, "embeddings", list)
-    monkeypatch.setattr(device, "find_compute_sanitizer", lambda: "sanitizer")
-    monkeypatch.setattr(device.Parts, "run", run)
-    assert device.main() == 0
-    checkers = [f"{tool}-{backend}" for backend, tools in device.CHECKERS.items() for tool in tools]
-    assert checkers[:3] == ["memcheck-cuda", "racecheck-cuda", "synccheck-cuda"]
-    if not parts:
-        assert [*ran] == ["build", "tests", "roofline"]
-        tests = ran["tests"][0]
-        assert tests[3].startswith("tests/test_cuda")
-        assert [name for name in tests if "build" in name] == []
-        assert tests[-1] == "tests"
-        assert ran["roofline"][0][3:5] == ["roofline", "--keep-going"]
-        return
-    assert [*ran] == ["build", "benchmark", *checkers, "offline"]
-    assert ran["memcheck-cuda"][1] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = ran["synccheck-cuda"][0]
-    assert command[command.index("--backend") + 1] == "cuda"
-
-
-def test_a_part_of_the_device_script_gets_its_environment_and_its_end(tmp_path):
-    parts = device.Parts(60, tmp_path / "log")
-    parts.run("works", [sys.executable, "-c", "import os; print(os.environ['PLANTED'])"], 30, PLANTED="here")
-    parts.run("sleeps", ["sleep", "30"], 0.1)
-    assert (tmp_path / "log-works.txt").read_text() == "here\nexit code 0\n"
-    assert parts.failed == ["sleeps: stopped after 0 s"]
-
-
-def test_what_the_memory_checkers_run_runs():
-    for topk in (False, True):
-        assert sanitize.Call((3, 9, 8), torch.float32, workspace=0, topk=topk).run("reference", "cpu")
-    for backend in sanitize.BACKENDS:
-        calls = list(sanitize.calls(backend))
-        assert {call.topk for call in calls} == {call.far for call in calls} == {False, True}
-        widths = {call.shape[2] for call in calls}
-        assert min(widths) <= 32
-        assert max(widths) >= 1024
-    of_cuda = list(sanitize.calls("cuda"))
-    assert {call.dtype for call in of_cuda} == {torch.bfloat16, torch.float16}
-    assert not any(call.shape[2] % 8 for call in of_cuda)
-    assert min(call.shape[0] for call in of_cuda) <= 64 < max(call.shape[0] for call in of_cuda)
-
-
-def test_what_the_memory_checkers_run_of_the_cuda_backend_runs(hopper):
-    if hopper == "cpu":  # on a GPU `python -m benchmarks.device --parts checkers` runs them all
-        for how in ({}, {"topk": True}, {"far": True}):
-            assert sanitize.Call((70, 131, 264), torch.bfloat16, workspace=2**16, **how).run("cuda", "cpu")
-
-
 def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monkeypatch):
     material, machine = synthetic(301, 20), Machine("CPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today")
     case = replace(registry.CASES["train"], **SMALL, contestants=("fused[reference]", "chunked"))
     wrong = dict.fromkeys(registry.OPS, lambda given: lambda: inputs.Outputs(torch.zeros_like(given.x)))
     monkeypatch.setitem(CONTESTANTS, "fused[reference]", replace(CONTESTANTS["fused[reference]"], prepare=wrong))
-    monkeypatch.setattr(Suite, "_with_memory", lambda suite, row, case, call: row)
+    monkeypatch.setattr(Running, "measure_memory", lambda running: None)
     suite = Suite(material, tmp_path / "material.pt", machine, "cpu", repeats=1)
     with pytest.raises(CheckFailed, match=r"fused\[reference\]"):
         suite.run(case)

@@ -1,0 +1,37 @@
+"""Stand-ins for a GPU, for `benchmarks.device --rehearse`: small cases, Triton's interpreter, Hopper's emulator."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import rates, registry
+from benchmarks.machine import ROOT
+
+N, V, D = 5, 132, 32  # at most, and D a multiple of what the cuda backend takes
+
+
+def prepare() -> None:
+    """Of this process, before anything of a case is built. TRITON_INTERPRET=1 must be in its environment."""
+    from smoothie_kernels.backends import cuda
+
+    torch.compiler.set_stance("force_eager")
+    cuda.LIBRARY, cuda.DEVICE = emulator(), "cpu"
+    for name, case in registry.CASES.items():
+        if case.group == "gpu":
+            registry.CASES[name] = replace(case, n=min(case.n, N), v=V, d=D, k=4)
+    rates.SQUARE["cpu"], rates.COPIED["cpu"] = 64, 2**16
+
+
+def emulator() -> Path:
+    """The library of the emulator; built where it is not there."""
+    spec = importlib.util.spec_from_file_location("cuda_emulator", ROOT / "tests/cuda/build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    library: Path = module.library()
+    return library
