@@ -40,6 +40,7 @@ from smoothie_kernels.check.isolate import Ended, run_command
 
 SECONDS = 240.0
 PACKED = ROOT / "build" / "device"  # git-ignored: to be taken along, with LIBRARIES
+RUNS = ROOT / "build" / "device-runs"  # of every call a folder, before it is an archive
 MATERIAL, GOLDEN, COMMIT = PACKED / "material.pt", PACKED / "golden", machine.STAMP
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
 LIBRARIES = (
@@ -121,7 +122,8 @@ class Call:
 
 def pack() -> int:
     """What the calls read, and the libraries, are here: says what has to be taken along."""
-    PACKED.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(PACKED, ignore_errors=True)
+    PACKED.mkdir(parents=True)
     material = load_material(None)
     note = f"{material.note}; rounded to bfloat16"
     Material(material.table.bfloat16(), material.tokens, note).save(MATERIAL)
@@ -294,7 +296,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     here = machine.describe("cpu" if options.rehearse else "cuda")
     name = f"{options.call}-{here.stem}"
     out: Path = (options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")).resolve()
-    folder = PACKED / name
+    folder = RUNS / name
     shutil.rmtree(folder, ignore_errors=True)
     for each in (out, folder):
         each.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ def test_fails_beside_others():
 @pytest.fixture
 def call(monkeypatch, tmp_path):
     """Makes a call with planted faults; its exit code, and the folder of its results."""
-    monkeypatch.setattr(device, "PACKED", tmp_path / "packed")
-    monkeypatch.setattr(device, "MATERIAL", tmp_path / "packed" / "material.pt")
+    monkeypatch.setattr(device, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(device, "MATERIAL", tmp_path / "material.pt")
     monkeypatch.setattr(device.rehearsal, "emulator", lambda: None)
     monkeypatch.setattr(
         crew, "SILENT", {state: min(seconds, 15) for state, seconds in crew.SILENT.items()} | {"loaded": 60}
