@@ -32,7 +32,7 @@ from benchmarks.machine import ROOT, describe
 SECONDS = 530  # for everything
 BUILD_SECONDS, TESTS_SHARE = 180, 0.35  # nvcc takes about a minute; of what is left when the tests begin
 LAST_CASE_SECONDS = 35  # no case begins later than this before the end of its part
-MOST_PER_CHECKER, LEAST_PER_CHECKER, LAST_CALL_SECONDS = 100, 40, 25  # starting under a checker is slow
+MOST_PER_CHECKER, LEAST_PER_CHECKER = 100, 40  # starting under a checker is slow
 OFFLINE_SECONDS = 60
 MEASURING = {  # part: command of benchmarks
     "roofline": ("roofline",),
@@ -149,8 +149,7 @@ def sanitize(parts: Parts, python: str) -> None:
                 print(f"== {tool} of {backend}: left out, there is no time", flush=True)
                 continue
             command = [checker, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-            command += [python, "-m", "benchmarks.sanitize", "--backend", backend]
-            command += ["--seconds", str(int(seconds - LAST_CALL_SECONDS))]
+            command += [python, "-m", "smoothie_kernels.cli", "check", "--in-process", "--quick", "--backend", backend]
             # A cached block is larger than its tensor: what goes beyond the tensor would not be seen.
             parts.run(f"{tool}-{backend}", command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 

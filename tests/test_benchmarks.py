@@ -26,7 +26,6 @@ from benchmarks import (
     recall,
     recall_report,
     registry,
-    sanitize,
     timing,
 )
 from benchmarks.check import CheckFailed, Referee
@@ -311,27 +310,6 @@ def test_a_part_of_the_device_script_gets_its_environment_and_its_end(tmp_path):
     parts.run("sleeps", ["sleep", "30"], 0.1)
     assert (tmp_path / "log-works.txt").read_text() == "here\nexit code 0\n"
     assert parts.failed == ["sleeps: stopped after 0 s"]
-
-
-def test_what_the_memory_checkers_run_runs():
-    for topk in (False, True):
-        assert sanitize.Call((3, 9, 8), torch.float32, workspace=0, topk=topk).run("reference", "cpu")
-    for backend in sanitize.BACKENDS:
-        calls = list(sanitize.calls(backend))
-        assert {call.topk for call in calls} == {call.far for call in calls} == {False, True}
-        widths = {call.shape[2] for call in calls}
-        assert min(widths) <= 32
-        assert max(widths) >= 1024
-    of_cuda = list(sanitize.calls("cuda"))
-    assert {call.dtype for call in of_cuda} == {torch.bfloat16, torch.float16}
-    assert not any(call.shape[2] % 8 for call in of_cuda)
-    assert min(call.shape[0] for call in of_cuda) <= 64 < max(call.shape[0] for call in of_cuda)
-
-
-def test_what_the_memory_checkers_run_of_the_cuda_backend_runs(hopper):
-    if hopper == "cpu":  # on a GPU `python -m benchmarks.device --parts checkers` runs them all
-        for how in ({}, {"topk": True}, {"far": True}):
-            assert sanitize.Call((70, 131, 264), torch.bfloat16, workspace=2**16, **how).run("cuda", "cpu")
 
 
 def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monkeypatch):

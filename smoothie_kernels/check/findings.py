@@ -25,7 +25,7 @@ class Findings:
 
     def case(self, *label: object) -> None:
         """What comes next."""
-        self.cases, self.at = self.cases + 1, " ".join(str(part).removeprefix("torch.") for part in label)
+        self.cases, self.at = self.cases + 1, " ".join(map(str, label))
         print(self.at, flush=True)
         self.write(None)
 
