@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoothie_kernels import noise
+from smoothie_kernels import fused_smoothie_step, noise
 from smoothie_kernels.backends import cpu, cuda
 from smoothie_kernels.check import command, cuda_kernels, machine, probes
 from smoothie_kernels.check.findings import Findings, histogram, where
@@ -21,6 +21,7 @@ from smoothie_kernels.check.isolate import run_command
 from smoothie_kernels.check.plan import probes_of
 from smoothie_kernels.check.probes import Probe, Target
 from smoothie_kernels.check.run import run_here, run_isolated, run_probe
+from smoothie_kernels.testing import check_step, check_topk, compare, compare_step
 
 TARGET = Target("reference", "cpu", (torch.float32,), "cpu")
 CPU = Target("cpu", "cpu", (torch.float32,), "cpu")
@@ -217,6 +218,23 @@ def test_what_is_broken_is_seen():
     assert step["smoothed"]["error"] == "nan"
     tokens = {wrong["result"] for wrong in found["with_unwritten_tokens"].found["wrong"]}
     assert {"nearest, in the table", "own token"} <= tokens
+
+
+def test_what_no_kernel_wrote_is_wrong():
+    """NaN, and tokens that are none: not an error of indexing, which on a GPU would end the process."""
+    compared = compare("number", torch.tensor([0.0, torch.nan, 2.0]), 1.0)
+    assert compared.off.tolist() == [False, True, True]
+    on = Target("reference", "cpu", (torch.float32,), "cpu")
+    x, table = probes.inputs(on, 5, 40, 8, torch.float32)
+    got = fused_smoothie_step(x, table, 0.1, 0.9, **probes.KEY, topk=3, backend="reference")
+    given = probes.noisy(x, table, 0.1, 0.9)
+    assert check_step(got, *given) == check_topk(got.topk, *given) == []
+    for none in (torch.iinfo(torch.int64).max, 40, -1):
+        tokens, indices = got.tokens.clone(), got.topk.indices.clone()
+        tokens[3] = indices[3, 1] = none
+        off = [each for each in compare_step(got._replace(tokens=tokens), *given) if each.wrong]
+        assert [(each.name, each.off.nonzero().tolist()) for each in off] == [("tokens", [[3]])]
+        assert any("values" in wrong for wrong in check_topk(got.topk._replace(indices=indices), *given))
 
 
 def test_histograms():
