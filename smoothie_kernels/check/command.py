@@ -100,7 +100,7 @@ def report(
     """Prints every result as it comes, then all. A probe that was not reached when the user interrupts is left out."""
     ended: list[Result] = []
     stopped = False
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for result in results:
             ended.append(result)
@@ -112,6 +112,7 @@ def report(
         stopped = True
     finally:
         results.close()
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{table(ended)}\n")
     bad = [result for result in ended if result.outcome != "ok"]
     for result in bad:

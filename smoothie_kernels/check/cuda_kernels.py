@@ -10,7 +10,8 @@ exp is approximate: sums of weights, which are not rounded before, are exact but
 results apart from each other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from smoothie_kernels.backends.blocks import HEADROOM, cdiv
 from smoothie_kernels.backends.cuda import Parts, Refs
 from smoothie_kernels.backends.largest import of_keys
 from smoothie_kernels.check.findings import Findings
-from smoothie_kernels.check.probes import Shapes, Target, inputs, integers
+from smoothie_kernels.check.probes import NAMES, Shapes, Target, inputs, integers
 
 ONE, OWN = 0.0, 2.0**13  # scale, by the weights that are one; both leave scores exact
 EXP = 2.0**-21  # relative error of ex2.approx, twice
@@ -49,16 +50,23 @@ def problem(on: Target, n: int, v: int, d: int, dtype: torch.dtype, scale: float
     return Problem(given, Refs(fields, scores.amax(1).float().to(on.device), zeros), scores)
 
 
-def plan(cluster: int, chunks: int, resident: int = cuda.RESIDENT) -> None:
-    """Has all launches of this process share tiles between so many blocks, split the table, and keep so much of x."""
+@contextmanager
+def plan(cluster: int, chunks: int, resident: int = cuda.RESIDENT) -> Iterator[None]:
+    """Launches share tiles between so many blocks, take the table in so many chunks, keep so many tiles of x."""
+    usual = {name: getattr(cuda, name) for name in ("pick_cluster", "pick_chunks", "RESIDENT")}
     cuda.pick_cluster = lambda row_blocks: cluster
     cuda.pick_chunks = lambda row_blocks, tiles, processors, most=0: min(tiles, chunks)
     cuda.RESIDENT = resident
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(cuda, name, value)
 
 
 def prepare(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> None:
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} D {d}")
+        found.case(NAMES[dtype], f"N {n} D {d}")
         x, _ = inputs(on, n, v, d, dtype)
         std, weights = torch.rand(n).to(on.device), torch.tensor([0.6, -0.8]).to(on.device)
         offsets, seed = torch.tensor([2**40 + 1, -5]), torch.tensor(-3)
@@ -85,12 +93,12 @@ def raw_products(
     for dtype in on.dtypes:
         for n, v, d in shapes:
             for chunks in all_chunks:
-                found.case(dtype, f"N {n} V {v} D {d}, {chunks} chunks")
+                found.case(NAMES[dtype], f"N {n} V {v} D {d}, {chunks} chunks")
                 given, refs, scores = problem(on, n, v, d, dtype, 1.0, biased=False)
-                plan(cluster, chunks, resident)
                 keys = torch.full((n, cdiv(v, 128) * 128), NOT_WRITTEN, dtype=torch.int64, device=on.device)
                 zeros = torch.zeros_like(refs.highest)
-                cuda._score(cuda.KEYS, given, refs._replace(ref_score=zeros), slice(0, v), keys=keys)
+                with plan(cluster, chunks, resident):
+                    cuda._score(cuda.KEYS, given, refs._replace(ref_score=zeros), slice(0, v), keys=keys)
                 logits, tokens = of_keys(keys[:, :v])
                 found.equal("products", logits, scores)
                 found.equal("tokens of products", tokens, torch.arange(v).expand(n, v))
@@ -103,24 +111,27 @@ def modes(
     for dtype in on.dtypes:
         for n, v, d in shapes:
             for chunks in all_chunks:
-                plan(cluster, chunks, resident)
-                label = f"N {n} V {v} D {d}, {chunks} chunks"
-                found.case("nearest", dtype, label)
-                given, refs, scores = problem(on, n, v, d, dtype, OWN)
-                hold_best(found, cuda._score(cuda.NEAREST, given, None, slice(0, v)), scores)
-                for scale in (ONE, OWN):
-                    given, refs, scores = problem(on, n, v, d, dtype, scale)
-                    found.case("statistics", dtype, label, f"scale {scale:g}")
-                    hold_parts(found, cuda._score(cuda.STATISTICS, given, refs, slice(0, v)), scores, scale)
-                    found.case("weights", dtype, label, f"scale {scale:g}")
-                    weights = torch.full((n, cdiv(v, 128) * 128), torch.nan).to(on.device, dtype)
-                    parts = cuda._score(cuda.WEIGHTS, given, refs, slice(0, v), weights=weights)
-                    hold_parts(found, parts, scores, scale)
-                    found.equal("weights", weights[:, :v], weights_of(scores, scale))
-                for keep in cuda.KEEP:
-                    found.case(f"keep {keep}", dtype, label)
-                    given, refs, scores = problem(on, n, v, d, dtype, 1.0)
-                    hold_kept(found, given, refs, scores, keep, min(chunks, cdiv(v, 128)))
+                label = f"{NAMES[dtype]} N {n} V {v} D {d}, {chunks} chunks"
+                with plan(cluster, chunks, resident):
+                    found.case(label, "nearest")
+                    given, _, scores = problem(on, n, v, d, dtype, OWN)
+                    hold_best(found, cuda._score(cuda.NEAREST, given, None, slice(0, v)), scores)
+                    for scale in (ONE, OWN):
+                        statistics_and_weights(found, label, problem(on, n, v, d, dtype, scale))
+                    for keep in cuda.KEEP:
+                        found.case(label, f"keep {keep}")
+                        hold_kept(found, problem(on, n, v, d, dtype, 1.0), keep, min(chunks, cdiv(v, 128)))
+
+
+def statistics_and_weights(found: Findings, label: str, of: Problem) -> None:
+    given, refs, scores = of
+    (n, v), scale, x = scores.shape, float(given.mu[0]), given.x
+    found.case(label, f"statistics, scale {scale:g}")
+    hold_parts(found, cuda._score(cuda.STATISTICS, given, refs, slice(0, v)), scores, scale)
+    found.case(label, f"weights, scale {scale:g}")
+    weights = torch.full((n, cdiv(v, 128) * 128), torch.nan).to(x.device, x.dtype)
+    hold_parts(found, cuda._score(cuda.WEIGHTS, given, refs, slice(0, v), weights=weights), scores, scale)
+    found.equal("weights", weights[:, :v], weights_of(scores, scale))
 
 
 def weights_of(scores: Tensor, scale: float) -> Tensor:
@@ -145,8 +156,9 @@ def hold_parts(found: Findings, parts: Parts, scores: Tensor, scale: float) -> N
     found.within("sum of weights", parts.numbers[2].sum(0).cpu(), total, EXP * total)
 
 
-def hold_kept(found: Findings, given: StepInputs, refs: Refs, scores: Tensor, keep: int, parts: int) -> None:
+def hold_kept(found: Findings, of: Problem, keep: int, parts: int) -> None:
     """What is kept has its token's logit, and the `keep` largest of a row are never dropped."""
+    given, refs, scores = of
     n, v = scores.shape
     keys = torch.full((n, parts, keep, cuda.BUCKETS_OF_PART), NOT_WRITTEN, device=given.x.device)
     hold_best(found, cuda._score(cuda.KEEP[keep], given, refs, slice(0, v), parts=parts, keys=keys), scores)
@@ -170,7 +182,7 @@ def gathered(found: Findings, on: Target, kernel: str, shapes: Shapes, cluster: 
         for n, v, d in shapes:
             for chunks in sorted({1, min(3, cdiv(v, 64))}):
                 for scale in (ONE, OWN):
-                    found.case(dtype, f"N {n} V {v} D {d}, {chunks} chunks, scale {scale:g}")
+                    found.case(NAMES[dtype], f"N {n} V {v} D {d}, {chunks} chunks, scale {scale:g}")
                     given, refs, scores = problem(on, n, v, d, dtype, scale)
                     acc = torch.full((chunks, n, d), torch.nan, device=on.device)
                     if kernel == "stream":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ class Findings:
 
     def case(self, *label: object) -> None:
         """What comes next."""
-        self.cases, self.at = self.cases + 1, " ".join(str(part).removeprefix("torch.") for part in label)
-        print(self.at, flush=True)
+        self.cases, self.at = self.cases + 1, " ".join(map(str, label))
+        print(self.at, file=sys.stderr)
         self.write(None)
 
     def take(self, *all_compared: Compared) -> None:
@@ -40,7 +41,7 @@ class Findings:
                 if len(self.wrong) < MOST_WRONG:
                     self.wrong.append({"result": name, "case": self.at, "error": error, "bound": bound})
                     self.wrong[-1] |= where(compared.off)
-                print(f"WRONG {compared}", flush=True)
+                print(f"WRONG {compared}", file=sys.stderr)
 
     def within(self, name: str, got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
         self.take(compare(name, (got.double() - wanted.to(got.device).double()).abs(), bound))

@@ -17,7 +17,7 @@ from smoothie_kernels.check.probes import Target
 ROOT = Path(smoothie_kernels.__file__).parents[1]
 WATCHDOG_LIBRARY = cuda.LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so")
 BACKENDS = (*dispatch.BY_NAME, *dispatch.BACKENDS)
-USUAL = {"cpu": torch.float32, "reference": torch.float32}  # of other backends bfloat16: GPUs are bought for it
+USUAL = {"cpu": torch.float32, "reference": torch.float32}  # the type of quick probes; of other backends bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 

@@ -33,6 +33,7 @@ LEVELS: dict[str, tuple[float, float]] = {
     "flat": (7e-5, 1.0),
     "no noise": (0.1, 0.0),
 }  # mu, std
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 Shapes = Iterable[tuple[int, int, int]]  # N, V, D
 
 
@@ -76,6 +77,14 @@ def integers(on: Target, n: int, v: int, d: int, dtype: torch.dtype) -> tuple[Te
     """In [-8, 8]: every product and every sum is exact in any type, in any order."""
     x, table = (torch.randint(-8, 9, (rows, d)).to(on.device, dtype) for rows in (n, v))
     return x, table
+
+
+def of_types(
+    found: Findings, on: Target, function: Callable[..., None], dtypes: Iterable[torch.dtype], **arguments: Any
+) -> None:
+    """One probe of several types."""
+    for dtype in dtypes:
+        function(found, on, dtype, **arguments)
 
 
 class Given(NamedTuple):
@@ -140,7 +149,7 @@ def sums_of_fields(found: Findings, on: Target, dtype: torch.dtype, shapes: Shap
         loudness = sum(map(abs, weights))
         how: dict[str, Any] = {"offset": offsets, "field_weights": weights, "row_offset": 2**32 - 200}
         for n, v, d in shapes:
-            found.case(dtype, f"N {n} V {v} D {d}, {len(offsets)} fields")
+            found.case(NAMES[dtype], f"N {n} V {v} D {d}, {len(offsets)} fields")
             got = noise.gaussian(n, v, seed=3, **how, device=on.device, backend=on.backend)
             largest = NEXT_TO_ONE if on.backend == "cuda" else MAX_ERROR
             found.within("sum of fields", got.cpu(), exact_field(n, v, seed=3, **how), largest * loudness)
@@ -151,7 +160,7 @@ def sums_of_fields(found: Findings, on: Target, dtype: torch.dtype, shapes: Shap
 
 def column_bias(found: Findings, on: Target, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]) -> None:
     for v, d in shapes:
-        found.case(dtype, f"V {v} D {d}")
+        found.case(NAMES[dtype], f"V {v} D {d}")
         table = (100 * torch.randn(v, on.width(d))).to(on.device, dtype)
         exact = -table.double().square().sum(1) / 2
         bias = Vocabulary(table, backend=on.backend).bias
@@ -165,7 +174,7 @@ def integer_tokens(found: Findings, on: Target, dtype: torch.dtype, shapes: Shap
     """The nearest token and its distance, bit for bit; then its embedding, all others' weights being exp(-220) at most,
     and the mean of the table, all weights being equal."""
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = integers(on, n, v, d, dtype)
         distances = torch.cdist(x.double().cpu(), table.double().cpu()).square().round()
         least, tokens = distances.sort(dim=1, stable=True)
@@ -181,7 +190,7 @@ def integer_tokens(found: Findings, on: Target, dtype: torch.dtype, shapes: Shap
 def integer_topk(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes, k: int) -> None:
     """The largest logits' tokens, ties in order, bit for bit: all logits go by."""
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = integers(on, n, v, d, dtype)
         distances = torch.cdist(x.double().cpu(), table.double().cpu()).square().round()
         step = fused_smoothie_step(x, table, 1.0, 0.0, sigma_min=1.0, topk=min(k, v), backend=on.backend)
@@ -202,7 +211,7 @@ def step(
         for level in levels:
             for scale in scales:
                 mu, std = LEVELS[level]
-                found.case(dtype, f"N {n} V {v} D {d} {level}", *([f"x {scale:g} times"] if scale != 1 else []))
+                found.case(NAMES[dtype], f"N {n} V {v} D {d} {level}", *([f"x {scale:g} times"] if scale != 1 else []))
                 x, table = inputs(on, n, v, d, dtype, scale)
                 x[::3] += far
                 got = fused_smoothie_step(
@@ -221,7 +230,7 @@ def statistics(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) 
     """Without a mean. No public call does just that."""
     backend = dispatch.load(on.backend)
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = inputs(on, n, v, d, dtype)
         bias = Vocabulary(table, backend=on.backend).bias
         given = noisy(x, table, *LEVELS["usual"])
@@ -236,10 +245,10 @@ def statistics(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) 
 
 def nearest(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> None:
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = inputs(on, n, v, d, dtype)
         hold_nearest(found, nearest_token(x, table, backend=on.backend), x, table)
-        found.case(dtype, f"V {v} D {d}, the table's own rows")
+        found.case(NAMES[dtype], f"V {v} D {d}, the table's own rows")
         own = nearest_token(table, table, backend=on.backend)
         found.equal("own token", own.tokens, torch.arange(v))
         found.equal("own distance", own.distance, torch.zeros(v))
@@ -256,7 +265,7 @@ def hold_nearest(found: Findings, got: NearestToken, x: Tensor, table: Tensor) -
 
 def means_of_largest(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes, k: int) -> None:
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d} K {k}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d} K {k}")
         x, table = inputs(on, n, v, d, dtype)
         got = fused_smoothie_step(x, table, 0.1, 0.9, **KEY, topk=k, smooth="topk", backend=on.backend)
         given = noisy(x, table, 0.1, 0.9)
@@ -274,7 +283,7 @@ def gradients(
 ) -> None:
     for n, v, d in shapes:
         for level in levels:
-            found.case(dtype, f"N {n} V {v} D {d} {level}")
+            found.case(NAMES[dtype], f"N {n} V {v} D {d} {level}")
             mu, std = LEVELS[level]
             x, table = (leaf.requires_grad_() for leaf in inputs(on, n, v, d, dtype))
             got = fused_smoothie_step(x, table, mu, std, **KEY, backend=on.backend)
@@ -289,7 +298,7 @@ def mixed_types(found: Findings, on: Target, shapes: Shapes) -> None:
         for x_type in on.dtypes:
             for table_type in on.dtypes:
                 if x_type != table_type and torch.float64 not in (x_type, table_type):
-                    found.case(f"N {n} V {v} D {d}, rows", x_type, "table", table_type)
+                    found.case(f"N {n} V {v} D {d}, rows", NAMES[x_type], "table", NAMES[table_type])
                     x, table = inputs(on, n, v, d, x_type)
                     table = table.to(table_type)
                     got = fused_smoothie_step(x, table, *LEVELS["usual"], **KEY, topk=5, backend=on.backend)
@@ -302,7 +311,7 @@ def mixed_types(found: Findings, on: Target, shapes: Shapes) -> None:
 def row_values(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> None:
     """mu, std and row ids of every row: mu of either sign, std with zeros, ids from both ends."""
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = inputs(on, n, v, d, dtype)
         mu, std = (0.2 * torch.randn(n)).clamp(-0.1, 0.4).to(on.device), torch.rand(n).to(on.device)
         std[::4] = 0.0
@@ -329,7 +338,7 @@ def strides(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> 
             ("all rows one", x[:1].expand(n, d), table),
             ("all tokens one", x, table[:1].expand(v, d)),
         ):
-            found.case(dtype, f"N {n} V {v} D {d} {name}")
+            found.case(NAMES[dtype], f"N {n} V {v} D {d} {name}")
             got = fused_smoothie_step(rows, tokens, *LEVELS["usual"], **KEY, topk=min(5, v), backend=on.backend)
             hold(found, got, noisy(rows, tokens, *LEVELS["usual"]))
             hold_nearest(found, nearest_token(rows, tokens, backend=on.backend), rows, tokens)
@@ -341,7 +350,7 @@ def same_bits(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes, t
         x[::5] += 30  # rows that are done again
         first = results_of(fused_smoothie_step(x, table, 0.1, 0.9, **KEY, topk=min(9, v), backend=on.backend))
         for again in range(times):
-            found.case(dtype, f"N {n} V {v} D {d}, call {again + 2}")
+            found.case(NAMES[dtype], f"N {n} V {v} D {d}, call {again + 2}")
             other = results_of(fused_smoothie_step(x, table, 0.1, 0.9, **KEY, topk=min(9, v), backend=on.backend))
             for name, value in other.items():
                 found.equal(f"{name} of two calls", value, first[name])
@@ -353,11 +362,13 @@ def results_of(got: SmoothieStep) -> dict[str, Tensor]:
 
 
 def threads(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> None:
+    usual = torch.get_num_threads()
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)
         found.case(f"{count} threads")
         step(found, on, dtype, shapes, topk=9)
         gradients(found, on, dtype, shapes)
+    torch.set_num_threads(usual)
 
 
 # --- on a GPU
@@ -366,7 +377,7 @@ def threads(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> 
 def graph(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> None:
     """Replayed with other rows and another seed."""
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = inputs(on, n, v, d, dtype)
         vocabulary, seed = Vocabulary(table, backend=on.backend), torch.tensor(3).to(on.device)
         call = partial(fused_smoothie_step, x, vocabulary, *LEVELS["usual"], seed=seed, topk=5, backend=on.backend)
@@ -378,7 +389,7 @@ def graph(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> No
         with torch.cuda.graph(captured):
             got = call()
         for change in (0, 1, 5):
-            found.case(dtype, f"N {n} V {v} D {d}, seed {3 + change}")
+            found.case(NAMES[dtype], f"N {n} V {v} D {d}, seed {3 + change}")
             seed.fill_(3 + change)
             x.copy_(x.roll(1, 0))
             captured.replay()
@@ -389,7 +400,7 @@ def graph(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> No
 def side_stream(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> None:
     """x is written late on the stream of the call: on any other, the step would read what was there before."""
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = inputs(on, n, v, d, dtype)
         vocabulary, late = Vocabulary(table, backend=on.backend), torch.zeros_like(x)
         torch.cuda.synchronize()
@@ -410,7 +421,7 @@ def real_shape(
     """Held against float64 are rows of three blocks of 64, the last one among them; of all that none is NaN."""
     mu, std = LEVELS["usual"]
     for n, v, d in shapes:
-        found.case(dtype, f"N {n} V {v} D {d}")
+        found.case(NAMES[dtype], f"N {n} V {v} D {d}")
         x, table = inputs(on, n, v, d, dtype)
         vocabulary = Vocabulary(table, backend=on.backend)
         got = fused_smoothie_step(x, vocabulary, mu, std, **KEY, **how, backend=on.backend)
