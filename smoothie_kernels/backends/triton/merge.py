@@ -159,14 +159,14 @@ def _merge_kernel(
     log_sum = highest + tl.log(total)
 
     if tl.program_id(1) == 0:
-        distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
-        lse = log_sum.to(tl.float64) - 0.5 * scale.to(tl.float64) * distance
         tl.store(tokens_ptr + o_n, tokens.to(tl.int64), mask=m_n)
         tl.store(noisy_tokens_ptr + o_n, noisy_tokens.to(tl.int64), mask=m_n)
-        tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
         tl.store(best_score_ptr + o_n, best, mask=m_n)
         tl.store(log_sum_ptr + o_n, log_sum, mask=m_n)
         tl.store(best_logit_ptr + o_n, best_logit, mask=m_n)
+        distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
+        lse = log_sum.to(tl.float64) - 0.5 * scale.to(tl.float64) * distance
+        tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
 
     if acc_ptr is not None:
         for first_d in range(tl.program_id(1) * BLOCK_D, D, tl.num_programs(1) * BLOCK_D):
