@@ -261,8 +261,8 @@ const char* prepare(const PrepareParams& p, hopper::Stream) {
       int(p.offsets[p.n_fields - 1]), p.headroom);
 }
 const char* merge(const MergeParams& p, hopper::Stream) {
-  SAY("N=%d D=%d chunks=%d sums=%d lowest=%g highest_fit=%g smoothed=%d far=%d", int(p.n_rows), p.width, p.chunks,
-      p.sums, p.lowest, p.highest_fit, GIVEN(p.smoothed), GIVEN(p.far));
+  SAY("N=%d D=%d table_stride=%d chunks=%d sums=%d lowest=%g highest_fit=%g smoothed=%d far=%d", int(p.n_rows),
+      p.width, int(p.table_stride), p.chunks, p.sums, p.lowest, p.highest_fit, GIVEN(p.smoothed), GIVEN(p.far));
 }
 const char* nearest(const NearestParams& p, hopper::Stream) {
   p.nearest[0] = p.chunks, p.distance[0] = float(p.table_stride);
@@ -320,9 +320,9 @@ json.dump({
     "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, 2, one, one.to(i),
                    3 * torch.ones(3, n, d), 0),
     "prepare": said("prepare", x, row, seed, offsets, None, 1.5, row, row, fields, 0),
-    "merge": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None, x.clone(),
-                  row.to(l), row.to(l), row, row, row, row, None, 0),
-    "merge, no sums": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
+    "merge": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None,
+                  x.clone(), row.to(l), row.to(l), row, row, row, row, None, 0),
+    "merge, no sums": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
                            row.to(l), row.to(l), row, row, row, row, torch.ones(n) > 0, 0),
     "nearest": said("nearest", x, table, numbers[:1], tokens[:1], seed, bias, 0),
     "nearest writes": [seed.item(), bias[0].item()],
@@ -366,7 +366,7 @@ def said(tmp_path_factory):
         ("stream", "first=0 end=40 parts=3 chunks=3 only=1 acc=2"),
         ("narrow", "end=40 parts=3 chunks=3 cluster=2 acc=3"),
         ("prepare", "N=5 D=16 F=2 seed=7 offset=4 headroom=1.5"),
-        ("merge", "N=5 D=16 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
+        ("merge", "N=5 D=16 table_stride=24 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
         ("merge, no sums", "chunks=4 sums=0 lowest=-2 highest_fit=3 smoothed=0 far=1"),
         ("gaussian", "N=5 columns=16 seed=8 offset=2 row_ids=0"),
         ("column_bias", "V=40 D=16 stride=16 type=1"),

@@ -250,8 +250,8 @@ def _merge(
         into = Statistics(*longs, *(_floats(x, n) for _ in range(4)))
     far = x.new_empty(n, dtype=torch.bool)
     _call(
-        "merge", x, x, inputs.mu, refs.ref_score, refs.highest, inputs.sigma_min, LOWEST, HIGHEST, *parts, acc, only,
-        smoothed, *into, far,
+        "merge", x, x, inputs.embeddings, inputs.mu, refs.ref_score, refs.highest, inputs.sigma_min, LOWEST, HIGHEST,
+        *parts, acc, only, smoothed, *into, far,
     )  # fmt: skip
     return Merged(into, far)
 
