@@ -59,6 +59,7 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 void prefetch_map(const TensorMap* map);
 void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row);
 void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint16_t blocks);
+void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile, int pair);
 void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile, int pair,
                       uint16_t blocks);
 void stores_before_products();

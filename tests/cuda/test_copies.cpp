@@ -6,7 +6,7 @@ namespace {
 using namespace smoothie::hopper;
 using smoothie::emulator::encode_tiled;
 
-enum How { kPlain, kStrided };
+enum How { kPlain, kStrided, kMulticast, kStridedMulticast };
 
 struct CopyParams {
   TensorMap map;
@@ -25,6 +25,10 @@ __global__ void copy(const __grid_constant__ CopyParams p) {
     barrier_expect(barrier, p.rows * 128);
     if (p.how == kPlain)
       load_box(base, &p.map, barrier, p.column, p.row);
+    else if (p.how == kStrided)
+      load_strided_box(base, &p.map, barrier, p.column, p.tile, p.row / 2);
+    else if (p.how == kMulticast)
+      load_box(base, &p.map, barrier, p.column, p.row, 1);
     else
       load_strided_box(base, &p.map, barrier, p.column, p.tile, p.row / 2, 1);
   }
@@ -82,6 +86,18 @@ void test_strided() {
   CHECK_ERROR(launch(copy, {1, 1, 32, 1, kCopyShared}, nullptr, p), "4 dimensions by a tensor map of 2");
 }
 
+void test_multicasts_need_a_cluster() {
+  context = "multicast alone";
+  const Matrix<Half> matrix(128, 64, 0, 5);
+  static uint16_t out[64 * 64];
+  for (How how : {kMulticast, kStridedMulticast}) {
+    CopyParams p{{}, how, 0, 0, 0, 64, out};
+    CHECK_NO_ERROR(how == kMulticast ? describe<Half>(&p.map, matrix.data, 128, 64, matrix.stride, 64)
+                                     : describe_strided<Half>(&p.map, matrix.data, 1, 64, matrix.stride, 32));
+    CHECK_ERROR(launch(copy, {1, 1, 32, 1, kCopyShared}, nullptr, p), "without a cluster");
+  }
+}
+
 // Each of a tensor map's rules, broken alone.
 void test_refusals() {
   context = "tensor maps";
@@ -137,5 +153,6 @@ void test_refusals() {
 void test_copies() {
   test_plain();
   test_strided();
+  test_multicasts_need_a_cluster();
   test_refusals();
 }

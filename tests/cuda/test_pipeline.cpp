@@ -78,8 +78,11 @@ __global__ void __launch_bounds__(256) pipeline(const __grid_constant__ Pipeline
                &p.x, p.fault == kBarrierMisaligned ? full + 4 : full + 8 * s, 64 * k, 64 * int(blockIdx.x));
       constexpr int kRows = 128 / kCluster;
       const int rank = int(block_in_cluster());
-      load_box(to + kXBytes + rank * kRows * 128, &p.table, full + 8 * s, 64 * k, rank * kRows,
-               uint16_t((1 << kCluster) - 1 + (p.fault == kTileNowhere ? 1 << kCluster : 0)));
+      if constexpr (kCluster == 1)
+        load_box(to + kXBytes, &p.table, full + 8 * s, 64 * k, 0);
+      else
+        load_box(to + kXBytes + rank * kRows * 128, &p.table, full + 8 * s, 64 * k, rank * kRows,
+                 uint16_t((1 << kCluster) - 1 + (p.fault == kTileNowhere ? 1 << kCluster : 0)));
     }
     if (p.fault != kNoLastSync) cluster_sync();
     return;

@@ -96,7 +96,8 @@ __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
-// The same to that address of all blocks named in the mask; each block's own barrier hears of it.
+// The same to that address of all blocks named in the mask; each block's own barrier counts the bytes. Only of launches
+// with a cluster.
 __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row,
                                 uint16_t blocks) {
   asm volatile(
@@ -106,8 +107,17 @@ __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
-// The same of a matrix that describe_strided has described: 64 columns of row 2 ((pair + i / 2) tiles + tile) + i mod 2
-// become row i of the box.
+// Both of a matrix that describe_strided has described: 64 columns of row 2 ((pair + i / 2) tiles + tile) + i mod 2
+// become row i of the TMA tile.
+__device__ inline void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile,
+                                        int pair) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(uint64_t(map)), "r"(barrier), "r"(column), "r"(0), "r"(tile), "r"(pair)
+      : "memory");
+}
+
 __device__ inline void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile,
                                         int pair, uint16_t blocks) {
   asm volatile(

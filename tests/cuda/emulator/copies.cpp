@@ -47,6 +47,12 @@ void issue_copy(uint32_t to, const TensorMap* map, uint32_t barrier, int rank, c
 
 uint32_t this_block() { return 1u << machine.current->block->rank; }
 
+void issue_multicast(uint32_t to, const TensorMap* map, uint32_t barrier, int rank, const Coordinates& at,
+                     uint16_t blocks) {
+  if (machine.n_blocks == 1) FAIL("a multicast TMA copy in a launch without a cluster");
+  issue_copy(to, map, barrier, rank, at, blocks);
+}
+
 }  // namespace
 
 const char* encode_tiled(TensorMap* map, const void* matrix, int rank, const int64_t* sizes, const int64_t* strides,
@@ -148,12 +154,16 @@ void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, i
 }
 
 void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint16_t blocks) {
-  issue_copy(to, map, barrier, 2, {column, row}, blocks);
+  issue_multicast(to, map, barrier, 2, {column, row}, blocks);
+}
+
+void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile, int pair) {
+  issue_copy(to, map, barrier, 4, {column, 0, tile, pair}, this_block());
 }
 
 void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile, int pair,
                       uint16_t blocks) {
-  issue_copy(to, map, barrier, 4, {column, 0, tile, pair}, blocks);
+  issue_multicast(to, map, barrier, 4, {column, 0, tile, pair}, blocks);
 }
 
 void stores_before_products() {
