@@ -46,7 +46,8 @@ LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE = "cuda"  # in tests, with the kernels in an emulator, "cpu"
 CAPABILITY = (9, 0)  # sm_90a: wgmma is of this one generation
-WIDEST, WIDTH_STEP = 1024, 8  # box copies take rows of whole 16 bytes
+WIDEST, WIDTH_STEP = 1024, 8  # TMA copies take rows of whole 16 bytes
+MOST_STRIDE = 2**39  # below it, in numbers of 2 bytes: that of a tensor map
 
 NEAREST, STATISTICS, KEEP, WEIGHTS, KEYS = 0, 1, {1: 2, 2: 3, 4: 4}, 5, 6  # Mode in csrc/cuda/params.h
 BUCKETS_OF_PART = 8  # the same file
@@ -413,12 +414,14 @@ def _both_aligned(x: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """As box copies need them: rows that begin on 16 bytes. RuntimeError where that takes another width."""
+    """As a tensor map needs them: rows that begin on 16 bytes, do not overlap (an expanded table has the stride 0), and
+    lie less than 2^40 bytes apart (a single row may have any stride). RuntimeError where that takes another width."""
     d = rows.shape[1]
     if d % WIDTH_STEP or d > WIDEST:
         raise RuntimeError(
             f"backend 'cuda' takes widths D that are multiples of {WIDTH_STEP} up to {WIDEST:,}, got {d}: use "
             "backend='triton'"
         )
-    fits = rows.data_ptr() % 16 == 0 and rows.stride(0) % WIDTH_STEP == 0
+    stride = rows.stride(0)
+    fits = rows.data_ptr() % 16 == 0 and stride % WIDTH_STEP == 0 and d <= stride < MOST_STRIDE
     return rows if fits else rows.clone(memory_format=torch.contiguous_format)
