@@ -67,6 +67,7 @@ kernels-check: venv  ## compile every Triton kernel for sm_80, sm_90, sm_100 and
 
 cuda-check: venv  ## compile every CUDA kernel for sm_90a with nvcc; list registers, spills, instructions
 	$(BIN)/python tests/cuda/check.py
+	$(BIN)/python tests/cuda/check.py --watchdog
 
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check

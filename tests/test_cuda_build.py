@@ -16,6 +16,7 @@ import test_build
 from test_build import fake_torch, run
 
 import setup
+from smoothie_kernels.backends import cuda
 
 project = test_build.project  # the fixture
 LIBRARY = setup.ROOT / "smoothie_kernels" / setup.CUDA_LIBRARY
@@ -138,7 +139,7 @@ def install(project, tmp_path):
     package = project / "smoothie_kernels"
 
     def build(**other):
-        for library in (setup.CPU_LIBRARY, setup.CUDA_LIBRARY):
+        for library in (setup.CPU_LIBRARY, setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY):
             (package / library).write_text("of an earlier build")
         done = run(project, "setup.py", "-q", "build_ext", "--inplace", **{**environment, **other})
         assert all(path.read_text() == "" for path in package.glob("*.so"))
@@ -151,6 +152,33 @@ def test_both_are_built(install):
     done, libraries = install(SMOOTHIE_KERNELS_BUILD="1")
     assert done.returncode == 0, done.stderr
     assert libraries == {setup.CPU_LIBRARY, setup.CUDA_LIBRARY}
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "built"),
+    [
+        ("1", "", {setup.CPU_LIBRARY, setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY}),
+        ("1", "0", {setup.CPU_LIBRARY}),
+        ("0", "", {setup.CPU_LIBRARY, setup.CUDA_LIBRARY}),
+    ],
+)
+def test_the_watchdog_is_built_where_it_is_asked_for(install, asked, cuda, built):
+    done, libraries = install(SMOOTHIE_KERNELS_BUILD="1", SMOOTHIE_WATCHDOG=asked, SMOOTHIE_KERNELS_CUDA=cuda)
+    assert done.returncode == 0, done.stderr
+    assert libraries == built
+    assert ("without the CUDA library with a watchdog: SMOOTHIE_KERNELS_CUDA=0" in done.stderr) == (cuda == "0")
+
+
+def test_the_watchdog_is_in_its_library_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("SMOOTHIE_KERNELS_CUDA", raising=False)
+    monkeypatch.setenv("TORCH_DIR", str(fake_torch(tmp_path)))
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path)))
+    texts = []
+    monkeypatch.setattr(setup, "run_ninja", lambda folder, text, targets=(): texts.append(text))
+    for library in setup.LIBRARIES.values():
+        library.build(tmp_path / library.file, tmp_path)
+    assert [setup.WATCHDOG_FLAG in text for text in texts] == [False, False, True]
+    assert (cuda.LIBRARY.name, cuda.WATCHDOG_LIBRARY.name) == (setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY)
 
 
 @pytest.mark.parametrize("wanted", ["", "1"])
@@ -404,10 +432,13 @@ def test_tensors_that_do_not_fit(said, call, message):
 # --- What the kernels take
 
 
-def test_kernels_fit():
+@pytest.mark.parametrize("watchdog", [False, True])
+def test_kernels_fit(watchdog):
     """Every kernel of the table is there, on the matrix units, in registers; nothing waits that need not."""
+    if watchdog and not cuda.WATCHDOG_LIBRARY.exists():
+        pytest.skip("the CUDA library with a watchdog is not built")  # it takes as long as the library itself
     try:
-        rows, general = check.check()
+        rows, general = check.check(watchdog)
     except (check.CannotCheck, setup.LeftOut) as reason:
         pytest.skip(f"the kernels cannot be looked into: {reason}")
     assert general == []

@@ -43,6 +43,9 @@ from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, larges
 from smoothie_kernels.recall import Buckets, expected_found
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
+# The same, but what hangs ends with an error: where setup.py is given SMOOTHIE_WATCHDOG=1. Both register the same
+# operators: a process loads one of them.
+WATCHDOG_LIBRARY = LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so")
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE = "cuda"  # in tests, with the kernels in an emulator, "cpu"
 CAPABILITY = (9, 0)  # sm_90a: wgmma is of this one generation
