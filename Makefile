@@ -10,7 +10,7 @@ export PYTHONPATH := $(CURDIR)
 
 BIN := .venv/bin
 CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/cuda/sm90/*.h \
-	tests/cpp/*.cpp tests/cuda/*.h tests/cuda/*.cpp)
+	tests/cpp/*.h tests/cpp/*.cpp $(addprefix tests/cuda/,*.h *.cpp */*.h */*.cpp))
 LIBRARIES := smoothie_kernels/libsmoothie_kernels_*.so
 
 .PHONY: help
@@ -46,17 +46,18 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 test: test-cpp pytest  ## all tests
 
 test-cpp: venv  ## the CPU kernel against double precision, and the emulator of Hopper, without torch
-	$(BIN)/python tests/cpp/build.py
-	$(BIN)/python tests/cuda/build.py
+	$(BIN)/python tests/compiled.py cpu
+	$(BIN)/python tests/compiled.py emulator
 
 pytest: build  ## the Python tests
 	$(BIN)/python -m pytest
 
 sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python tests/cpp/build.py address,undefined
+	$(BIN)/python tests/compiled.py cpu address,undefined
+	$(BIN)/python tests/compiled.py emulator address,undefined
 
-sanitize-thread: venv  ## the C++ tests under ThreadSanitizer
-	$(BIN)/python tests/cpp/build.py thread
+sanitize-thread: venv  ## the C++ tests of the CPU kernel under ThreadSanitizer
+	$(BIN)/python tests/compiled.py cpu thread
 
 abi-check: build  ## list what the libraries ask of their host; fail where that is not the stable ABI
 	$(BIN)/python tests/abi.py $(LIBRARIES)
@@ -66,6 +67,7 @@ kernels-check: venv  ## compile every Triton kernel for sm_80, sm_90, sm_100 and
 
 cuda-check: venv  ## compile every CUDA kernel for sm_90a with nvcc; list registers, spills, instructions
 	$(BIN)/python tests/cuda/check.py
+	$(BIN)/python tests/cuda/check.py --watchdog
 
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check

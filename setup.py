@@ -5,6 +5,9 @@ torch is only looked up on disk, never imported (an isolated build has none), an
 library, for Hopper alone, is built where nvcc is, against any build of torch. Where something is missing, installation
 goes on without the library that needs it; `smoothie-kernels doctor` says so.
 
+SMOOTHIE_WATCHDOG=1 adds a second CUDA library, whose kernels end with an error where they would hang: `smoothie-kernels
+check` takes it.
+
 Environment: CXX is the C++ compiler, NVCC that of CUDA; TORCH_DIR the folder of torch, where it is not among this
 Python's packages; SMOOTHIE_KERNELS_BUILD=0 skips both builds, =1 makes a failed build an error, but not a missing nvcc;
 SMOOTHIE_KERNELS_CUDA=0 leaves the CUDA library out.
@@ -31,6 +34,7 @@ ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"  # hides all newer functions
 CPU_LIBRARY, CUDA_LIBRARY = "libsmoothie_kernels_cpu.so", "libsmoothie_kernels_cuda.so"
+WATCHDOG_LIBRARY, WATCHDOG_FLAG = "libsmoothie_kernels_cuda_watchdog.so", "-DSMOOTHIE_WATCHDOG"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC's own AVX-512 headers trip the first two (GCC bug 105593); Clang does not know the second.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
@@ -172,7 +176,7 @@ def cuda_sources() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
-def cuda_ninja_file(output: Path) -> str:
+def cuda_ninja_file(output: Path, *nvcc_flags: str) -> str:
     if os.environ.get("SMOOTHIE_KERNELS_CUDA") == "0":
         raise LeftOut("SMOOTHIE_KERNELS_CUDA=0")
     nvcc, compiler = find_nvcc(), find_compiler()
@@ -183,12 +187,16 @@ def cuda_ninja_file(output: Path) -> str:
     # The runtime's functions stay this library's own: torch may have brought others of the same names.
     link_flags += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined"]
     sources: dict[str, list[str]] = {source: [] for source in ("csrc/cuda/bindings.cpp", *cuda_sources())}
-    compilers = {".cu": _quote([*nvcc, *NVCC_FLAGS])}
+    compilers = {".cu": _quote([*nvcc, *NVCC_FLAGS, *nvcc_flags])}
     return ninja_file(compiler, flags, sources, link_flags, output, compilers)
 
 
 def build_cuda_library(output: Path, folder: Path) -> None:
     run_ninja(folder, cuda_ninja_file(output))
+
+
+def build_watchdog_library(output: Path, folder: Path) -> None:
+    run_ninja(folder, cuda_ninja_file(output, WATCHDOG_FLAG))
 
 
 class Library(NamedTuple):
@@ -200,12 +208,20 @@ class Library(NamedTuple):
 LIBRARIES = {
     "cpu": Library("CPU library", CPU_LIBRARY, build_cpu_library),
     "cuda": Library("CUDA library", CUDA_LIBRARY, build_cuda_library),
+    "cuda_watchdog": Library("CUDA library with a watchdog", WATCHDOG_LIBRARY, build_watchdog_library),
 }
+
+
+def asked_for() -> set[str]:
+    """Names of LIBRARIES."""
+    return LIBRARIES.keys() - (set() if os.environ.get("SMOOTHIE_WATCHDOG") == "1" else {"cuda_watchdog"})
 
 
 class BuildKernels(build_ext):
     def run(self) -> None:
         self.failures: list[str] = []
+        for name in LIBRARIES.keys() - asked_for():
+            self.remove_earlier(f"smoothie_kernels.{name}")
         super().run()
         if self.failures:  # only now: what could be built is in its place
             raise SystemExit("\n".join(self.failures))
@@ -213,6 +229,11 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         *folders, name = fullname.split(".")
         return os.path.join(*folders, LIBRARIES[name].file)
+
+    def remove_earlier(self, name: str) -> None:
+        """What an earlier build left does not fit these sources."""
+        for folder in (Path(self.build_lib), ROOT):
+            (folder / self.get_ext_filename(name)).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("SMOOTHIE_KERNELS_BUILD", "")
@@ -225,11 +246,7 @@ class BuildKernels(build_ext):
             output.parent.mkdir(parents=True, exist_ok=True)
             build(output, Path(self.build_temp) / name)
         except CannotBuild as reason:
-            for stale in (
-                output,
-                ROOT / self.get_ext_filename(ext.name),
-            ):  # an earlier build does not fit these sources
-                stale.unlink(missing_ok=True)
+            self.remove_earlier(ext.name)
             if wanted == "1" and not isinstance(reason, LeftOut):
                 self.failures.append(f"smoothie-kernels: cannot build the {title}: {reason}")
             else:
@@ -245,6 +262,6 @@ class AnyPython(bdist_wheel):
 
 if __name__ == "__main__":  # tests import this file for its tables
     setup(
-        ext_modules=[Extension(f"smoothie_kernels.{name}", sources=[], optional=True) for name in LIBRARIES],
+        ext_modules=[Extension(f"smoothie_kernels.{name}", sources=[], optional=True) for name in sorted(asked_for())],
         cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
     )

@@ -25,7 +25,9 @@ class Tolerance:
 
     smoothed: float  # relative, Frobenius; of gradients too
     tie: float  # tokens that are further away by less than this times ||x||^2 count as nearest
-    lse: float = 1e-5  # relative, absolute below 1
+    # Relative, absolute below 1. In 16-bit types, what truncation in matrix units leaves (testing.truncation) is less
+    # than this or than twice the naive error: at D = 768, mu = 0.0244 it is 7e-5, and that 3e-3.
+    lse: float = 1e-5
 
 
 OURS = {

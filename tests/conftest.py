@@ -1,4 +1,3 @@
-import importlib.util
 import os
 from pathlib import Path
 
@@ -37,13 +36,12 @@ def hopper_library() -> tuple[Path, str]:
     define the same operators: a process has one of them."""
     if not cuda.supports("cuda", None):
         return cuda.LIBRARY, "cuda"
+    import compiled
+
     import setup
 
-    spec = importlib.util.spec_from_file_location("cuda_emulator", Path(__file__).parent / "cuda/build.py")
-    emulator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(emulator)
     try:
-        return emulator.library(), "cpu"
+        return compiled.emulated_library(), "cpu"
     except setup.CannotBuild as reason:
         pytest.skip(f"no Hopper GPU, and the emulator of one cannot be built: {reason}")
 

@@ -28,7 +28,7 @@ def project(tmp_path):
 
 
 def run(folder, *arguments, **environment):
-    names = ("CXX", "NVCC", "TORCH_DIR", "SMOOTHIE_KERNELS_BUILD")
+    names = ("CXX", "NVCC", "TORCH_DIR", "SMOOTHIE_KERNELS_BUILD", "SMOOTHIE_WATCHDOG")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     clean["SMOOTHIE_KERNELS_CUDA"] = "0"  # test_cuda_build.py builds that library
     return subprocess.run(

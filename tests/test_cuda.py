@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CASES, FIELDS, inputs, loudness
 
-from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
+from smoothie_kernels import Vocabulary, fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import cuda
 from smoothie_kernels.testing import FLOOR, check_step, relative_error
 
@@ -214,13 +214,21 @@ def test_all_ways_agree(hopper, monkeypatch):
 @TYPES
 @pytest.mark.parametrize(
     ("n", "d", "path"),
-    [(40, 200, "stream"), (40, 1024, "stream"), (200, 256, "narrow"), (200, 200, "score"), (200, 1024, "score")],
+    [
+        (40, 200, "stream"),
+        (40, 1024, "stream"),
+        (70, 64, "narrow"),
+        (200, 256, "narrow"),
+        (200, 200, "score"),
+        (200, 1024, "score"),
+    ],
 )
 def test_schedules_do_not_matter(hopper, take, monkeypatch, n, d, path, dtype):
     """In the emulator boxes arrive and products end when they like; every call is in another order."""
     take(path)
     monkeypatch.setattr(cuda, "pick_chunks", lambda row_blocks, tiles, *_: 1)
-    x, table = inputs(n, 1100 if path == "narrow" else 300, d, 1.0, hopper, dtype)  # so that rings go round
+    v = {"narrow": 1100 if d > 64 else 1900}.get(path, 300)  # so that rings go round
+    x, table = inputs(n, v, d, 1.0, hopper, dtype)
     x[::9] += 30  # done again
     expected = step(x, table, 0.3)
     for seed in (1, 2, 2**64 - 1):
@@ -321,3 +329,22 @@ def test_strides(hopper, take, path):
         assert same_bits(step(x, Vocabulary(rows, backend="cuda")), expected)
     for rows in (torch.cat((x, x), 1)[:, 64:], x.T.contiguous().T, torch.cat((x[0, :3], x.flatten()))[3:].view(40, 64)):
         assert same_bits(step(rows, table.T.contiguous().T), expected)
+
+
+@PATHS
+@pytest.mark.parametrize(
+    ("v", "stride"), [(150, 0), (150, 8), (150, 56), (1, 0), (1, 3), (1, 8), (1, 2**39), (1, 2**45)]
+)
+def test_strides_that_no_tensor_map_has(hopper, take, path, v, stride):
+    """Rows that are one row, rows that overlap, one row with any stride: copied, in every function that makes a map."""
+    take(path)
+    x, numbers = inputs(40, 150, 64, 1.0, hopper, torch.bfloat16)
+    table = numbers.as_strided((v, 64), (stride, 1))
+    dense = table.clone(memory_format=torch.contiguous_format)
+    for how in ({}, {"topk": 1}):
+        assert same_bits(step(x, table, **how), step(x, dense, **how))
+    assert torch.equal(cuda.column_bias(table), cuda.column_bias(dense))
+    found, expected = (nearest_token(x, t, backend="cuda") for t in (table, dense))
+    assert torch.equal(found.distance, expected.distance)
+    one = x.as_strided((1, 64), (stride, 1))
+    assert same_bits(step(one, dense), step(x[:1], dense))

@@ -16,6 +16,7 @@ import test_build
 from test_build import fake_torch, run
 
 import setup
+from smoothie_kernels.backends import cuda
 
 project = test_build.project  # the fixture
 LIBRARY = setup.ROOT / "smoothie_kernels" / setup.CUDA_LIBRARY
@@ -138,7 +139,7 @@ def install(project, tmp_path):
     package = project / "smoothie_kernels"
 
     def build(**other):
-        for library in (setup.CPU_LIBRARY, setup.CUDA_LIBRARY):
+        for library in (setup.CPU_LIBRARY, setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY):
             (package / library).write_text("of an earlier build")
         done = run(project, "setup.py", "-q", "build_ext", "--inplace", **{**environment, **other})
         assert all(path.read_text() == "" for path in package.glob("*.so"))
@@ -151,6 +152,33 @@ def test_both_are_built(install):
     done, libraries = install(SMOOTHIE_KERNELS_BUILD="1")
     assert done.returncode == 0, done.stderr
     assert libraries == {setup.CPU_LIBRARY, setup.CUDA_LIBRARY}
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "built"),
+    [
+        ("1", "", {setup.CPU_LIBRARY, setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY}),
+        ("1", "0", {setup.CPU_LIBRARY}),
+        ("0", "", {setup.CPU_LIBRARY, setup.CUDA_LIBRARY}),
+    ],
+)
+def test_the_watchdog_is_built_where_it_is_asked_for(install, asked, cuda, built):
+    done, libraries = install(SMOOTHIE_KERNELS_BUILD="1", SMOOTHIE_WATCHDOG=asked, SMOOTHIE_KERNELS_CUDA=cuda)
+    assert done.returncode == 0, done.stderr
+    assert libraries == built
+    assert ("without the CUDA library with a watchdog: SMOOTHIE_KERNELS_CUDA=0" in done.stderr) == (cuda == "0")
+
+
+def test_the_watchdog_is_in_its_library_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("SMOOTHIE_KERNELS_CUDA", raising=False)
+    monkeypatch.setenv("TORCH_DIR", str(fake_torch(tmp_path)))
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path)))
+    texts = []
+    monkeypatch.setattr(setup, "run_ninja", lambda folder, text, targets=(): texts.append(text))
+    for library in setup.LIBRARIES.values():
+        library.build(tmp_path / library.file, tmp_path)
+    assert [setup.WATCHDOG_FLAG in text for text in texts] == [False, False, True]
+    assert (cuda.LIBRARY.name, cuda.WATCHDOG_LIBRARY.name) == (setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY)
 
 
 @pytest.mark.parametrize("wanted", ["", "1"])
@@ -261,8 +289,8 @@ const char* prepare(const PrepareParams& p, hopper::Stream) {
       int(p.offsets[p.n_fields - 1]), p.headroom);
 }
 const char* merge(const MergeParams& p, hopper::Stream) {
-  SAY("N=%d D=%d chunks=%d sums=%d lowest=%g highest_fit=%g smoothed=%d far=%d", int(p.n_rows), p.width, p.chunks,
-      p.sums, p.lowest, p.highest_fit, GIVEN(p.smoothed), GIVEN(p.far));
+  SAY("N=%d D=%d table_stride=%d chunks=%d sums=%d lowest=%g highest_fit=%g smoothed=%d far=%d", int(p.n_rows),
+      p.width, int(p.table_stride), p.chunks, p.sums, p.lowest, p.highest_fit, GIVEN(p.smoothed), GIVEN(p.far));
 }
 const char* nearest(const NearestParams& p, hopper::Stream) {
   p.nearest[0] = p.chunks, p.distance[0] = float(p.table_stride);
@@ -320,9 +348,9 @@ json.dump({
     "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, 2, one, one.to(i),
                    3 * torch.ones(3, n, d), 0),
     "prepare": said("prepare", x, row, seed, offsets, None, 1.5, row, row, fields, 0),
-    "merge": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None, x.clone(),
-                  row.to(l), row.to(l), row, row, row, row, None, 0),
-    "merge, no sums": said("merge", x, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
+    "merge": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None,
+                  x.clone(), row.to(l), row.to(l), row, row, row, row, None, 0),
+    "merge, no sums": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
                            row.to(l), row.to(l), row, row, row, row, torch.ones(n) > 0, 0),
     "nearest": said("nearest", x, table, numbers[:1], tokens[:1], seed, bias, 0),
     "nearest writes": [seed.item(), bias[0].item()],
@@ -366,7 +394,7 @@ def said(tmp_path_factory):
         ("stream", "first=0 end=40 parts=3 chunks=3 only=1 acc=2"),
         ("narrow", "end=40 parts=3 chunks=3 cluster=2 acc=3"),
         ("prepare", "N=5 D=16 F=2 seed=7 offset=4 headroom=1.5"),
-        ("merge", "N=5 D=16 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
+        ("merge", "N=5 D=16 table_stride=24 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
         ("merge, no sums", "chunks=4 sums=0 lowest=-2 highest_fit=3 smoothed=0 far=1"),
         ("gaussian", "N=5 columns=16 seed=8 offset=2 row_ids=0"),
         ("column_bias", "V=40 D=16 stride=16 type=1"),
@@ -404,10 +432,13 @@ def test_tensors_that_do_not_fit(said, call, message):
 # --- What the kernels take
 
 
-def test_kernels_fit():
+@pytest.mark.parametrize("watchdog", [False, True])
+def test_kernels_fit(watchdog):
     """Every kernel of the table is there, on the matrix units, in registers; nothing waits that need not."""
+    if watchdog and not cuda.WATCHDOG_LIBRARY.exists():
+        pytest.skip("the CUDA library with a watchdog is not built")  # it takes as long as the library itself
     try:
-        rows, general = check.check()
+        rows, general = check.check(watchdog)
     except (check.CannotCheck, setup.LeftOut) as reason:
         pytest.skip(f"the kernels cannot be looked into: {reason}")
     assert general == []

@@ -243,6 +243,19 @@ def test_what_the_backward_takes(hopper, take, dtype, mean, path):
         assert ((getattr(found, name) - value).abs() <= rounding + 1e-6 * value.abs()).all(), name
 
 
+@TYPES
+def test_lse_comes_from_the_table(hopper, dtype):
+    """A change of all scores by the same number, as truncation in the matrix units makes it, changes no lse."""
+    given = step_inputs(*inputs(20, 300, 72, 1.0, hopper, dtype))
+    refs, lse = cuda._prepare(given), []
+    parts = cuda._score(cuda.STATISTICS, given, refs, slice(0, 300))
+    for change in (0.0, 0.5):
+        parts.numbers[0] -= change
+        less = refs._replace(ref_score=refs.ref_score - change)
+        lse.append(cuda._merge(given, less, parts, None, None).statistics.lse)
+    torch.testing.assert_close(*lse, rtol=1e-6, atol=2e-6)
+
+
 def test_reads_and_writes_stay_inside(hopper):
     """NaN around x and the table reaches no output."""
     for n, v, d in ((1, 1, 8), (1, 17, 40), (33, 129, 72), (130, 130, 200)):

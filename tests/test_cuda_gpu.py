@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import inputs
-from test_cuda import KEY, TYPES, same_bits
+from test_cuda import KEY, TYPES, same_bits, wrong
 
 from smoothie_kernels import SmoothieStep, TopK, Vocabulary, fused_smoothie_step, nearest_token, noise
-from smoothie_kernels.testing import check_step, check_topk
+from smoothie_kernels.testing import FLOOR, check_step, check_topk, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,8 @@ def step(x, table, mu=0.05, std=0.99, **how):
 
 def wrong_of_some(found, x, table, mu, std, recall=1.0):
     """Of rows of all blocks, the first and the last among them: the others would not fit in float64."""
-    rows = torch.cat((torch.randperm(len(x))[:60], torch.tensor([0, 127, 128, len(x) - 1]))).to(x.device)
+    last = len(x) - 1
+    rows = torch.cat((torch.randperm(len(x))[:60], torch.tensor([0, 127, 128, last]).clamp_max(last))).to(x.device)
     eps = noise.gaussian(64, len(table), **KEY, row_ids=rows.cpu(), backend="reference").to(x.device)
     ones = torch.ones(64, device=x.device)
     given = x[rows], table, mu * ones, std * ones, eps
@@ -83,14 +84,20 @@ def test_streams(n, topk):
         seed.add_(1)
         of_side = noise.gaussian(n, 99, seed=seed, device="cuda", backend="cuda")
     side.synchronize()
-    assert same_bits(found, expected)
+    # On another stream cuBLAS may multiply weights and table in another order.
+    assert same_bits(found._replace(smoothed=expected.smoothed), expected)
+    assert relative_error(found.smoothed, expected.smoothed) <= FLOOR[x.dtype]
     assert torch.equal(also.tokens, nearest.tokens)
     assert torch.equal(of_side, field)
 
 
 @pytest.mark.parametrize("n", [20, 700])
 def test_graph(n):
-    """Replayed with other rows, seeds, offsets and weights of fields."""
+    """Replayed with other rows, seeds, offsets and weights of fields.
+
+    Without a recall_target the host asks for rows to do again, but not during capture: other kernels find the largest
+    logits, and near-equal ones may come in another order. So these are compared with float64 alone.
+    """
     x, table = inputs(n, 5000, 384, 1.0, "cuda", torch.bfloat16)
     vocabulary, seed, offset = Vocabulary(table, backend="cuda"), *torch.tensor([3, 0], device="cuda")
     several, weights = torch.arange(3, device="cuda"), torch.rand(3, device="cuda")
@@ -99,7 +106,7 @@ def test_graph(n):
         one = step(x, vocabulary, seed=seed, offset=offset, topk=8)
         sums = step(x, vocabulary, seed=seed, offset=several, field_weights=weights)
         few = step(x, vocabulary, seed=seed, offset=offset, topk=8, recall_target=0.9, smooth="topk+mean")
-        return *one[:4], *one.topk, *sums[:4], *few[:4], *nearest_token(x, vocabulary, backend="cuda")
+        return one, (*sums[:4], *few[:4], *few.topk, *nearest_token(x, vocabulary, backend="cuda"))
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -107,7 +114,7 @@ def test_graph(n):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = results()
+        of_graph, captured = results()
     for k in (0, 1, 5):
         seed.add_(k)
         offset.fill_(-k)
@@ -116,8 +123,16 @@ def test_graph(n):
         x.copy_(x.roll(1, 0))
         x[0] += 30 * k  # done again
         graph.replay()
-        for a, b in zip(captured, results(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        where = {"seed": int(seed), "offset": int(offset)}
+        assert wrong(of_graph, x, table, **where) == []
+        ones = torch.ones(n, device="cuda")
+        eps = noise.gaussian(n, 5000, **where, backend="reference").to("cuda")
+        assert check_topk(of_graph.topk, x, table, 0.05 * ones, 0.99 * ones, eps) == []
+        for a, b in zip(captured, results()[1], strict=True):
+            if a.dtype == x.dtype:  # cuBLAS may multiply in another order
+                assert relative_error(a, b) <= FLOOR[x.dtype]
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_another_device():

@@ -148,13 +148,14 @@ void stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<T
   check(smoothie::cuda::stream(p, Stream(stream)), "stream");
 }
 
-void merge(Tensor x, Tensor mu, Tensor ref_score, Tensor highest, double sigma_min, double lowest, double highest_fit,
-           Tensor numbers, Tensor tokens, std::optional<Tensor> acc, std::optional<Tensor> only,
+void merge(Tensor x, Tensor embeddings, Tensor mu, Tensor ref_score, Tensor highest, double sigma_min, double lowest,
+           double highest_fit, Tensor numbers, Tensor tokens, std::optional<Tensor> acc, std::optional<Tensor> only,
            std::optional<Tensor> smoothed, Tensor nearest, Tensor noisy, Tensor lse, Tensor best_score, Tensor log_sum,
            Tensor best_logit, std::optional<Tensor> far, int64_t stream) {
   smoothie::cuda::MergeParams p{};
-  p.type = type_of_x(x);
-  p.x = pointer<void>(x), p.n_rows = x.size(0), p.width = int(x.size(1));
+  p.type = type_of_both(x, embeddings);
+  p.x = pointer<void>(x), p.table = pointer<void>(embeddings);
+  p.n_rows = x.size(0), p.width = int(x.size(1)), p.table_stride = embeddings.stride(0);
   p.mu = pointer<float>(mu), p.ref_score = pointer<float>(ref_score), p.highest = pointer<float>(highest);
   p.inverse_variance = inverse_variance(sigma_min), p.lowest = float(lowest), p.highest_fit = float(highest_fit);
   p.numbers = pointer<float>(numbers), p.tokens = pointer<int32_t>(tokens), p.chunks = int(numbers.size(1));
@@ -220,10 +221,10 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cuda, m) {
       "Tensor fields, Tensor ref_score, Tensor highest, float sigma_min, int chunks, Tensor? only, "
       "Tensor(a!) numbers, Tensor(b!) tokens, Tensor(c!)? acc, int stream) -> ()");
   m.def(
-      "merge(Tensor x, Tensor mu, Tensor ref_score, Tensor highest, float sigma_min, float lowest, float highest_fit, "
-      "Tensor numbers, Tensor tokens, Tensor? acc, Tensor? only, Tensor(a!)? smoothed, Tensor(b!) nearest, "
-      "Tensor(c!) noisy, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, Tensor(g!) best_logit, "
-      "Tensor(h!)? far, int stream) -> ()");
+      "merge(Tensor x, Tensor embeddings, Tensor mu, Tensor ref_score, Tensor highest, float sigma_min, float lowest, "
+      "float highest_fit, Tensor numbers, Tensor tokens, Tensor? acc, Tensor? only, Tensor(a!)? smoothed, "
+      "Tensor(b!) nearest, Tensor(c!) noisy, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, "
+      "Tensor(g!) best_logit, Tensor(h!)? far, int stream) -> ()");
   m.def(
       "nearest(Tensor x, Tensor embeddings, Tensor numbers, Tensor tokens, Tensor(a!) nearest, Tensor(b!) distance, "
       "int stream) -> ()");

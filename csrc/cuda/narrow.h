@@ -41,19 +41,20 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
     for (int i = 0; i < boxes.count; ++i) {
       const RingPlace box = at.after(i, boxes.slots);
       hopper::barrier_wait(boxes.full(box), box.odd);
+      hopper::products_wait<1>();
+      if (i == 1) give_back();  // only products of the TMA tile before this are unfinished: the last mean is done
       const uint64_t x = hopper::matrix_at(boxes.x(i) + rows), e = hopper::matrix_at(boxes.ring(box));
       hopper::products_begin();
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k)
         hopper::multiply_64x64<T>(scores, x + k * hopper::kNextColumns, e + k * hopper::kNextColumns, i + k > 0);
+      hopper::products_commit();  // of each TMA tile: one after the loop would take a product of its own
     }
-    hopper::products_commit();
     epilogue.begin_tile();
     more = walk.next();
     if (more) epilogue.fetch_bias(walk.tile);
-    hopper::products_wait<1>();  // the mean of the tile before
-    give_back();
     hopper::products_wait_for(scores);
+    if (boxes.count == 1) give_back();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) hopper::products_have_read(weights[i]);
 
@@ -72,8 +73,8 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
       hopper::products_begin();
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) hopper::multiply_64x64<T>(acc[i], weights[k], e + k * hopper::kNextRows);
+      hopper::products_commit();
     }
-    hopper::products_commit();
     before = at, unread = boxes.count;
     at = at.after(boxes.count, boxes.slots);
   } while (more);

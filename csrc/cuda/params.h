@@ -80,13 +80,13 @@ struct PrepareParams {
 };
 
 struct MergeParams {
-  const void* x;  // [N, D]
+  const void *x, *table;  // [N, D], [V, D]
   const float *mu, *ref_score, *highest;
   const float* numbers;   // [3, C, N]
   const int32_t* tokens;  // [2, C, N]
   const float* acc;       // [A, N, D] or nullptr; A = C, or 1: the sums of all
   const bool* only;       // [N] or nullptr: rows that are written
-  int64_t n_rows;
+  int64_t n_rows, table_stride;
   int width, chunks, sums;                      // D, C, A
   float inverse_variance, lowest, highest_fit;  // a best logit outside is far: its weights are not sound
   Type type;

@@ -28,6 +28,13 @@ __device__ inline double squared_distance(const T* a, const T* b, int width) {
   return sum_of_warp(sum);
 }
 
+// The same of a row of p.x and a token of p.table.
+template <class T, class Params>
+__device__ inline double squared_distance_to(const Params& p, int64_t row, int64_t token) {
+  return squared_distance<T>(static_cast<const T*>(p.x) + row * p.width,
+                             static_cast<const T*>(p.table) + token * p.table_stride, p.width);
+}
+
 __device__ inline NoiseKey key_of(const int64_t* seed, const int64_t* offset) {
   return noise_key(uint64_t(*seed), uint64_t(*offset));
 }
@@ -73,9 +80,8 @@ __global__ void merge_kernel(const __grid_constant__ MergeParams p) {
   for (int c = threadIdx.x % 32; c < p.chunks; c += 32) total += p.numbers[2 * plane + c * p.n_rows + row];
   total = sum_of_warp(total);
 
-  const T* x = static_cast<const T*>(p.x) + row * p.width;
   if (blockIdx.y == 0 && threadIdx.x < 32) {
-    const double squares = squared_distance<T>(x, nullptr, p.width);
+    const double distance = squared_distance_to<T>(p, row, nearest.token);
     if (threadIdx.x == 0) {
       const float scale = p.mu[row] * p.inverse_variance;
       const float moved = scale * (p.ref_score[row] - nearest.value);
@@ -83,7 +89,9 @@ __global__ void merge_kernel(const __grid_constant__ MergeParams p) {
       p.nearest[row] = nearest.token, p.noisy[row] = noisy.token;
       p.best_score[row] = nearest.value, p.log_sum[row] = log_sum;
       p.best_logit[row] = noisy.value + p.highest[row] + moved;
-      p.lse[row] = float(double(scale) * (double(nearest.value) - squares / 2) + double(log_sum));
+      // Not scale (nearest.value - ||x||^2 / 2): matrix units truncate, so every score is off by about as much, to the
+      // same side. log_sum has only differences of scores, in which most of that cancels.
+      p.lse[row] = float(double(log_sum) - double(scale) * distance / 2);
       // NaN is far; so is a sum that has overflown.
       if (p.far) p.far[row] = !(noisy.value > p.lowest && noisy.value < p.highest_fit);
     }
@@ -120,8 +128,7 @@ __global__ void nearest_kernel(const __grid_constant__ NearestParams p) {
   if (row >= p.n_rows) return;
   const Best best = best_part(p.numbers, p.tokens, p.chunks, p.n_rows, row);
   // The winner's distance directly: the difference of scores, large numbers, would cancel.
-  const double distance = squared_distance<T>(static_cast<const T*>(p.x) + row * p.width,
-                                              static_cast<const T*>(p.table) + best.token * p.table_stride, p.width);
+  const double distance = squared_distance_to<T>(p, row, best.token);
   if (threadIdx.x % 32) return;
   p.nearest[row] = best.token, p.distance[row] = float(distance);
 }

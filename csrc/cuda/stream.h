@@ -172,8 +172,8 @@ __device__ inline void consume(const StreamArguments& a, const StreamBoxes& boxe
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k)
         hopper::multiply_64x32<T, false>(sums, e + k * hopper::kNextColumns, x + k * hopper::kNextColumns, true);
+      hopper::products_commit();
     }
-    hopper::products_commit();
     hopper::products_wait_for(sums);
 #pragma unroll
     for (int i = 0; i < 16; ++i)
@@ -193,8 +193,8 @@ __device__ inline void consume(const StreamArguments& a, const StreamBoxes& boxe
 #pragma unroll
       for (int k = 0; k < kStreamTokens / 16; ++k)
         hopper::multiply_64x32<T, true>(acc[i], e + k * hopper::kNextRows, weights + k * hopper::kNextColumns, true);
+      hopper::products_commit();
     }
-    hopper::products_commit();
 #pragma unroll
     for (int i = 0; i < kHalfBoxes; ++i) hopper::products_wait_for(acc[i]);
 #pragma unroll 1

@@ -106,6 +106,8 @@ template <int kTokens>
 __device__ inline void fetch(const ScoreArguments& a, const Boxes<kTokens>& boxes) {
   const int first_row = blockIdx.x * kTileRows, share = kTokens / boxes.cluster;
   const int own = int(hopper::block_in_cluster()) * share;
+  // A block alone is launched without a cluster, and the PTX ISA does not say that multicast copies work there.
+  const bool alone = boxes.cluster == 1;
   const uint16_t everyone = uint16_t((1 << boxes.cluster) - 1);
   hopper::prefetch_map(&a.x_map), hopper::prefetch_map(&a.table_map);
   if (boxes.resident) hopper::barrier_expect(boxes.x_full(), boxes.resident * kBoxBytes);
@@ -130,11 +132,18 @@ __device__ inline void fetch(const ScoreArguments& a, const Boxes<kTokens>& boxe
         at.next(boxes.slots);
       }
       free_slot();
-      const uint32_t to = boxes.ring(at) + own * 128;
-      if (walk.tile < a.p.strided_tiles)
-        hopper::load_strided_box(to, &a.strided_map, boxes.full(at), i * kBoxColumns, walk.tile, own / 2, everyone);
-      else
-        hopper::load_box(to, &a.table_map, boxes.full(at), i * kBoxColumns, token, everyone);
+      const uint32_t to = boxes.ring(at) + own * 128, full = boxes.full(at);
+      const int column = i * kBoxColumns;
+      if (walk.tile < a.p.strided_tiles) {
+        if (alone)
+          hopper::load_strided_box(to, &a.strided_map, full, column, walk.tile, 0);
+        else
+          hopper::load_strided_box(to, &a.strided_map, full, column, walk.tile, own / 2, everyone);
+      } else if (alone) {
+        hopper::load_box(to, &a.table_map, full, column, token);
+      } else {
+        hopper::load_box(to, &a.table_map, full, column, token, everyone);
+      }
       at.next(boxes.slots);
     }
   } while (walk.next());

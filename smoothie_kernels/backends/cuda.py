@@ -43,10 +43,14 @@ from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, larges
 from smoothie_kernels.recall import Buckets, expected_found
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
+# The same, but what hangs ends with an error: where setup.py is given SMOOTHIE_WATCHDOG=1. Both register the same
+# operators: a process loads one of them.
+WATCHDOG_LIBRARY = LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so")
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE = "cuda"  # in tests, with the kernels in an emulator, "cpu"
 CAPABILITY = (9, 0)  # sm_90a: wgmma is of this one generation
-WIDEST, WIDTH_STEP = 1024, 8  # box copies take rows of whole 16 bytes
+WIDEST, WIDTH_STEP = 1024, 8  # TMA copies take rows of whole 16 bytes
+MOST_STRIDE = 2**39  # below it, in numbers of 2 bytes: that of a tensor map
 
 NEAREST, STATISTICS, KEEP, WEIGHTS, KEYS = 0, 1, {1: 2, 2: 3, 4: 4}, 5, 6  # Mode in csrc/cuda/params.h
 BUCKETS_OF_PART = 8  # the same file
@@ -250,8 +254,8 @@ def _merge(
         into = Statistics(*longs, *(_floats(x, n) for _ in range(4)))
     far = x.new_empty(n, dtype=torch.bool)
     _call(
-        "merge", x, x, inputs.mu, refs.ref_score, refs.highest, inputs.sigma_min, LOWEST, HIGHEST, *parts, acc, only,
-        smoothed, *into, far,
+        "merge", x, x, inputs.embeddings, inputs.mu, refs.ref_score, refs.highest, inputs.sigma_min, LOWEST, HIGHEST,
+        *parts, acc, only, smoothed, *into, far,
     )  # fmt: skip
     return Merged(into, far)
 
@@ -413,12 +417,14 @@ def _both_aligned(x: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """As box copies need them: rows that begin on 16 bytes. RuntimeError where that takes another width."""
+    """As a tensor map needs them: rows that begin on 16 bytes, do not overlap (an expanded table has the stride 0), and
+    lie less than 2^40 bytes apart (a single row may have any stride). RuntimeError where that takes another width."""
     d = rows.shape[1]
     if d % WIDTH_STEP or d > WIDEST:
         raise RuntimeError(
             f"backend 'cuda' takes widths D that are multiples of {WIDTH_STEP} up to {WIDEST:,}, got {d}: use "
             "backend='triton'"
         )
-    fits = rows.data_ptr() % 16 == 0 and rows.stride(0) % WIDTH_STEP == 0
+    stride = rows.stride(0)
+    fits = rows.data_ptr() % 16 == 0 and stride % WIDTH_STEP == 0 and d <= stride < MOST_STRIDE
     return rows if fits else rows.clone(memory_format=torch.contiguous_format)

@@ -30,7 +30,8 @@ constexpr double kEps = 0x1p-24;  // rounding of fp32
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 const float kInfinity = std::numeric_limits<float>::infinity();
 
-#define CHECK_WITHIN(got, low, high) check((got) >= (low) && (got) <= (high), __LINE__, #got, double(got), low, high)
+#define CHECK_WITHIN(got, low, high) \
+  check((got) >= (low) && (got) <= (high), __FILE__, __LINE__, #got, double(got), low, high)
 
 Threads threads(int count) {
   return {count, [](int64_t count, void (*body)(void*, int64_t), void* context) {

@@ -1,11 +1,11 @@
 """Compiles the CUDA kernels for Hopper, without a GPU, and prints what each takes. Run by `make cuda-check`.
 
-PYTHONPATH=. python tests/cuda/check.py [--json]
+PYTHONPATH=. python tests/cuda/check.py [--watchdog] [--json]
 
 A line a kernel: registers and threads, spilled bytes, shared memory, barriers; and of its instructions the matrix
 products, the box copies, those on local memory. Exit status 1 where a kernel of the table is missing, or spills, or has
-no products or boxes that should, or where the assembler says that it made products wait for each other or left the
-registers as they were. 2 where there is no nvcc, or nothing that reads what it wrote.
+no products or boxes that should, or traps without being asked, or where the assembler says that it made products wait
+for each other or left the registers as they were. 2 where there is no nvcc, or nothing that reads what it wrote.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}
 WANTED = [f"score {dtype} {mode}" for dtype in TYPES.values() for mode in MODES[:-1]]
 WANTED += [f"{kernel} {dtype}" for kernel in ("narrow", "stream") for dtype in TYPES.values()]
 
-INSTRUCTIONS = {"products": "HGMMA", "boxes": "UTMALDG", "local": "LDL|STL"}
+INSTRUCTIONS = {"products": "HGMMA", "boxes": "UTMALDG", "local": "LDL|STL", "traps": "BPT"}
 REGISTERS = 65536  # of a multiprocessor; a warp takes multiples of 256
 SHARED = 227 << 10  # bytes of a block, static and dynamic
 # That a fence was put in (C7519) costs nothing; that a wait was (C7517) does.
@@ -41,13 +41,15 @@ class CannotCheck(Exception):
 # --- what is compiled: the objects of the library itself
 
 
-def compile_kernels() -> list[Path]:
+def compile_kernels(watchdog: bool) -> list[Path]:
     """Where `make build` leaves them: nothing is compiled twice."""
     command = Distribution().get_command_obj("build")
     command.ensure_finalized()
-    folder = setup.ROOT / command.build_temp / "cuda"
+    name = "cuda_watchdog" if watchdog else "cuda"
+    folder, flags = setup.ROOT / command.build_temp / name, [setup.WATCHDOG_FLAG] * watchdog
     objects = [folder / f"{Path(source).stem}.o" for source in setup.cuda_sources()]
-    setup.run_ninja(folder, setup.cuda_ninja_file(folder / setup.CUDA_LIBRARY), [path.name for path in objects])
+    text = setup.cuda_ninja_file(folder / setup.LIBRARIES[name].file, *flags)
+    setup.run_ninja(folder, text, [path.name for path in objects])
     return objects
 
 
@@ -178,22 +180,26 @@ def dynamic_bytes() -> int:
     return int(found[1]) if found else 0
 
 
-def check() -> tuple[list[dict[str, Any]], list[str]]:
+def check(watchdog: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """The kernels, each with its faults, and the faults that are of no kernel."""
     cuobjdump, rows, general = find_cuobjdump(), [], []
-    for path in compile_kernels():
+    for path in compile_kernels(watchdog):
         log = Path(f"{path}.log").read_text()
         rows += rows_of(log, *(_output([cuobjdump, option, str(path)]) for option in ("-sass", "-elf")))
         general += [f"{path.stem}.cu: {message}" for message in costly_messages(log)]
+    for row in rows:
+        if bool(row["traps"]) != (watchdog and is_product(row["kernel"])):
+            row["faults"].append("has a watchdog" if row["traps"] else "has no watchdog")
     return rows, [*(f"{name} is not there" for name in missing(rows)), *general]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--watchdog", action="store_true", help="of the library that SMOOTHIE_WATCHDOG=1 builds")
     parser.add_argument("--json", action="store_true", help="the table as JSON")
     arguments = parser.parse_args()
     try:
-        rows, general = check()
+        rows, general = check(arguments.watchdog)
     except (CannotCheck, setup.LeftOut) as reason:
         print(f"cannot check the CUDA kernels: {reason}", file=sys.stderr)
         return 2

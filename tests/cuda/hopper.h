@@ -1,5 +1,5 @@
-// The twin of csrc/cuda/sm90/hopper.h on a CPU: the same names for the same kernels, run by emulator.cpp. An error ends
-// the launch, and the kernel's thread never comes back from the call.
+// The twin of csrc/cuda/sm90/hopper.h on a CPU: the same names for the same kernels, run by the emulator. An error ends
+// the launch, and the call never returns to the kernel's thread.
 #pragma once
 
 #include <cmath>
@@ -92,7 +92,7 @@ inline void products_wait_for(float (&)[kSums]) {
 template <int kCount>
 inline void products_have_read(uint32_t (&)[kCount]) {}
 
-// As there: emulator.cpp takes it apart again.
+// As there; emulator/products.cpp decodes it.
 inline uint32_t place_of(uint32_t address) {
   constexpr uint32_t kUnused = 1u << 16;
   return kUnused | (address & 0x3FFFF) >> 4;
@@ -128,8 +128,8 @@ inline void multiply_64x32(float (&sums)[16], uint64_t a, uint64_t b, bool add) 
 using emulator::column_of;
 using emulator::row_of;
 
-// Denormals are zero, as an argument and as a result. Results are off by as much as the PTX ISA allows, up or down by
-// the bits of the argument.
+// Subnormal arguments and results are zero. Results are off by as much as the PTX ISA allows; the argument's bits
+// decide whether up or down.
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline double off(float x, double by) { return (emulator::bits_of(x) * 0x9E3779B9u) >> 31 ? by : -by; }
 constexpr double kSinError = 6.743496e-07;  // 2^-20.5, from -2 pi to 2 pi

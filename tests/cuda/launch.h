@@ -33,17 +33,26 @@ const char* launch(void (*kernel)(Params), const Grid& grid, Stream, const Param
       &call, grid.x, grid.y, grid.threads, grid.cluster, grid.shared);
 }
 
+template <class T, int kRank>
+const char* describe(TensorMap* map, const void* matrix, const int64_t (&sizes)[kRank],
+                     const int64_t (&strides)[kRank - 1], const int64_t (&tile)[kRank]) {
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
+  int64_t bytes[kRank - 1];
+  for (int i = 0; i + 1 < kRank; ++i) bytes[i] = strides[i] * 2;
+  return emulator::encode_tiled(map, matrix, kRank, sizes, bytes, tile);
+}
+
 template <class T>
 const char* describe(TensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t row_stride,
                      int box_rows) {
-  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  return emulator::describe(map, matrix, rows, columns, row_stride, box_rows);
+  return describe<T, 2>(map, matrix, {columns, rows}, {row_stride}, {64, box_rows});
 }
 
 template <class T>
 const char* describe_strided(TensorMap* map, const void* matrix, int64_t tiles, int64_t columns, int64_t row_stride,
                              int box_pairs) {
-  return emulator::describe(map, matrix, 128, columns, row_stride, 2 * box_pairs, tiles);
+  return describe<T, 4>(map, matrix, {columns, 2, tiles, 64}, {row_stride, 2 * row_stride, 2 * tiles * row_stride},
+                        {64, 2, 1, box_pairs});
 }
 
 }  // namespace hopper

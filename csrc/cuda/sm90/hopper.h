@@ -70,13 +70,30 @@ __device__ inline void barrier_arrive(uint32_t remote) {
 }
 
 // Waits for the end of the phase of that parity: 0 for the first, 1 for the second, 0 for the third, ...
+// With SMOOTHIE_WATCHDOG a wait that takes longer than 4 to 9 seconds (globaltimer_hi counts 2^32 ns) ends the launch
+// with an error: a kernel that hangs would never give the GPU back. In PTX, because the same in C++ spills.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
+#ifdef SMOOTHIE_WATCHDOG
+      ".reg .pred late;\n"
+      ".reg .u32 begin, passed;\n"
+      "mov.u32 begin, %%globaltimer_hi;\n"
+#endif
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#ifdef SMOOTHIE_WATCHDOG
+      "@done bra over;\n"
+      "mov.u32 passed, %%globaltimer_hi;\n"
+      "sub.u32 passed, passed, begin;\n"
+      "setp.gt.u32 late, passed, 1;\n"
+      "@late trap;\n"
+      "bra again;\n"
+      "over:\n"
+#else
       "@!done bra again;\n"
+#endif
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
@@ -96,7 +113,8 @@ __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
-// The same to that address of all blocks named in the mask; each block's own barrier hears of it.
+// The same to that address of all blocks named in the mask; each block's own barrier counts the bytes. Only of launches
+// with a cluster.
 __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row,
                                 uint16_t blocks) {
   asm volatile(
@@ -106,8 +124,17 @@ __device__ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
-// The same of a matrix that describe_strided has described: 64 columns of row 2 ((pair + i / 2) tiles + tile) + i mod 2
-// become row i of the box.
+// Both of a matrix that describe_strided has described: 64 columns of row 2 ((pair + i / 2) tiles + tile) + i mod 2
+// become row i of the TMA tile.
+__device__ inline void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile,
+                                        int pair) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(uint64_t(map)), "r"(barrier), "r"(column), "r"(0), "r"(tile), "r"(pair)
+      : "memory");
+}
+
 __device__ inline void load_strided_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int tile,
                                         int pair, uint16_t blocks) {
   asm volatile(

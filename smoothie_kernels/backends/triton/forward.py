@@ -99,7 +99,7 @@ def redo(inputs: StepInputs, only: Tensor, smoothed: Tensor) -> Statistics:
     x, embeddings = inputs.x, inputs.embeddings
     of = family(x.device)
     tile = redo_tile(of, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1]))
-    return merge(inputs, _stream(inputs, tile, 1, smoothed[None], only))
+    return merge(inputs, _stream(inputs, tile, 1, smoothed[None], only), only=only)
 
 
 def redo_tile(of: str, tile: Tile) -> Tile:

@@ -3,9 +3,11 @@ kept, and for the nearest token.
 
     best = max of best_score        highest' = highest + scale (ref_score - best)        the same for best_logit
     log_sum = log sum_s total_s exp(highest'_s)        mean = sum_s acc_s exp(highest'_s - log_sum)
-    lse = log_sum + scale (best - ||x||^2 / 2)
+    lse = log_sum - scale ||x - E_nearest||^2 / 2
 
-Only scores are subtracted, and those of near tokens are near: nothing cancels in rows far from the origin.
+Only scores are subtracted, and those of near tokens are near: nothing cancels in rows far from the origin. lse takes
+the nearest token's distance from the table, in float64: tensor cores truncate, so all scores are off by about as much,
+to the same side. Differences of scores lose most of that error; lse would keep it.
 """
 
 # Triton has no types.
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from smoothie_kernels.backends import Statistics, StepInputs
 from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
-from smoothie_kernels.backends.triton.parts import of_key, sort_key, squared_distance, sum_of_squares
+from smoothie_kernels.backends.triton.parts import of_key, sort_key, squared_distance
 
 ROWS, PARTS, COLUMNS = 16, 16, 64  # of a program, at a time
 ONE_SUM = {"BLOCK_N": ROWS, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": COLUMNS}
@@ -45,10 +47,14 @@ class Parts(NamedTuple):
     noisy_token: Tensor  # [S, N] int32: of best_logit
 
 
-def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None) -> Statistics:
+def merge(
+    inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None,
+    only: Tensor | None = None,
+) -> Statistics:  # fmt: skip
     """acc: fp32 [A, N, D], sums of exp(logit - highest) E of each part, or of all of them (A = 1: then they share
-    ref_score and highest). Their mean goes into smoothed [N, D]: x's type, or fp32."""
-    x = inputs.x
+    ref_score and highest). Their mean goes into smoothed [N, D]: x's type, or fp32. only: bool [N], the rows that the
+    parts know of, and that are written; None for all."""
+    x, embeddings = inputs.x, inputs.embeddings
     n, d = x.shape
     tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
     lse, best_score, log_sum, best_logit = (x.new_empty(n, dtype=torch.float32) for _ in range(4))
@@ -56,12 +62,12 @@ def merge(inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed:
     blocks, column_blocks = (MANY_SUMS, triton.cdiv(d, MANY_SUMS["BLOCK_D"])) if sums > 1 else (ONE_SUM, 1)
     with device_of(x):
         _merge_kernel[triton.cdiv(n, blocks["BLOCK_N"]), column_blocks](
-            x_ptr=x, mu_ptr=inputs.mu, ref_score_ptr=parts.ref_score, highest_ptr=parts.highest,
-            total_ptr=parts.total, part_score_ptr=parts.best_score, part_logit_ptr=parts.best_logit,
-            token_ptr=parts.token, noisy_token_ptr=parts.noisy_token, acc_ptr=acc,
+            x_ptr=x, e_ptr=embeddings, mu_ptr=inputs.mu, only_ptr=only, ref_score_ptr=parts.ref_score,
+            highest_ptr=parts.highest, total_ptr=parts.total, part_score_ptr=parts.best_score,
+            part_logit_ptr=parts.best_logit, token_ptr=parts.token, noisy_token_ptr=parts.noisy_token, acc_ptr=acc,
             smoothed_ptr=smoothed, tokens_ptr=tokens, noisy_tokens_ptr=noisy_tokens, lse_ptr=lse,
             best_score_ptr=best_score, log_sum_ptr=log_sum, best_logit_ptr=best_logit,
-            N=n, S=parts.total.shape[0], A=sums, stride_xn=x.stride(0),
+            N=n, S=parts.total.shape[0], A=sums, stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
             inverse_variance=inputs.sigma_min**-2,
             D=d, **blocks, **OPTIONS,
         )  # fmt: skip
@@ -96,7 +102,9 @@ def merge_nearest(x: Tensor, embeddings: Tensor, best_score: Tensor, token: Tens
 @triton.jit(do_not_specialize=["N", "S", "A"])
 def _merge_kernel(
     x_ptr,  # [N, D]
+    e_ptr,  # [V, D]
     mu_ptr,  # [N]
+    only_ptr,  # [N] bool, None for all rows
     ref_score_ptr,  # [S, N]
     highest_ptr,  # [S, N]
     total_ptr,  # [S, N]
@@ -116,6 +124,7 @@ def _merge_kernel(
     S,
     A,
     stride_xn,
+    stride_ev,
     inverse_variance,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,6 +134,8 @@ def _merge_kernel(
 ):
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
+    if only_ptr is not None:
+        m_n = m_n & (tl.load(only_ptr + o_n, mask=m_n, other=0) != 0)
     scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
     best, tokens = _best_part(part_score_ptr, token_ptr, o_n, m_n, N, S, BLOCK_S)
 
@@ -148,14 +159,14 @@ def _merge_kernel(
     log_sum = highest + tl.log(total)
 
     if tl.program_id(1) == 0:
-        row_constant = -0.5 * sum_of_squares(x_ptr, o_n, m_n, stride_xn, D)
-        lse = scale.to(tl.float64) * (row_constant + best.to(tl.float64)) + log_sum.to(tl.float64)
         tl.store(tokens_ptr + o_n, tokens.to(tl.int64), mask=m_n)
         tl.store(noisy_tokens_ptr + o_n, noisy_tokens.to(tl.int64), mask=m_n)
-        tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
         tl.store(best_score_ptr + o_n, best, mask=m_n)
         tl.store(log_sum_ptr + o_n, log_sum, mask=m_n)
         tl.store(best_logit_ptr + o_n, best_logit, mask=m_n)
+        distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
+        lse = log_sum.to(tl.float64) - 0.5 * scale.to(tl.float64) * distance
+        tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
 
     if acc_ptr is not None:
         for first_d in range(tl.program_id(1) * BLOCK_D, D, tl.num_programs(1) * BLOCK_D):

@@ -140,7 +140,8 @@ def _without_products(target: str, dtype: str, width: int) -> Iterator[Launch]:
 
     yield launch("column bias", forward._column_bias_kernel, BLOCK_V=forward.ROWS)
     for name, blocks in (("merge", merge.ONE_SUM), ("merge, many sums", merge.MANY_SUMS)):
-        yield launch(name, merge._merge_kernel, **blocks)
+        yield launch(name, merge._merge_kernel, only_ptr=None, **blocks)
+    yield launch("merge, redo", merge._merge_kernel, acc_ptr=None, smoothed_ptr=None, **merge.ONE_SUM)
     yield launch("average", topk._average_kernel, BLOCK_K=topk.BLOCK_K, BLOCK_D=topk.BLOCK_D)
     yield launch("merge, nearest", merge._merge_nearest_kernel, BLOCK_N=merge.ROWS, BLOCK_S=merge.PARTS)
 
