@@ -47,6 +47,7 @@ enum Kind { kNormal, kAnyFinite, kAny, kCancelling, kOneLarge, kTiny, kHuge, kSp
 
 template <class T>
 float number(Kind kind, std::mt19937& random) {
+  constexpr bool half = std::is_same_v<T, Half>;
   std::normal_distribution<float> normal;
   T to;
   switch (kind) {
@@ -59,8 +60,8 @@ float number(Kind kind, std::mt19937& random) {
       if (random() % 32 == 0) narrow(random() % 2 ? NAN : random() % 2 ? kInfinity : -kInfinity, to);
       return widen(to);
     case kOneLarge: narrow(std::ldexp(normal(random), random() % 16 ? -8 : 3), to); return widen(to);
-    case kTiny: narrow(std::ldexp(normal(random), -60 - int(random() % 20)), to); return widen(to);
-    case kHuge: narrow(std::ldexp(normal(random), std::is_same_v<T, Half> ? 12 : 62), to); return widen(to);
+    case kTiny: narrow(std::ldexp(normal(random), (half ? -10 : -60) - int(random() % 20)), to); return widen(to);
+    case kHuge: narrow(std::ldexp(normal(random), half ? 12 : 62), to); return widen(to);
     case kSparse: narrow(random() % 4 ? std::copysign(0.0f, normal(random)) : normal(random), to); return widen(to);
     default: narrow(normal(random), to); return widen(to);
   }
@@ -116,17 +117,42 @@ void test_against_definition() {
       }
 }
 
-// 1.5 * 1.5 is aligned by the exponent 0, not by the 1 of 2.25: terms of 2^-25 are kept.
-void test_exponent_of_product() {
-  context = "exponent of a product";
+// One sum of c and n products x * y.
+float sum_of(float c, int n, float x, float y, int extra_bits, float first_x = 0.0f, float first_y = 0.0f) {
   static Operand<16, kDepth> a;
   static Operand<kDepth, kColumns> b;
   static float sums[16][kColumns];
-  a.values[0][0] = b.values[0][0] = 1.5f;
-  for (int k = 1; k <= 8; ++k) a.values[0][k] = 1.0f, b.values[k][0] = 0x1p-25f;
+  for (int k = 0; k < kDepth; ++k) a.values[0][k] = k < n ? x : 0.0f, b.values[k][0] = k < n ? y : 0.0f;
+  if (first_x != 0.0f) a.values[0][kDepth - 1] = first_x, b.values[kDepth - 1][0] = first_y;
   a.find_exponents(false), b.find_exponents(false);
-  multiply_and_add(sums[0], a, b, false, 2);
-  CHECK_EQUAL(sums[0][0], 2.25f + 0x1p-22f);
+  sums[0][0] = c;
+  multiply_and_add(sums[0], a, b, true, extra_bits);
+  return sums[0][0];
+}
+
+void test_known_sums() {
+  context = "known sums";
+  const auto check_sum = [](float got, float wanted) { CHECK_EQUAL(bits_of(got), bits_of(wanted)); };
+  // 1.5 * 1.5 is aligned by the exponent 0, not by the 1 of 2.25: terms of 2^-25 are kept.
+  check_sum(sum_of(0.0f, 8, 1.0f, 0x1p-25f, 2, 1.5f, 1.5f), 2.25f + 0x1p-22f);
+  // The largest significands: 16 terms that fill 32 bits.
+  check_sum(sum_of(0.0f, 16, 255.0f, 255.0f, 3), 16 * 65025.0f);
+  check_sum(sum_of(-255.0f, 16, -255.0f, 255.0f, 3), -16 * 65025.0f - 255.0f);
+  // Subnormal sums, and one below them.
+  check_sum(sum_of(0.0f, 1, 0x1p-75f, -0x1p-74f, 2), -0x1p-149f);
+  check_sum(sum_of(0.0f, 3, 0x1p-75f, 0x1p-75f, 2), 0x1p-149f);
+  check_sum(sum_of(0.0f, 1, 0x1p-75f, -0x1p-75f, 2), 0.0f);
+  check_sum(sum_of(-0.0f, 1, 0.0f, -1.0f, 2), 0.0f);
+  // The largest number, and beyond it.
+  const float most = std::numeric_limits<float>::max();
+  check_sum(sum_of(most, 1, 0x1p100f, 1.0f, 2), most);
+  check_sum(sum_of(most, 1, 0x1p104f, 1.0f, 2), kInfinity);
+  check_sum(sum_of(-most, 16, 0x1p102f, -1.0f, 2), -kInfinity);
+  // Infinity and NaN.
+  check_sum(sum_of(1.0f, 1, kInfinity, -1.0f, 2), -kInfinity);
+  check_sum(sum_of(1.0f, 1, kInfinity, 0.0f, 2), float_of(0x7FFFFFFF));
+  check_sum(sum_of(kInfinity, 1, kInfinity, -1.0f, 2), float_of(0x7FFFFFFF));
+  check_sum(sum_of(NAN, 1, 1.0f, 1.0f, 2), float_of(0x7FFFFFFF));
 }
 
 // Products of small integers are exact, and so are their sums up to 2^24.
@@ -220,7 +246,7 @@ void test_setting() {
 void test_matrix_unit() {
   test_against_definition<BFloat16>();
   test_against_definition<Half>();
-  test_exponent_of_product();
+  test_known_sums();
   test_integers<BFloat16>();
   test_integers<Half>();
   test_setting();

@@ -44,29 +44,30 @@ float sum_of(float c, const float* a, const float* b, int stride, int largest, i
   return truncated(sum);
 }
 
-constexpr int kPart = 32;  // sums at a time
+constexpr int kPart = 32;                  // sums at a time
+constexpr int16_t kMin = -96, kMax = 126;  // largest exponents of sums for which 32-bit numbers do
 
-// Whether 32-bit arithmetic is exact: terms that count neither overflow nor underflow. Sums of zeros are zero anyhow.
+// Whether 32-bit products and scales are exact for all terms of these sums that are not truncated to zero. A sum that
+// has only zeros is moderate.
 bool are_moderate(const int16_t (&largest)[kPart]) {
-  constexpr int16_t kMin = -96, kMax = 126;
   int16_t immoderate = 0;
   for (int j = 0; j < kPart; ++j)
     immoderate |= int16_t((largest[j] > kMax) | ((largest[j] < kMin) & (largest[j] > kZero + 1000)));
   return !immoderate;
 }
 
-// The same sums for moderate numbers, in vectors.
+// The same for moderate sums, in vectors.
 template <int kColumns>
 void sum_up(float* __restrict sums, const float* __restrict a, const float* __restrict b,
             const int16_t (&largest)[kPart], int fraction_bits) {
   float scale[kPart], unit[kPart];
   for (int j = 0; j < kPart; ++j) {
-    const int exponent = std::max<int>(largest[j], -96);  // of zeros
+    const int exponent = std::max(largest[j], kMin);  // less for zeros alone
     scale[j] = power_of_2(fraction_bits - exponent), unit[j] = power_of_2(exponent - fraction_bits);
   }
   double total[kPart];
   for (int j = 0; j < kPart; ++j) total[j] = int32_t(sums[j] * scale[j]);
-  for (int first = 0; first < kDepth; first += 8) {  // 8 terms below 2^28 are below 2^31
+  for (int first = 0; first < kDepth; first += 8) {  // 8 terms of less than 2^28 fit into 32 bits
     int32_t eight[kPart] = {};
     for (int k = first; k < first + 8; ++k)
       for (int j = 0; j < kPart; ++j) eight[j] += int32_t(a[k] * b[k * kColumns + j] * scale[j]);
