@@ -43,11 +43,7 @@ PACKED = ROOT / "build" / "device"  # git-ignored: to be taken along, with LIBRA
 RUNS = ROOT / "build" / "device-runs"  # of every call a folder, before it is an archive
 MATERIAL, GOLDEN, COMMIT = PACKED / "material.pt", PACKED / "golden", machine.STAMP
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
-LIBRARIES = (
-    cuda.LIBRARY.with_name("libsmoothie_kernels_cpu.so"),
-    cuda.LIBRARY,
-    cuda.LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so"),
-)
+LIBRARIES = (cuda.LIBRARY.with_name("libsmoothie_kernels_cpu.so"), cuda.LIBRARY, cuda.WATCHDOG_LIBRARY)
 MOST_PACKED = 64 * 2**20  # bytes, with all files of the project
 
 CHECK_SECONDS, LEAST_SECONDS = 100.0, 15.0  # for the probes; what must be left for another thing to begin

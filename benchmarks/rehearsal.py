@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,7 @@ def prepare() -> None:
 
 def emulator() -> Path:
     """The library of the emulator; built where it is not there."""
-    spec = importlib.util.spec_from_file_location("cuda_emulator", ROOT / "tests/cuda/build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    library: Path = module.library()
+    for folder in (ROOT, ROOT / "tests"):
+        sys.path.append(str(folder))
+    library: Path = importlib.import_module("compiled").emulated_library()
     return library

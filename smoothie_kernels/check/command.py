@@ -42,7 +42,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the simplest probes of every kernel, in one type")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the lines of JSON go there as well")
     parser.add_argument("--in-process", action="store_true", help="all in one process: for compute-sanitizer")
-    parser.add_argument("--emulated", type=Path, help=argparse.SUPPRESS)  # a library of tests/cuda/build.py
+    parser.add_argument("--emulated", type=Path, help=argparse.SUPPRESS)  # a library of tests/compiled.py
     arguments = parser.parse_args(argv)
     names = [name for several in arguments.backend for name in several.split(",")]
     if unknown := [name for name in names if name not in machine.BACKENDS]:

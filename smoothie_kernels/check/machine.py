@@ -15,7 +15,6 @@ from smoothie_kernels.backends import cpu, cuda, triton
 from smoothie_kernels.check.probes import Target
 
 ROOT = Path(smoothie_kernels.__file__).parents[1]
-WATCHDOG_LIBRARY = cuda.LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so")
 BACKENDS = (*dispatch.BY_NAME, *dispatch.BACKENDS)
 USUAL = {"cpu": torch.float32, "reference": torch.float32}  # the type of quick probes; of other backends bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,8 +25,8 @@ def use_library(target: Target, watchdog: bool) -> None:
     """Has backend "cuda" load this one. Both define the same operators: a process has one of them."""
     if target.emulated:
         cuda.LIBRARY, cuda.DEVICE = target.emulated, "cpu"
-    elif watchdog and WATCHDOG_LIBRARY.exists():
-        cuda.LIBRARY = WATCHDOG_LIBRARY
+    elif watchdog and cuda.WATCHDOG_LIBRARY.exists():
+        cuda.LIBRARY = cuda.WATCHDOG_LIBRARY
 
 
 def find_targets(emulated: Path | None) -> tuple[dict[str, Target], dict[str, str]]:
@@ -81,7 +80,7 @@ def describe(emulated: Path | None) -> Description:
         known["driver"] = next((Path(p).read_text().splitlines()[0] for p in DRIVERS if Path(p).is_file()), None)
     if not cpu.supports("cpu", None):
         known["tiers"] = " ".join(cpu.tiers())
-    for library in (cpu.LIBRARY, cuda.LIBRARY, WATCHDOG_LIBRARY):
+    for library in (cpu.LIBRARY, cuda.LIBRARY, cuda.WATCHDOG_LIBRARY):
         known[library.name] = "there" if library.exists() else "not built"
     known |= {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("TRITON_", "SMOOTHIE_"))}
     return Description(known, targets, reasons)
