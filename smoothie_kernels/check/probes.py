@@ -289,7 +289,9 @@ def gradients(
             got = fused_smoothie_step(x, table, mu, std, **KEY, backend=on.backend)
             incoming = torch.randn_like(got.smoothed), torch.randn_like(got.lse)
             grads = torch.autograd.grad((got.smoothed, got.lse), (x, table), incoming)
-            found.take(*testing.compare_gradients(grads, *noisy(x.detach(), table.detach(), mu, std), *incoming))
+            cancelled = 0.25 if dtype == torch.bfloat16 else 0.0  # weights of that type: terms that cancel leave it
+            given = noisy(x.detach(), table.detach(), mu, std)
+            found.take(*testing.compare_gradients(grads, *given, *incoming, cancelled=cancelled))
 
 
 def mixed_types(found: Findings, on: Target, shapes: Shapes) -> None:
