@@ -40,18 +40,16 @@ from smoothie_kernels.backends.blocks import (
     rows_of,
     slices,
 )
-from smoothie_kernels.backends.triton import forward
+from smoothie_kernels.backends.triton import forward, launch
 from smoothie_kernels.backends.triton.chunked_kernels import chunk_bwd_kernel, chunk_fwd_kernel
 from smoothie_kernels.backends.triton.launch import (
     OPTIONS,
-    PRECISION,
     device_of,
     dot_type,
-    family,
     noise_arguments,
+    product_types,
     signed,
     stored_type,
-    triton_type,
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
@@ -86,7 +84,7 @@ BACKWARD = {
 
 
 def pick_tile(table: dict[str, dict[int, Tile]], inputs: StepInputs) -> Tile:
-    tile = table[family(inputs.x.device)][dot_type(inputs.x, inputs.embeddings).itemsize]
+    tile = table[launch.gpu(inputs.x.device).family][dot_type(inputs.x, inputs.embeddings).itemsize]
     return tile if inputs.field_weights is None else tile_of_fields(tile)
 
 
@@ -197,7 +195,7 @@ def step_bwd(
     inputs = noise_on_device(inputs)
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
-    tile = tile or BACKWARD[family(x.device)][dot_type(x, embeddings).itemsize]
+    tile = tile or BACKWARD[launch.gpu(x.device).family][dot_type(x, embeddings).itemsize]
     matrices = 2 if needs_embeddings and grads.smoothed is not None else 1  # P and dS, or dS alone
     weight_type = _weight_type(inputs)
     weight_bytes = matrices * weight_type.itemsize
@@ -296,15 +294,13 @@ def _grad_scores(
 def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any]:
     """What all kernels take for a block."""
     x, embeddings = inputs.x, inputs.embeddings[tokens]
-    dot = dot_type(x, embeddings)
     return dict(
         x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], mu_ptr=inputs.mu, std_ptr=inputs.std,
         row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         N=len(x), V=len(embeddings), first_token=tokens.start,
         stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
         row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
-        D=x.shape[1], BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k,
-        DOT=triton_type(dot), PRECISION=PRECISION if dot == torch.float32 else "ieee",
+        D=x.shape[1], BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, **product_types(x, embeddings),
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
 
