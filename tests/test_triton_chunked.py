@@ -334,14 +334,16 @@ def test_same_call_same_bits():
 # --- who takes it
 
 
-def test_prefers_wide_bfloat16_with_room():
-    wide = inputs(64, 5, 300, x_type=torch.bfloat16)
-    assert chunked.prefers(wide)
+@pytest.mark.parametrize("table_type", TYPES, ids=str)
+@pytest.mark.parametrize("x_type", TYPES, ids=str)
+def test_prefers_wide_tables_with_room(x_type, table_type):
+    """Of float32 for any x, or of bfloat16 for bfloat16."""
+    wide = inputs(64, 5, 300, x_type=x_type, table_type=table_type)
+    taken = table_type == torch.float32 or x_type == table_type == torch.bfloat16
+    assert chunked.prefers(wide) == taken
     assert not chunked.prefers(wide._replace(workspace=2**17))
     assert not chunked.prefers(wide._replace(x=wide.x[:8]))
-    assert not chunked.prefers(wide._replace(x=wide.x.half(), embeddings=wide.embeddings.half()))
-    assert not chunked.prefers(wide._replace(embeddings=wide.embeddings.float()))
-    assert not chunked.prefers(inputs(64, 5, 256, x_type=torch.bfloat16))
+    assert not chunked.prefers(inputs(64, 5, 256, x_type=x_type, table_type=table_type))
 
 
 @pytest.mark.parametrize("workspace", [0, DEFAULT])

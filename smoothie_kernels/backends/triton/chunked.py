@@ -99,20 +99,27 @@ def tile_of_fields(tile: Tile) -> Tile:
 def prefers(inputs: StepInputs) -> bool:
     """Whether mean here should be faster than forward.mean: from arithmetic, not yet measured on any GPU.
 
-    Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. For
-    wider tables it has one or more programs for every few hundred columns, each with scores and noise anew, at 25 to
-    60 % of the library's rate; here 2 N V D flop of the 4 N V D are the library's own, and a weight costs 4 bytes of
-    traffic. At D = 768 and 4.8 TB/s that is 0.8 ps against 3 ps for its two products at 1,000 TFLOP/s; at D = 256 the
-    same 0.8 ps against 1 ps. Too small a block, and the launches and the sums' traffic, 8 D bytes for every row and
-    block of tokens, are no longer small beside the products.
+    Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. A
+    wider table takes it one program for every 512 columns (128 in fp32), each with scores and noise anew. Here every
+    score is computed once, and the library multiplies the weights. Picoseconds a pair of row and token at D = 768 on
+    an H100, whose 1,536 flop a product take 1.5 in bfloat16, 9.3 as three products of tf32, and 23 in fp32:
+
+                streaming                             here
+        bf16    (2 + 1) 1.5 = 4.6, at 25 to 60 %      1.5 at 25 to 60 %, 1.5 the library, 1.2 for 4 bytes of a weight
+        fp32    (6 + 1) 9.3 = 65                      9.3 and 23 (3 where the caller allows TF32), 2.4 for 8 bytes
+        fp16    as bf16                               as fp32: float16 weights would underflow, so streaming stays
+
+    At D = 384 both take 19 in fp32 where everything runs at its peak, which the library is nearer to. A table of 16
+    bits with float32 weights would need a copy. Too small a block, and the launches and the sums' traffic, 8 D bytes
+    for every row and block of tokens, are no longer small beside the products.
     """
     x, embeddings = inputs.x, inputs.embeddings
     n, d = x.shape
     return (
-        x.dtype == embeddings.dtype == torch.bfloat16
+        (embeddings.dtype == torch.float32 or x.dtype == embeddings.dtype == torch.bfloat16)
         and d > 256
         and n > FEW_ROWS
-        and inputs.workspace // 2 >= USEFUL_ROWS * USEFUL_TOKENS
+        and inputs.workspace // _weight_type(inputs).itemsize >= USEFUL_ROWS * USEFUL_TOKENS
     )
 
 
