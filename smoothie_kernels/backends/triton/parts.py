@@ -141,11 +141,8 @@ def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
     Beyond its rows it gives row 0, which the caller has to mask: a mask of loads would cost more than the loads.
     """
     at = ptr + tl.where(m_row, o_row, 0).to(tl.int64)[:, None] * stride + o_d[None, :]
-    if tl.constexpr(D) % o_d.shape[0] == 0:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(o_d < D)[None, :], other=0.0)
-    return tile
+    whole: tl.constexpr = tl.constexpr(D) % o_d.shape[0] == 0
+    return tl.load(at) if whole else tl.load(at, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
