@@ -63,23 +63,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-# GPU family (tiles.FAMILIES) -> bytes of a number in the products -> tile. As in tiles.py nothing has been timed;
-# behind a tile its registers and KiB of shared memory at D = 768, with noise, Triton 3.9 (make kernels-check).
+# GPU family (tiles.FAMILIES) -> bytes of a number in the products -> tile. As in tiles.py nothing has been timed, and
+# `make kernels-check` compiles them.
 #
-# Of the forward, 128 x 256 spills 2,400 bytes. 64 x 128 in 128 registers (maxnreg; it compiles to 119 without a spill)
-# would let two programs share a processor of sm_90, one's noise behind the other's products, for 1.5 times the traffic
-# from L2: to be measured. The backward has two products: 128 x 128 spills 100 to 200 bytes on sm_80 and sm_90.
+# Of the forward, 128 x 256 spills 2,300 bytes. On sm_90, Tile(64, 128, 64, 4, 3) and Tile(128, 64, 64, 4, 3) take up to
+# 253 registers in half as many threads, so that two programs share a processor, one's noise behind the other's
+# products, for 1.5 times the traffic from L2: to be measured. The backward has two products: 128 x 128 spills 40 to 140
+# bytes on sm_80 and sm_90.
 FORWARD = {
-    "sm_80": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 240, 96; 166, 32
-    "sm_90": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 239, 128; 166, 40
-    "sm_100": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 240, 128; 155, 40
-    "gfx942": {2: Tile(128, 128, 64, 8, 2), 4: Tile(128, 64, 32, 8, 2)},  # 195, 32; 125, 24
+    "sm_80": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},
+    "sm_90": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},
+    "sm_100": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},
+    "gfx942": {2: Tile(128, 128, 64, 8, 2), 4: Tile(128, 64, 32, 8, 2)},
 }
 BACKWARD = {
-    "sm_80": {2: Tile(64, 128, 64, 8, 3), 4: Tile(32, 128, 32, 8, 2)},  # 172, 64; 165, 24; n = 64 spills in fp32
-    "sm_90": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 166, 96; 158, 44
-    "sm_100": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 128, 96; 122, 40
-    "gfx942": {2: Tile(64, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)},  # 116, 32; 126, 24
+    "sm_80": {2: Tile(64, 128, 64, 8, 3), 4: Tile(32, 128, 32, 8, 2)},  # n = v = 64 spills 56 in fp32
+    "sm_90": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
+    "sm_100": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
+    "gfx942": {2: Tile(64, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)},
 }
 
 
