@@ -179,8 +179,8 @@ def test_rows_of_a_wider_table(backend):
     problem = Problem(backend, 18, 140, 24)
     expected = problem.grads()
     problem.table = torch.cat((problem.table, problem.table), 1)[:, :24]
-    for found, wanted in zip(problem.grads(), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for found, wanted in zip(problem.grads(), expected, strict=True):  # a GPU's library picks its kernels by strides
+        assert relative_error(found, wanted) <= 1e-6
 
 
 def test_no_rows(backend):
@@ -242,7 +242,7 @@ def test_embeddings_learn(backend):
 @pytest.mark.parametrize("name", ["mu", "std"])
 def test_no_gradient_for_the_schedule(backend, name):
     problem = Problem(backend, 3, 20, 8)
-    values = {"mu": torch.full((3,), 0.1), "std": torch.full((3,), 0.9)}
+    values = {name: torch.full((3,), 0.5, device=problem.x.device) for name in ("mu", "std")}
     values[name].requires_grad_()
     with pytest.raises(ValueError, match=f"{name} must not require grad: the step has no gradient for it"):
         fused_smoothie_step(problem.x, problem.table, **values, seed=0, backend=backend)
@@ -264,6 +264,8 @@ def test_no_second_derivative(backend):
 )  # fmt: skip
 def test_any_shape(n, v, d, seed, mu, std):
     """The backend that users of a CPU get. Sums of one or two columns may come out next to zero."""
+    if device_of("auto") != "cpu":
+        pytest.skip("a CPU test: Triton would compile its kernels for every width")
     torch.manual_seed(seed)
     problem = Problem("auto", n, v, d, mu, std)
     assert problem.wrong(problem.grads(), cancelled=0.25) == []

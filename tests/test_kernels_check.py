@@ -15,12 +15,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-# Of `<target> <kernel> <type> <D>`: a minute for one processor, where Triton's cache is empty.
+# Of `<target> <kernel> <type> <D> <tile and what else>`: a minute for one processor, where Triton's cache is empty.
+PLAIN = r"[0-9x]+$"
 SUBSET = "|".join(
     (
-        "(mean|mean, few rows|statistics, keep 4|chunked (forward|backward|keys)) bf16 768$",
-        "sm_.* (mean|chunked backward) fp32 384$",
-        "sm_90 mean bf16 384$",
+        rf"(mean|statistics, keep 4|chunk (fwd|keys)|chunk bwd) bf16 768 {PLAIN}",
+        rf"sm_.* (mean|chunk bwd) fp32 384 {PLAIN}",
+        r"sm_90 (mean|mean, redo|chunk fwd) (bf16|fp16) 384 [0-9x]+(, one part)?$",
     )
 )
 
@@ -43,7 +44,7 @@ def rows() -> list[dict]:
 def test_kernels_fit(rows, target):
     mine = [row for row in rows if row["target"] == target]
     assert len(mine) >= 4
-    assert {(row["name"], row["dtype"], row["width"]): row["faults"] for row in mine if row["faults"]} == {}
+    assert [row for row in mine if row["faults"]] == []
 
 
 def test_numbers_are_read(rows):
@@ -70,7 +71,7 @@ def test_says_what_is_wrong():
 def test_exit_status_says_it_too():
     done = kernels_check("--only", "gfx942 column bias bf16 384")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("gfx942  column bias")
+    assert done.stdout.startswith("gfx942 column bias bf16 384 ")
 
 
 def test_not_in_the_interpreter():

@@ -17,7 +17,7 @@ from smoothie_kernels.testing import check_gradients, check_step, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from smoothie_kernels.backends.triton import chunked, forward
+from smoothie_kernels.backends.triton import chunked, forward, topk
 from smoothie_kernels.backends.triton.chunked import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,6 +254,40 @@ def test_backward_blocks_do_not_matter(x_type):
             assert relative_error(gradient, wanted) <= BOUND[x_type]
 
 
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_write_to_the_end_of_their_last_tile_and_no_further(x_type):
+    """Rows of 70 tokens in two tiles of 64: columns to 128 are the workspace's; what lies beyond, and below, stays."""
+    n, v, stride, guard = 19, 70, 192, 7.0
+    how = inputs(n, v, 24, x_type=x_type)
+    tokens, parts = slice(0, v), chunked._empty_parts(how, 2)._asdict()
+    weights = torch.full((2 * SMALL.n, stride), guard, device=DEVICE)
+    names = {name: parts[name] for name in ("total", "best_score", "best_logit", "token", "noisy_token")}
+    chunked._launch_fwd(
+        how, tokens, SMALL, ref_score_ptr=parts["ref_score"], highest_ptr=parts["highest"], weights_ptr=weights,
+        stride_wn=stride, **{f"{name}_ptr": tensor for name, tensor in names.items()},
+    )  # fmt: skip
+    assert (weights[:n, :v] != guard).all()
+    assert not weights[:n, v:128].any()  # of no weight
+    assert (weights[:n, 128:] == guard).all()
+    assert (weights[n:] == guard).all()
+
+    keys = torch.full((2 * SMALL.n, stride), int(guard), device=DEVICE)
+    topk._launch_keys(SMALL, how, tokens, parts["ref_score"][0], keys)
+    assert (keys[:n, :v] != guard).all()
+    assert (keys[:n, 128:] == guard).all()
+    assert (keys[n:] == guard).all()
+
+    workspace = torch.full((3, n, 128), guard, device=DEVICE)
+    grad = incoming(how).smoothed
+    zeros = torch.zeros(n, device=DEVICE)
+    for matrices in (1, 2):
+        workspace.fill_(guard)
+        chunked._grad_scores(how, zeros, zeros, zeros, grad, tokens, workspace.view(-1), matrices, SMALL)
+        assert (workspace[:matrices, :, :v] != guard).all()
+        assert not workspace[matrices - 1, :, v:].any()  # dS
+        assert (workspace[matrices:] == guard).all()
+
+
 def test_workspace_is_kept_to(monkeypatch):
     """What the kernels write weights to is as large as the caller allows, or as one tile."""
     largest = []
@@ -334,14 +368,16 @@ def test_same_call_same_bits():
 # --- who takes it
 
 
-def test_prefers_wide_bfloat16_with_room():
-    wide = inputs(64, 5, 300, x_type=torch.bfloat16)
-    assert chunked.prefers(wide)
+@pytest.mark.parametrize("table_type", TYPES, ids=str)
+@pytest.mark.parametrize("x_type", TYPES, ids=str)
+def test_prefers_wide_tables_with_room(x_type, table_type):
+    """Of float32 for any x, or of bfloat16 for bfloat16."""
+    wide = inputs(64, 5, 300, x_type=x_type, table_type=table_type)
+    taken = table_type == torch.float32 or x_type == table_type == torch.bfloat16
+    assert chunked.prefers(wide) == taken
     assert not chunked.prefers(wide._replace(workspace=2**17))
     assert not chunked.prefers(wide._replace(x=wide.x[:8]))
-    assert not chunked.prefers(wide._replace(x=wide.x.half(), embeddings=wide.embeddings.half()))
-    assert not chunked.prefers(wide._replace(embeddings=wide.embeddings.float()))
-    assert not chunked.prefers(inputs(64, 5, 256, x_type=torch.bfloat16))
+    assert not chunked.prefers(inputs(64, 5, 256, x_type=x_type, table_type=table_type))
 
 
 @pytest.mark.parametrize("workspace", [0, DEFAULT])

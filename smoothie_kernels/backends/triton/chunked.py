@@ -40,18 +40,16 @@ from smoothie_kernels.backends.blocks import (
     rows_of,
     slices,
 )
-from smoothie_kernels.backends.triton import forward
+from smoothie_kernels.backends.triton import forward, launch
 from smoothie_kernels.backends.triton.chunked_kernels import chunk_bwd_kernel, chunk_fwd_kernel
 from smoothie_kernels.backends.triton.launch import (
     OPTIONS,
-    PRECISION,
     device_of,
     dot_type,
-    family,
     noise_arguments,
+    product_types,
     signed,
     stored_type,
-    triton_type,
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
@@ -65,28 +63,29 @@ class Tile(NamedTuple):
     stages: int
 
 
-# GPU family (tiles.FAMILIES) -> bytes of a number in the products -> tile. As in tiles.py nothing has been timed;
-# behind a tile its registers and KiB of shared memory at D = 768, with noise, Triton 3.9 (make kernels-check).
+# GPU family (tiles.FAMILIES) -> bytes of a number in the products -> tile. As in tiles.py nothing has been timed, and
+# `make kernels-check` compiles them.
 #
-# Of the forward, 128 x 256 spills 2,400 bytes. 64 x 128 in 128 registers (maxnreg; it compiles to 119 without a spill)
-# would let two programs share a processor of sm_90, one's noise behind the other's products, for 1.5 times the traffic
-# from L2: to be measured. The backward has two products: 128 x 128 spills 100 to 200 bytes on sm_80 and sm_90.
+# Of the forward, 128 x 256 spills 2,300 bytes. On sm_90, Tile(64, 128, 64, 4, 3) and Tile(128, 64, 64, 4, 3) take up to
+# 253 registers in half as many threads, so that two programs share a processor, one's noise behind the other's
+# products, for 1.5 times the traffic from L2: to be measured. The backward has two products: 128 x 128 spills 40 to 140
+# bytes on sm_80 and sm_90.
 FORWARD = {
-    "sm_80": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 240, 96; 166, 32
-    "sm_90": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 239, 128; 166, 40
-    "sm_100": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},  # 240, 128; 155, 40
-    "gfx942": {2: Tile(128, 128, 64, 8, 2), 4: Tile(128, 64, 32, 8, 2)},  # 195, 32; 125, 24
+    "sm_80": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},
+    "sm_90": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},
+    "sm_100": {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 2)},
+    "gfx942": {2: Tile(128, 128, 64, 8, 2), 4: Tile(128, 64, 32, 8, 2)},
 }
 BACKWARD = {
-    "sm_80": {2: Tile(64, 128, 64, 8, 3), 4: Tile(32, 128, 32, 8, 2)},  # 172, 64; 165, 24; n = 64 spills in fp32
-    "sm_90": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 166, 96; 158, 44
-    "sm_100": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 128, 96; 122, 40
-    "gfx942": {2: Tile(64, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)},  # 116, 32; 126, 24
+    "sm_80": {2: Tile(64, 128, 64, 8, 3), 4: Tile(32, 128, 32, 8, 2)},  # n = v = 64 spills 56 in fp32
+    "sm_90": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
+    "sm_100": {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)},
+    "gfx942": {2: Tile(64, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)},
 }
 
 
 def pick_tile(table: dict[str, dict[int, Tile]], inputs: StepInputs) -> Tile:
-    tile = table[family(inputs.x.device)][dot_type(inputs.x, inputs.embeddings).itemsize]
+    tile = table[launch.gpu(inputs.x.device).family][dot_type(inputs.x, inputs.embeddings).itemsize]
     return tile if inputs.field_weights is None else tile_of_fields(tile)
 
 
@@ -101,20 +100,27 @@ def tile_of_fields(tile: Tile) -> Tile:
 def prefers(inputs: StepInputs) -> bool:
     """Whether mean here should be faster than forward.mean: from arithmetic, not yet measured on any GPU.
 
-    Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. For
-    wider tables it has one or more programs for every few hundred columns, each with scores and noise anew, at 25 to
-    60 % of the library's rate; here 2 N V D flop of the 4 N V D are the library's own, and a weight costs 4 bytes of
-    traffic. At D = 768 and 4.8 TB/s that is 0.8 ps against 3 ps for its two products at 1,000 TFLOP/s; at D = 256 the
-    same 0.8 ps against 1 ps. Too small a block, and the launches and the sums' traffic, 8 D bytes for every row and
-    block of tokens, are no longer small beside the products.
+    Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. A
+    wider table takes it one program for every 512 columns (128 in fp32), each with scores and noise anew. Here every
+    score is computed once, and the library multiplies the weights. Picoseconds a pair of row and token at D = 768 on
+    an H100, whose 1,536 flop a product take 1.5 in bfloat16, 9.3 as three products of tf32, and 23 in fp32:
+
+                streaming                             here
+        bf16    (2 + 1) 1.5 = 4.6, at 25 to 60 %      1.5 at 25 to 60 %, 1.5 the library, 1.2 for 4 bytes of a weight
+        fp32    (6 + 1) 9.3 = 65                      9.3 and 23 (3 where the caller allows TF32), 2.4 for 8 bytes
+        fp16    as bf16                               as fp32: float16 weights would underflow, so streaming stays
+
+    At D = 384 both take 19 in fp32 where everything runs at its peak, which the library is nearer to. A table of 16
+    bits with float32 weights would need a copy. Too small a block, and the launches and the sums' traffic, 8 D bytes
+    for every row and block of tokens, are no longer small beside the products.
     """
     x, embeddings = inputs.x, inputs.embeddings
     n, d = x.shape
     return (
-        x.dtype == embeddings.dtype == torch.bfloat16
+        (embeddings.dtype == torch.float32 or x.dtype == embeddings.dtype == torch.bfloat16)
         and d > 256
         and n > FEW_ROWS
-        and inputs.workspace // 2 >= USEFUL_ROWS * USEFUL_TOKENS
+        and inputs.workspace // _weight_type(inputs).itemsize >= USEFUL_ROWS * USEFUL_TOKENS
     )
 
 
@@ -197,7 +203,7 @@ def step_bwd(
     inputs = noise_on_device(inputs)
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
-    tile = tile or BACKWARD[family(x.device)][dot_type(x, embeddings).itemsize]
+    tile = tile or BACKWARD[launch.gpu(x.device).family][dot_type(x, embeddings).itemsize]
     matrices = 2 if needs_embeddings and grads.smoothed is not None else 1  # P and dS, or dS alone
     weight_type = _weight_type(inputs)
     weight_bytes = matrices * weight_type.itemsize
@@ -296,15 +302,13 @@ def _grad_scores(
 def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any]:
     """What all kernels take for a block."""
     x, embeddings = inputs.x, inputs.embeddings[tokens]
-    dot = dot_type(x, embeddings)
     return dict(
         x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], mu_ptr=inputs.mu, std_ptr=inputs.std,
         row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         N=len(x), V=len(embeddings), first_token=tokens.start,
         stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
         row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
-        D=x.shape[1], BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k,
-        DOT=triton_type(dot), PRECISION=PRECISION if dot == torch.float32 else "ieee",
+        D=x.shape[1], BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, **product_types(x, embeddings),
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from smoothie_kernels.backends.triton.parts import (
     add_noise,
     begin_noise,
+    exp,
     keep_first_max,
     load_row_ids,
     load_tile,
@@ -69,14 +70,15 @@ def chunk_fwd_kernel(
         scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
-    logits = tl.where(m_v[None, :], logits, -float("inf"))
+    if tile_v * BLOCK_V + BLOCK_V > V:
+        logits = tl.where(m_v[None, :], logits, -float("inf"))
     best_logit, noisy_token = keep_first_max(nothing, no_token, logits, first_token + o_v)
-    weights = tl.exp(logits - tl.load(highest_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    weights = exp(logits - tl.load(highest_ptr + o_n, mask=m_n, other=0.0)[:, None])
     at_part = tile_v.to(tl.int64) * N + o_n
     tl.store(total_ptr + at_part, tl.sum(weights, 1), mask=m_n)
     if weights_ptr is not None:
         at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
-        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=m_n[:, None])
         tl.store(best_score_ptr + at_part, best_score, mask=m_n)
         tl.store(best_logit_ptr + at_part, best_logit, mask=m_n)
         tl.store(token_ptr + at_part, token, mask=m_n)
@@ -128,7 +130,7 @@ def chunk_keys_kernel(
     )  # fmt: skip
     keys = sort_key(logits, first_token + o_v[None, :])
     at = o_n.to(tl.int64)[:, None] * stride_kn + o_v[None, :]
-    tl.store(keys_ptr + at, keys, mask=m_n[:, None] & m_v[None, :])
+    tl.store(keys_ptr + at, keys, mask=m_n[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "V", "F", "first_token", "row_offset"])
@@ -174,7 +176,6 @@ def chunk_bwd_kernel(
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_n, m_v = o_n < N, o_v < V
-    inside = m_n[:, None] & m_v[None, :]
 
     scores, grad_weights = _products(
         x_ptr, stride_xn, grad_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v, D, BLOCK_K, DOT, PRECISION
@@ -185,17 +186,19 @@ def chunk_bwd_kernel(
         scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
-    weights = tl.exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
+    weights = exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
     at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
     if p_ptr is not None:
-        tl.store(p_ptr + at, weights.to(WEIGHT), mask=inside)
+        tl.store(p_ptr + at, weights.to(WEIGHT), mask=m_n[:, None])
     shift = tl.load(shift_ptr + o_n, mask=m_n, other=0.0)[:, None]
     if grad_ptr is not None:
         grad_scores = scale[:, None] * weights * (grad_weights + shift)
     else:
         grad_scores = scale[:, None] * weights * shift
-    grad_scores = tl.where(inside, grad_scores, 0.0).to(WEIGHT)
-    tl.store(ds_ptr + at, grad_scores, mask=inside)
+    if (tile_n * BLOCK_N + BLOCK_N > N) | (tile_v * BLOCK_V + BLOCK_V > V):
+        grad_scores = tl.where(m_n[:, None] & m_v[None, :], grad_scores, 0.0)
+    grad_scores = grad_scores.to(WEIGHT)
+    tl.store(ds_ptr + at, grad_scores, mask=m_n[:, None])
     # Sums of what the products will read, roundings included.
     rounded = grad_scores.to(tl.float32)
     tl.store(row_sums_ptr + tile_v.to(tl.int64) * N + o_n, tl.sum(rounded, 1), mask=m_n)

@@ -26,24 +26,23 @@ from torch import Tensor
 
 from smoothie_kernels.backends import Statistics, StepInputs
 from smoothie_kernels.backends.blocks import on_device
+from smoothie_kernels.backends.triton import launch
 from smoothie_kernels.backends.triton.launch import (
     INTERPRETED,
     MIXED,
     OPTIONS,
-    PRECISION,
     device_of,
     dot_type,
-    family,
     noise_arguments,
-    processors,
+    product_types,
     signed,
     stored_type,
-    triton_type,
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge, merge_kept, merge_nearest
 from smoothie_kernels.backends.triton.parts import (
     add_noise,
     begin_noise,
+    exp,
     keep_first_max,
     keep_largest,
     load_row_ids,
@@ -97,7 +96,7 @@ def redo(inputs: StepInputs, only: Tensor, smoothed: Tensor) -> Statistics:
     """mean for the rows that only [N] bool names: their means go into smoothed [N, D], which keeps the others; of
     the statistics of other rows nothing is known. Programs without such rows return at once: the host does not ask."""
     x, embeddings = inputs.x, inputs.embeddings
-    of = family(x.device)
+    of = launch.gpu(x.device).family
     tile = redo_tile(of, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1]))
     return merge(inputs, _stream(inputs, tile, 1, smoothed[None], only), only=only)
 
@@ -121,11 +120,13 @@ def nearest_fwd(
 
 def tile_of(kind: str, x: Tensor, embeddings: Tensor) -> Tile:
     n, d = x.shape
-    return pick_tile(f"{kind}, few rows" if n <= FEW_ROWS else kind, family(x.device), dot_type(x, embeddings), d)
+    return pick_tile(
+        f"{kind}, few rows" if n <= FEW_ROWS else kind, launch.gpu(x.device).family, dot_type(x, embeddings), d
+    )
 
 
 def _splits(x: Tensor, embeddings: Tensor, column_blocks: int, tile: Tile) -> int:
-    return pick_splits(x.shape[0], embeddings.shape[0], column_blocks, tile, processors(x.device))
+    return pick_splits(x.shape[0], embeddings.shape[0], column_blocks, tile, launch.gpu(x.device).processors)
 
 
 def _stream(
@@ -162,13 +163,11 @@ _ABSENT: dict[str, Any] = {
 def _launch(x: Tensor, embeddings: Tensor, tile: Tile, splits: int, **arguments: Any) -> None:
     (n, d), v = x.shape, embeddings.shape[0]
     column_blocks = 1 if arguments.get("acc_ptr") is None else triton.cdiv(d, tile.d)
-    dot = dot_type(x, embeddings)
     with device_of(x):
         _stream_kernel[triton.cdiv(n, tile.n), column_blocks, splits](
             x_ptr=x, e_ptr=embeddings, **{**_ABSENT, **arguments},
             N=n, V=v, stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
-            D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, BLOCK_D=tile.d, DOT=triton_type(dot),
-            PRECISION=PRECISION if dot == torch.float32 else "ieee",
+            D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, BLOCK_D=tile.d, **product_types(x, embeddings),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
 
@@ -287,8 +286,8 @@ def _stream_kernel(
             highest, noisy_tokens = keep_first_max(highest_before, noisy_tokens, logits, o_v)
             if KEEP > 0:
                 kept, kept_from = keep_largest(kept, kept_from, moved, logits, first)
-            weights = tl.exp(logits - highest[:, None])
-            rescale = tl.exp(highest_before - highest)
+            weights = exp(logits - highest[:, None])
+            rescale = exp(highest_before - highest)
             total = total * rescale + tl.sum(weights, 1)
             if HAS_MEAN:
                 acc = tl.dot(weights.to(DOT), b_e, acc * rescale[:, None], input_precision=PRECISION)

@@ -5,7 +5,7 @@
 
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,10 +21,6 @@ MIXED = isinstance(tl.max, triton.JITFunction) == INTERPRETED
 
 OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it out where nobody asks
 
-# fp32 products. NVIDIA: three products of tf32 parts on the tensor cores. Each operand is split into two numbers of 11
-# bits; only the product of the two low ones is left out: 2^-22 relative, where the rounding of fp32 is 2^-24.
-PRECISION = "ieee" if INTERPRETED or torch.version.hip is not None else "tf32x3"
-
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -33,21 +29,21 @@ def device_of(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Programs of a large tile that run at the same time."""
-    return 1 if INTERPRETED else int(torch.cuda.get_device_properties(device).multi_processor_count)
+class Gpu(NamedTuple):
+    family: str  # of tiles.FAMILIES
+    processors: int  # programs of a large tile that run at the same time
 
 
 @cache
-def family(device: torch.device) -> str:
-    """Of tiles.FAMILIES."""
+def gpu(device: torch.device) -> Gpu:
+    """Call it as launch.gpu, so that offline.py can replace it."""
     if INTERPRETED:
-        return "sm_90"
+        return Gpu("sm_90", 1)
+    processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     if torch.version.hip is not None:
-        return "gfx942"
+        return Gpu("gfx942", processors)
     major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return Gpu({9: "sm_90", 10: "sm_100"}.get(major, "sm_80"), processors)
 
 
 def dot_type(x: Tensor, embeddings: Tensor) -> torch.dtype:
@@ -56,8 +52,15 @@ def dot_type(x: Tensor, embeddings: Tensor) -> torch.dtype:
     return x.dtype if same else torch.float32
 
 
-def triton_type(dtype: torch.dtype) -> tl.dtype:
-    return _TYPES[dtype]
+def product_types(x: Tensor, embeddings: Tensor) -> dict[str, Any]:
+    """DOT and PRECISION of a kernel with products.
+
+    NVIDIA multiplies fp32 numbers as three products of tf32 parts on the tensor cores. Each operand is split into two
+    numbers of 11 bits; only the product of the two low parts is left out: 2^-22 relative, where fp32 rounds by 2^-24.
+    """
+    dot = dot_type(x, embeddings)
+    split = dot == torch.float32 and not INTERPRETED and gpu(x.device).family.startswith("sm")
+    return {"DOT": _TYPES[dot], "PRECISION": "tf32x3" if split else "ieee"}
 
 
 def stored_type(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +69,7 @@ def stored_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def noise_arguments(inputs: StepInputs) -> dict[str, Any]:
-    """What kernels take to make the noise, beside std and row ids."""
+    """What kernels need for the noise besides std and row ids."""
     return dict(
         seed_ptr=inputs.seed, offsets_ptr=inputs.offsets, field_weights_ptr=inputs.field_weights, F=len(inputs.offsets)
     )

@@ -2,197 +2,251 @@
 
     python -m smoothie_kernels.backends.triton.offline [--only REGEX] [--json]
 
-Registers of a thread, spilled bytes of a thread, KiB of shared memory, tensor-core instructions. Exit status 1 where a
-kernel spills, takes more shared memory than its target has, or multiplies outside the tensor cores, at D = 384 or 768.
+What is compiled is what the launchers ask Triton for: `recorded` calls them on tensors without memory, and stops Triton
+where it would compile. One line a kernel: registers of a thread, spilled bytes of a thread, KiB of shared memory,
+tensor-core instructions. Exit status 1 where a kernel spills, takes more shared memory than its target has, or
+multiplies outside the tensor cores, at D = 384 or 768.
 """
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped"
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothie_kernels.backends.triton import chunked, chunked_kernels, forward, merge, topk
-from smoothie_kernels.backends.triton.launch import INTERPRETED, OPTIONS
-from smoothie_kernels.backends.triton.tiles import FAMILIES, pick_tile
-from smoothie_kernels.recall import KEEPS
+from smoothie_kernels.backends import Grads, Saved, StepInputs
+from smoothie_kernels.backends.triton import chunked, forward, launch, topk
+from smoothie_kernels.backends.triton.tiles import FAMILIES
+from smoothie_kernels.recall import KEEPS, STEP, Buckets
 
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a program; sm_80: of all its family
 MUST_FIT = (384, 768)  # widths for which a kernel must not spill
-WIDTHS = (64, 128, 256, *MUST_FIT, 1024)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DOT = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+OTHER_WIDTHS = (64, 128, 256, 1024)
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = (("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32"))  # of x and of the table
+PROCESSORS = 132
+V = 28_996
+ROWS = (1, 512, 16_384)  # the tiles of few rows; parts of the vocabulary for all processors; one part
 TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"  # sm_80, sm_90, sm_100
 
-# Arguments by name; what is not here is an int32.
-TYPES = {
-    **dict.fromkeys(("bias_ptr", "mu_ptr", "std_ptr", "best_score_ptr", "best_logit_ptr", "highest_ptr"), "*fp32"),
-    **dict.fromkeys(("total_ptr", "ref_score_ptr", "part_score_ptr", "part_logit_ptr", "log_sum_ptr"), "*fp32"),
-    **dict.fromkeys(("lse_ptr", "distance_ptr", "shift_ptr", "row_sums_ptr", "token_sums_ptr", "out_ptr"), "*fp32"),
-    **dict.fromkeys(("acc_ptr", "inverse_variance_ptr", "weight_ptr", "field_weights_ptr"), "*fp32"),
-    **dict.fromkeys(("seed_ptr", "offset_ptr", "offsets_ptr", "row_ids_ptr", "tokens_ptr"), "*i64"),
-    **dict.fromkeys(("noisy_tokens_ptr", "keys_ptr"), "*i64"),
-    **dict.fromkeys(("token_ptr", "noisy_token_ptr"), "*i32"),
-    "only_ptr": "*i1",
-    "inverse_variance": "fp32",
-}
 
-
-class Launch(NamedTuple):
-    """A kernel as it would be launched on aligned tensors."""
+class Kernel(NamedTuple):
+    """A kernel as Triton would compile it."""
 
     target: str
-    name: str
-    dtype: str
-    width: int
-    kernel: Any
-    constants: dict[str, Any]
-    options: dict[str, int]
-    multiplies: bool
+    module: str
+    function: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """The value of a constexpr; `default` where the kernel has none of that name, or a pointer."""
+        names = list(self.signature)
+        return self.constants.get((names.index(name),), default) if name in names else default
+
+    def has(self, name: str) -> bool:
+        return self.signature.get(name, "constexpr") != "constexpr"
+
+    @property
+    def name(self) -> str:
+        if self.function != "_stream_kernel":
+            return self.function.strip("_").removesuffix("_kernel").replace("_", " ")
+        kind = "mean" if self.has("acc_ptr") else "statistics" if self.has("highest_ptr") else "nearest"
+        keep = self.constant("KEEP")
+        return kind + (f", keep {keep}" if keep else "") + ", redo" * self.has("only_ptr")
+
+    @property
+    def dtype(self) -> str:
+        names = [name for name in ("x_ptr", "e_ptr", "smoothed_ptr") if self.has(name)]
+        return "/".join(dict.fromkeys(self.signature[name].strip("*") for name in names)) or "fp32"
+
+    @property
+    def width(self) -> int:
+        return int(self.constant("D", 0))
+
+    @property
+    def detail(self) -> str:
+        """Its tile, and what else tells it from others of its name."""
+        sizes = [str(self.constant(name)) for name in self.signature if name.startswith(("BLOCK_", "SIZE"))]
+        details = {
+            "one part": self.has("acc_ptr") and self.signature["acc_ptr"] != "*fp32",
+            "mean": self.function == "_merge_kernel" and self.has("acc_ptr"),
+            "no noise": self.has("mu_ptr") and "std_ptr" in self.signature and not self.has("std_ptr"),
+            "row ids": self.has("row_ids_ptr"),
+            "fields": self.has("field_weights_ptr"),
+            "P": self.has("p_ptr"),
+            "no gradient of smoothed": "grad_ptr" in self.signature and not self.has("grad_ptr"),
+            "sum alone": "weights_ptr" in self.signature and not self.has("weights_ptr"),
+        }
+        return ", ".join(("x".join(sizes), *(name for name, here in details.items() if here)))
 
     @property
     def label(self) -> str:
-        return f"{self.target} {self.name} {self.dtype} {self.width}"
+        return f"{self.target} {self.name} {self.dtype} {self.width} {self.detail}"
+
+    @property
+    def key(self) -> str:
+        """The same for what Triton takes for the same."""
+        return repr((self.target, self.function, self.signature, self.constants, self.attributes, self.options))
 
 
 # --- what is launched
 
 
-def launches() -> Iterator[Launch]:
-    for target in FAMILIES:
-        for dtype in ("bf16", "fp32"):
-            yield from _streaming(target, dtype)
+class _Driver:
+    """What Triton asks a driver before it compiles."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target  # kernels are cached by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        amd = self.target.startswith("gfx")
+        return GPUTarget("hip", self.target, 64) if amd else GPUTarget("cuda", int(self.target[3:]), 32)
+
+
+@contextmanager
+def recording(target: str, *, stop: bool = True) -> Iterator[dict[str, Kernel]]:
+    """The kernels that Triton is asked to compile inside, by their keys; `stop`: it neither compiles nor launches."""
+    found: dict[str, Kernel] = {}
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        (attributes,) = compile["configs"]
+        attributes = {at: value for at, value in attributes.items() if value}
+        kernel = Kernel(target, fn.module, fn.name, compile["signature"], compile["constants"], attributes, options)
+        found.setdefault(kernel.key, kernel)
+        return stop
+
+    gpu = launch.Gpu(target, PROCESSORS)
+    with triton.knobs.runtime.scope(), mock.patch.object(launch, "gpu", return_value=gpu):
+        triton.knobs.runtime.jit_cache_hook = hook
+        yield found
+
+
+def recorded(target: str, *, all_types: bool = True) -> list[Kernel]:
+    """Every kernel of every launcher, for plain calls: tensors are aligned, and their rows lie side by side.
+
+    all_types=False leaves out what hardly differs for the compiler: float16, mixed types, row ids, no noise.
+    """
+    triton.runtime.driver.set_active(_Driver(target))
+    with recording(target) as found:
+        for name, dtype in TYPES.items() if all_types else (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for width in MUST_FIT:
-                yield from _chunked(target, dtype, width)
-                yield from _without_products(target, dtype, width)
-        yield Launch(target, "gaussian", "fp32", 0, forward._gaussian_kernel, _blocks(32, 128), {}, False)
-        kept = {"BLOCK_S": merge.KEYS // 256, "SIZE": 256}
-        yield Launch(target, "merge, kept", "fp32", 0, merge._merge_kept_kernel, kept, {}, False)
+                _call_all(dtype, width, all_types)
+            for width in OTHER_WIDTHS if name != "fp16" else ():
+                for n in ROWS:
+                    inputs = _inputs(n, V, width, dtype, dtype)
+                    forward.mean(inputs)
+                    forward.statistics(inputs)
+        for of_x, of_table in MIXED if all_types else ():
+            for n in ROWS:
+                inputs = _inputs(n, V, MUST_FIT[-1], TYPES[of_x], TYPES[of_table])
+                for call in (_call_forward, _call_backward, _call_others):
+                    call(inputs)
+        for cols in (V, 2**15):  # rows of a field that are not aligned, and rows that are
+            for row_ids in (None, _empty(512, dtype=torch.int64)):
+                forward.gaussian(_empty(512, cols), row_ids, 0, *_words())
+    return list(found.values())
 
 
-def _streaming(target: str, dtype: str) -> Iterator[Launch]:
-    nearest = [name for name in forward._ABSENT if name.endswith("_ptr")]
-    absent = {
-        "mean": ["row_ids_ptr", "only_ptr", "keys_ptr"],
-        **({"redo": ["row_ids_ptr", "keys_ptr"]} if dtype == "bf16" else {}),  # after chunked.py, which is bfloat16's
-        "statistics": ["row_ids_ptr", "only_ptr", "acc_ptr", "keys_ptr"],
-        "nearest": nearest,
-    }
-    keeps = {f"statistics, keep {keep}": keep for keep in KEEPS}
-    absent |= {name: ["row_ids_ptr", "only_ptr", "acc_ptr"] for name in keeps}
-    absent = {name: sorted({*none, "field_weights_ptr"}) for name, none in absent.items()}
-    absent["mean, fields"] = ["row_ids_ptr", "only_ptr", "keys_ptr"]
-    of_mean = {"redo", "mean, fields"}
-    for name, none in absent.items():
-        for few in [""] if name in of_mean else ["", ", few rows"]:
-            kind = ("mean" if name in of_mean else "statistics" if name == "nearest" else name) + few
-            last = None
-            for width in WIDTHS:
-                tile = pick_tile(kind, target, DTYPES[dtype], width)
-                if width not in MUST_FIT and (tile == last or name in of_mean or name in keeps):
-                    continue
-                last = tile
-                tile = forward.redo_tile(target, tile) if name == "redo" else tile
-                constants = {**_blocks(tile.n, tile.v), **_product(target, dtype, width, tile.k)}
-                constants |= {"BLOCK_D": tile.d, "KEEP": keeps.get(name, 0), **dict.fromkeys(none)}
-                yield Launch(
-                    target, name + few, dtype, width, forward._stream_kernel, constants, _options(tile), True
-                )  # fmt: skip
+def _call_all(dtype: torch.dtype, d: int, all_noises: bool) -> None:
+    for n in ROWS:
+        plain = _inputs(n, V, d, dtype, dtype)
+        noises = [plain, plain._replace(offsets=_empty(3, dtype=torch.int64), field_weights=_empty(3))]
+        if all_noises:
+            noises += [plain._replace(row_ids=_empty(n, dtype=torch.int64)), plain._replace(std=None)]
+        for inputs in noises:
+            _call_forward(inputs)
+            for keep in KEEPS:
+                topk.approximate(inputs._replace(topk=8), Buckets(STEP, keep))
+            topk.exact(inputs._replace(topk=8), inputs.mu)
+            _call_backward(inputs)
+        _call_others(plain)
+    _call_forward(_inputs(1, 100, d, dtype, dtype))  # few rows, one part
 
 
-def _chunked(target: str, dtype: str, width: int) -> Iterator[Launch]:
-    size = DTYPES[dtype].itemsize
-    forms = {
-        "chunked forward": (chunked_kernels.chunk_fwd_kernel, chunked.FORWARD, ()),
-        "chunked backward": (chunked_kernels.chunk_bwd_kernel, chunked.BACKWARD, ()),
-        "chunked backward, x alone": (chunked_kernels.chunk_bwd_kernel, chunked.BACKWARD, ("p_ptr",)),
-        "chunked keys": (chunked_kernels.chunk_keys_kernel, topk.KEYS, ()),
-    }
-    for name, (kernel, table, none) in forms.items():
-        for several in (False, True):
-            tile = table[target][size]
-            tile = chunked.tile_of_fields(tile) if several and table is not chunked.BACKWARD else tile
-            constants = {**_blocks(tile.n, tile.v), **_product(target, dtype, width, tile.k)}
-            constants |= dict.fromkeys(("row_ids_ptr", *none, *([] if several else ["field_weights_ptr"])))
-            label = name + ", fields" * several
-            yield Launch(target, label, dtype, width, kernel, constants, _options(tile), True)
+def _call_forward(inputs: StepInputs) -> None:
+    topk.step_fwd(inputs)
+    topk.step_fwd(inputs._replace(workspace=0))  # streaming
+    topk.step_fwd(inputs._replace(mean=False))
 
 
-def _without_products(target: str, dtype: str, width: int) -> Iterator[Launch]:
-    def launch(name: str, kernel: Any, **constants: Any) -> Launch:
-        return Launch(target, name, dtype, width, kernel, {"D": width, **constants}, {}, False)
-
-    yield launch("column bias", forward._column_bias_kernel, BLOCK_V=forward.ROWS)
-    for name, blocks in (("merge", merge.ONE_SUM), ("merge, many sums", merge.MANY_SUMS)):
-        yield launch(name, merge._merge_kernel, only_ptr=None, **blocks)
-    yield launch("merge, redo", merge._merge_kernel, acc_ptr=None, smoothed_ptr=None, **merge.ONE_SUM)
-    yield launch("average", topk._average_kernel, BLOCK_K=topk.BLOCK_K, BLOCK_D=topk.BLOCK_D)
-    yield launch("merge, nearest", merge._merge_nearest_kernel, BLOCK_N=merge.ROWS, BLOCK_S=merge.PARTS)
+def _call_backward(inputs: StepInputs) -> None:
+    saved, grad = Saved(inputs.x, inputs.mu, inputs.mu), inputs.x
+    for grads in (Grads(grad, inputs.mu), Grads(None, inputs.mu)):
+        for needs_embeddings in (True, False):
+            chunked.step_bwd(inputs, saved, grads, True, needs_embeddings)
 
 
-def _blocks(n: int, v: int) -> dict[str, Any]:
-    return {"BLOCK_N": n, "BLOCK_V": v}
+def _call_others(inputs: StepInputs) -> None:
+    n, table = len(inputs.x), inputs.embeddings
+    forward.nearest_fwd(inputs.x, table, forward.column_bias(table))
+    topk.average(_empty(n, 8), _empty(n, 8, dtype=torch.int64), table, inputs.x.dtype)
 
 
-def _product(target: str, dtype: str, width: int, k: int) -> dict[str, Any]:
-    precision = "tf32x3" if dtype == "fp32" and not target.startswith("gfx") else "ieee"  # as launch.PRECISION
-    return {"D": width, "BLOCK_K": k, "DOT": DOT[dtype], "PRECISION": precision}
+def _inputs(n: int, v: int, d: int, x_type: torch.dtype, table_type: torch.dtype) -> StepInputs:
+    seed, offset = _words()
+    return StepInputs(
+        _empty(n, d, dtype=x_type), _empty(v, d, dtype=table_type), _empty(v), _empty(n), _empty(n), None, 0,
+        seed, offset[None], None, sigma_min=1.5, workspace=2**40,
+    )  # fmt: skip
 
 
-def _options(tile: Any) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+def _words() -> tuple[Tensor, Tensor]:
+    return _empty(dtype=torch.int64), _empty(dtype=torch.int64)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 # --- what comes out
 
 
-def compile_offline(launch: Launch) -> Any:
-    names = launch.kernel.arg_names
-    constants = {name: value for name, value in launch.constants.items() if name in names}
-    weights = "*bf16" if launch.dtype == "bf16" else "*fp32"
-    types = {**TYPES, **dict.fromkeys(("weights_ptr", "p_ptr", "ds_ptr"), weights)}
-    types |= dict.fromkeys(("x_ptr", "e_ptr", "grad_ptr", "smoothed_ptr"), f"*{launch.dtype}")
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    # Without these, loads are scalar, and everything spills.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.startswith("stride") and launch.width % 16 == 0)
-    }
-    amd = launch.target.startswith("gfx")
-    gpu = GPUTarget("hip", launch.target, 64) if amd else GPUTarget("cuda", int(launch.target[3:]), 32)
-    source = ASTSource(launch.kernel, signature, constants, aligned)
-    return triton.compile(source, target=gpu, options={**OPTIONS, **launch.options})
+def compiled(kernel: Kernel) -> Any:
+    function = getattr(importlib.import_module(kernel.module), kernel.function)
+    source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
+    return triton.compile(source, target=_Driver(kernel.target).get_current_target(), options=kernel.options)
 
 
-def usage(compiled: Any) -> dict[str, int]:
+def usage(code: Any) -> dict[str, int]:
     """Registers, spilled bytes of a thread, shared bytes of a program, tensor-core instructions."""
-    if "amdgcn" in compiled.asm:
-        text = code = compiled.asm["amdgcn"]
+    if "amdgcn" in code.asm:
+        text = assembly = code.asm["amdgcn"]
         patterns = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.private_segment_fixed_size:\s+(\d+)"}
         instruction = r"\bv_mfma_"
     else:
-        text, code = _cuobjdump(compiled.asm["cubin"])
+        text, assembly = _cuobjdump(code.asm["cubin"])
         patterns = {"registers": r"REG:(\d+)", "spilled": r"STACK:(\d+)"}
         instruction = TENSOR_CORES
     found = {name: int(re.findall(pattern, text)[0]) for name, pattern in patterns.items()}
-    return {**found, "shared": compiled.metadata.shared, "tensor_cores": len(re.findall(instruction, code))}
+    return {**found, "shared": code.metadata.shared, "tensor_cores": len(re.findall(instruction, assembly))}
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:
@@ -219,27 +273,34 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def row_of(label: str) -> dict[str, Any]:
-    launch = next(candidate for candidate in launches() if candidate.label == label)
-    row = {name: getattr(launch, name) for name in ("target", "name", "dtype", "width", "multiplies")}
-    row |= usage(compile_offline(launch))
+def row_of(kernel: Kernel) -> dict[str, Any]:
+    row = {name: getattr(kernel, name) for name in ("target", "name", "dtype", "width", "detail")}
+    row |= {"multiplies": kernel.constant("DOT") is not None, **usage(compiled(kernel))}
     return {**row, "faults": faults(row)}
+
+
+def in_processes(of: Callable[[Kernel], Any], kernels: list[Kernel], processes: int | None = None) -> Iterator[Any]:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(of, kernels)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="of the kernels, those whose '<target> <name> <type> <D>' has this")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="of the kernels, those whose line begins with what this finds"
+    )
     parser.add_argument("--json", action="store_true", help="the table as JSON")
     arguments = parser.parse_args()
-    if INTERPRETED:
+    if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile")
-    labels = [launch.label for launch in launches() if re.search(arguments.only, launch.label)]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = []
-        for row in pool.map(row_of, labels):
-            rows.append(row)
-            if not arguments.json:
-                print(_line(row), flush=True)
+    # sm_90 has been looked at most closely, and is what the CUDA backend's users have.
+    found = (kernel for target in FAMILIES for kernel in recorded(target, all_types=target == "sm_90"))
+    kernels = [kernel for kernel in found if re.search(arguments.only, kernel.label)]
+    rows = []
+    for row in in_processes(row_of, kernels):
+        rows.append(row)
+        if not arguments.json:
+            print(_line(row), flush=True)
     if arguments.json:
         print(json.dumps(rows))
     return int(any(row["faults"] for row in rows))
@@ -247,8 +308,8 @@ def main() -> int:
 
 def _line(row: dict[str, Any]) -> str:
     numbers = f"{row['registers']:>4} registers {row['spilled']:>5} spilled {row['shared'] / 1024:>6.1f} KiB"
-    kernel = f"{row['target']:<7} {row['name']:<28} {row['dtype']} {row['width']:>5}"
-    return f"{kernel} {numbers} {row['tensor_cores']:>5} tensor-core  {'; '.join(row['faults'])}".rstrip()
+    kernel = f"{row['target']} {row['name']} {row['dtype']} {row['width']} {row['detail']}"
+    return f"{kernel:<72} {numbers} {row['tensor_cores']:>5} tensor-core  {'; '.join(row['faults'])}".rstrip()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from smoothie_kernels import noise
 _ROUNDS = tl.constexpr(noise.ROUNDS)
 _MULTIPLIER = tl.constexpr(noise.MULTIPLIER)
 _KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _CHUNK = tl.constexpr(32)  # columns of a row sum: float64 takes two registers each
 
 
@@ -135,9 +136,13 @@ def load_row_ids(row_ids_ptr, row_offset, o_n, m_n):
 
 @triton.jit
 def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
-    """[row, d] of a matrix whose rows are contiguous; zero outside."""
-    at = o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    return tl.load(ptr + at, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    """[row, d] of a matrix whose rows are contiguous; zero beyond its columns.
+
+    Beyond its rows it gives row 0, which the caller has to mask: a mask of loads would cost more than the loads.
+    """
+    at = ptr + tl.where(m_row, o_row, 0).to(tl.int64)[:, None] * stride + o_d[None, :]
+    whole: tl.constexpr = tl.constexpr(D) % o_d.shape[0] == 0
+    return tl.load(at) if whole else tl.load(at, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -153,6 +158,12 @@ def score_tile(
         b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_k, D).to(DOT)  # [v, k]
         scores = tl.dot(b_x, tl.trans(b_e), scores, input_precision=PRECISION)
     return scores
+
+
+@triton.jit
+def exp(x):
+    """e^x with the roundings of tl.exp, but 0 below 2^-126: what lies there takes tl.exp three instructions more."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit

@@ -21,16 +21,11 @@ from torch import Tensor
 from smoothie_kernels.backends import Statistics, StepInputs, StepOutputs
 from smoothie_kernels.backends.blocks import noise_on_device
 from smoothie_kernels.backends.largest import Passes, largest_kept, largest_of_all, with_largest
-from smoothie_kernels.backends.triton import chunked, forward
+from smoothie_kernels.backends.triton import chunked, forward, launch
 from smoothie_kernels.backends.triton.chunked import Tile as BlockTile
 from smoothie_kernels.backends.triton.chunked import arguments_of, pick_tile
 from smoothie_kernels.backends.triton.chunked_kernels import chunk_keys_kernel
-from smoothie_kernels.backends.triton.launch import (
-    OPTIONS,
-    device_of,
-    processors,
-    stored_type,
-)
+from smoothie_kernels.backends.triton.launch import OPTIONS, device_of, stored_type
 from smoothie_kernels.backends.triton.parts import load_tile
 from smoothie_kernels.backends.triton.tiles import Tile, pick_bucket_splits
 from smoothie_kernels.recall import Buckets
@@ -57,7 +52,9 @@ def approximate(
     """As largest.Passes has it."""
     x, embeddings = inputs.x, inputs.embeddings
     tile = tile or forward.tile_of(f"statistics, keep {buckets.keep}", x, embeddings)
-    splits = splits or pick_bucket_splits(len(x), len(embeddings), buckets.buckets, tile, processors(x.device))
+    splits = splits or pick_bucket_splits(
+        len(x), len(embeddings), buckets.buckets, tile, launch.gpu(x.device).processors
+    )
     return largest_kept(
         inputs, splits * buckets.keep * tile.v, tile.n, lambda rows: forward.kept(rows, buckets.keep, tile, splits)
     )
