@@ -1,5 +1,9 @@
-"""The kernels of chunked.py and of exact top-k: one program makes the weights, or the keys, of one tile of rows and
-tokens. Strides are in elements."""
+"""The kernels of chunked.py and of exact top-k: one program computes the weights, or the keys, of one tile of rows and
+tokens. Strides are in elements.
+
+Weights, gradients and keys are stored to the end of the last tile, beyond V: rows of the workspace are whole tiles wide.
+With a mask of columns every number would be a store of its own, 64 of 2 bytes a thread instead of 8 of 16.
+"""
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
@@ -33,7 +37,7 @@ def chunk_fwd_kernel(
     ref_score_ptr,  # [N]
     highest_ptr,  # [N]
     total_ptr,  # [V / BLOCK_V, N]; this and the last four are merge.Parts
-    weights_ptr,  # [N, V], None for total alone
+    weights_ptr,  # [N, tiles of V], None for total alone
     best_score_ptr,  # [V / BLOCK_V, N]
     best_logit_ptr,  # [V / BLOCK_V, N]
     token_ptr,  # [V / BLOCK_V, N]
@@ -70,8 +74,7 @@ def chunk_fwd_kernel(
         scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
-    if tile_v * BLOCK_V + BLOCK_V > V:
-        logits = tl.where(m_v[None, :], logits, -float("inf"))
+    logits = tl.where(m_v[None, :], logits, -float("inf"))
     best_logit, noisy_token = keep_first_max(nothing, no_token, logits, first_token + o_v)
     weights = exp(logits - tl.load(highest_ptr + o_n, mask=m_n, other=0.0)[:, None])
     at_part = tile_v.to(tl.int64) * N + o_n
@@ -97,7 +100,7 @@ def chunk_keys_kernel(
     offsets_ptr,  # [F]
     field_weights_ptr,  # [F], None for one field as it is
     ref_score_ptr,  # [N]
-    keys_ptr,  # [N, V] int64: parts.sort_key of logits relative to ref_score
+    keys_ptr,  # [N, tiles of V] int64: parts.sort_key of logits relative to ref_score
     N,
     V,
     F,
@@ -148,8 +151,8 @@ def chunk_bwd_kernel(
     best_score_ptr,  # [N]
     log_sum_ptr,  # [N]
     shift_ptr,  # [N]: grad_lse - delta
-    p_ptr,  # [N, V], None where not needed
-    ds_ptr,  # [N, V]
+    p_ptr,  # [N, tiles of V], None where not needed
+    ds_ptr,  # [N, tiles of V]
     row_sums_ptr,  # [V / BLOCK_V, N]
     token_sums_ptr,  # [N / BLOCK_N, V]
     N,
@@ -195,9 +198,7 @@ def chunk_bwd_kernel(
         grad_scores = scale[:, None] * weights * (grad_weights + shift)
     else:
         grad_scores = scale[:, None] * weights * shift
-    if (tile_n * BLOCK_N + BLOCK_N > N) | (tile_v * BLOCK_V + BLOCK_V > V):
-        grad_scores = tl.where(m_n[:, None] & m_v[None, :], grad_scores, 0.0)
-    grad_scores = grad_scores.to(WEIGHT)
+    grad_scores = tl.where(m_n[:, None] & m_v[None, :], grad_scores, 0.0).to(WEIGHT)
     tl.store(ds_ptr + at, grad_scores, mask=m_n[:, None])
     # Sums of what the products will read, roundings included.
     rounded = grad_scores.to(tl.float32)

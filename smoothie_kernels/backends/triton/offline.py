@@ -185,7 +185,8 @@ def _call_all(dtype: torch.dtype, d: int, all_noises: bool) -> None:
             _call_forward(inputs)
             for keep in KEEPS:
                 topk.approximate(inputs._replace(topk=8), Buckets(STEP, keep))
-            topk.exact(inputs._replace(topk=8), inputs.mu)
+            for row_ids in (inputs.row_ids, _empty(n, dtype=torch.int64)):  # rows that are done again have ids
+                topk.exact(inputs._replace(topk=8, row_ids=row_ids), inputs.mu)
             _call_backward(inputs)
         _call_others(plain)
     _call_forward(_inputs(1, 100, d, dtype, dtype))  # few rows, one part

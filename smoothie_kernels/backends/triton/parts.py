@@ -138,11 +138,12 @@ def load_row_ids(row_ids_ptr, row_offset, o_n, m_n):
 def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
     """[row, d] of a matrix whose rows are contiguous; zero beyond its columns.
 
-    Beyond its rows it gives row 0, which the caller has to mask: a mask of loads would cost more than the loads.
+    Beyond its rows it gives zero or row 0, which the caller has to mask: where D is a multiple of the tile, a mask would
+    cost more than the load.
     """
     at = ptr + tl.where(m_row, o_row, 0).to(tl.int64)[:, None] * stride + o_d[None, :]
     whole: tl.constexpr = tl.constexpr(D) % o_d.shape[0] == 0
-    return tl.load(at) if whole else tl.load(at, mask=(o_d < D)[None, :], other=0.0)
+    return tl.load(at) if whole else tl.load(at, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
