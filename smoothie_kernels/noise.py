@@ -58,7 +58,8 @@ def gaussian(
     checks.check_count("rows", rows)
     checks.check_count("cols", cols)
     device = row_ids.device if isinstance(row_ids, Tensor) and device is None else torch.device(device or "cpu")
-    shape_of_rows = torch.empty(rows, 0, device=device)
+    checks.check_device("device", device)
+    shape_of_rows = torch.empty(rows, 0, dtype=torch.float32, device=device)
     ids = checks.check_row_ids(row_ids, row_offset, shape_of_rows)
     seed, fields = checks.word("seed", seed), checks.noise_fields(offset, field_weights, shape_of_rows)
     noise: Tensor = library.gaussian(shape_of_rows, cols, ids, seed, *fields, row_offset, backend)
@@ -94,7 +95,7 @@ def words(row_ids: Tensor, first_col: int, cols: int, seed: int, offset: int) ->
     """The field's 32-bit words: (rows, cols) int64. Column j has r0 of its pair where j is even, r1 where it is odd."""
     key, row_shift = noise_key(seed, offset)
     first_pair, last_pair = first_col // 2, (first_col + cols + 1) // 2
-    pairs = torch.arange(first_pair, last_pair, device=row_ids.device)
+    pairs = torch.arange(first_pair, last_pair, dtype=torch.int64, device=row_ids.device)
     r0, r1 = philox2x32(pairs[None, :], (row_ids[:, None] + row_shift) & _MASK, key)
     both = torch.stack((r0.expand_as(r1), r1), dim=-1).flatten(1)
     return both[:, first_col - 2 * first_pair :][:, :cols]

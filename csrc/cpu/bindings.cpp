@@ -13,9 +13,10 @@
 
 namespace {
 
+using smoothie::data;
 using smoothie::DType;
 using smoothie::pointer;
-using smoothie::pointer_or_null;
+using smoothie::rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -46,10 +47,10 @@ const smoothie::Tier& tier(const std::string& name) {
 template <class Params>
 Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
   Params p{};
-  p.x = pointer<void>(x), p.x_dtype = dtype_of(x);
-  p.table = pointer<void>(embeddings), p.table_dtype = dtype_of(embeddings);
-  p.bias = pointer<float>(bias);
   p.n_rows = x.size(0), p.n_vocab = embeddings.size(0), p.width = x.size(1);
+  p.x = data(x, "x", {p.n_rows, p.width}), p.x_dtype = dtype_of(x);
+  p.table = rows(embeddings, "embeddings", {p.n_vocab, p.width}), p.table_dtype = dtype_of(embeddings);
+  p.bias = pointer<float>(bias, "bias", {p.n_vocab});
   p.table_stride = embeddings.stride(0);
   return p;
 }
@@ -57,10 +58,13 @@ Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
 // The keys of all fields, once per call.
 std::vector<smoothie::NoiseField> noise_fields(int64_t seed, const Tensor& offsets,
                                                const std::optional<Tensor>& weights) {
+  const int64_t count = offsets.size(0);
+  const int64_t* offset = pointer<int64_t>(offsets, "offsets", {count});
+  const float* weight = pointer<float>(weights, "field_weights", {count});
   std::vector<smoothie::NoiseField> fields;
-  for (int64_t f = 0; f < offsets.size(0); ++f) {
-    const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(pointer<int64_t>(offsets)[f]));
-    fields.push_back({key.key, key.row_shift, weights ? pointer<float>(*weights)[f] : 1.0f});
+  for (int64_t f = 0; f < count; ++f) {
+    const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset[f]));
+    fields.push_back({key.key, key.row_shift, weight ? weight[f] : 1.0f});
   }
   return fields;
 }
@@ -70,12 +74,18 @@ Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, con
               const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset,
               const std::vector<smoothie::NoiseField>& fields, double sigma_min) {
   Params p = inputs<Params>(x, embeddings, bias);
-  p.mu = pointer<float>(mu);
-  p.std = pointer_or_null<float>(std);
-  p.row_ids = pointer_or_null<int64_t>(row_ids), p.row_offset = row_offset;
+  p.mu = pointer<float>(mu, "mu", {p.n_rows});
+  p.std = pointer<float>(std, "std", {p.n_rows});
+  p.row_ids = pointer<int64_t>(row_ids, "row_ids", {p.n_rows}), p.row_offset = row_offset;
   p.sigma_min = float(sigma_min);
   p.fields = fields.data(), p.n_fields = int64_t(fields.size());
   return p;
+}
+
+void* like_x(const std::optional<Tensor>& t, const char* name, const Tensor& x) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), name, " must be of the type of x");
+  return data(*t, name, {x.size(0), x.size(1)});
 }
 
 void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
@@ -85,11 +95,16 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
               Tensor log_sum, Tensor top_logits, Tensor top_tokens) {
   const auto fields = noise_fields(seed, offsets, field_weights);
   auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
-  p.smoothed = pointer_or_null<void>(smoothed);
-  p.tokens = pointer<int64_t>(tokens), p.noisy_tokens = pointer<int64_t>(noisy_tokens);
-  p.lse = pointer<float>(lse), p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
+  const int64_t n = p.n_rows;
+  p.smoothed = like_x(smoothed, "smoothed", x);
+  p.tokens = pointer<int64_t>(tokens, "tokens", {n});
+  p.noisy_tokens = pointer<int64_t>(noisy_tokens, "noisy_tokens", {n});
+  p.lse = pointer<float>(lse, "lse", {n}), p.best_score = pointer<float>(best_score, "best_score", {n});
+  p.log_sum = pointer<float>(log_sum, "log_sum", {n});
   p.topk = top_logits.size(1);
-  p.top_logits = pointer<float>(top_logits), p.top_tokens = pointer<int64_t>(top_tokens);
+  STD_TORCH_CHECK(p.topk <= p.n_vocab, "top_logits must have at most as many columns as there are tokens");
+  p.top_logits = pointer<float>(top_logits, "top_logits", {n, p.topk});
+  p.top_tokens = pointer<int64_t>(top_tokens, "top_tokens", {n, p.topk});
   tier(tier_name).step_fwd(p, torch_threads());
 }
 
@@ -100,38 +115,46 @@ void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
               std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
   const auto fields = noise_fields(seed, offsets, field_weights);
   auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
-  p.smoothed = pointer<void>(smoothed);
-  p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
-  p.grad_smoothed = pointer_or_null<void>(grad_smoothed), p.grad_lse = pointer_or_null<float>(grad_lse);
-  p.grad_x = pointer_or_null<void>(grad_x), p.grad_table = pointer_or_null<float>(grad_embeddings);
+  const int64_t n = p.n_rows;
+  p.smoothed = like_x(smoothed, "smoothed", x);
+  p.best_score = pointer<float>(best_score, "best_score", {n}), p.log_sum = pointer<float>(log_sum, "log_sum", {n});
+  p.grad_smoothed = like_x(grad_smoothed, "grad_smoothed", x);
+  p.grad_lse = pointer<float>(grad_lse, "grad_lse", {n});
+  p.grad_x = like_x(grad_x, "grad_x", x);
+  p.grad_table = pointer<float>(grad_embeddings, "grad_embeddings", {p.n_vocab, p.width});
   tier(tier_name).step_bwd(p, torch_threads());
 }
 
 void average(Tensor weights, Tensor tokens, Tensor embeddings, std::string tier_name, Tensor out) {
   smoothie::AverageParams p{};
-  p.weights = pointer<float>(weights), p.tokens = pointer<int64_t>(tokens);
-  p.table = pointer<void>(embeddings), p.table_dtype = dtype_of(embeddings), p.table_stride = embeddings.stride(0);
-  p.out = pointer<void>(out), p.out_dtype = dtype_of(out);
   p.n_rows = weights.size(0), p.k = weights.size(1), p.width = embeddings.size(1);
+  p.weights = pointer<float>(weights, "weights", {p.n_rows, p.k});
+  p.tokens = pointer<int64_t>(tokens, "tokens", {p.n_rows, p.k});
+  p.table = rows(embeddings, "embeddings", {embeddings.size(0), p.width});
+  p.table_dtype = dtype_of(embeddings), p.table_stride = embeddings.stride(0);
+  p.out = data(out, "out", {p.n_rows, p.width}), p.out_dtype = dtype_of(out);
   tier(tier_name).average(p, torch_threads());
 }
 
 void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, std::string tier_name, Tensor tokens, Tensor distance) {
   auto p = inputs<smoothie::StepParams>(x, embeddings, bias);
-  p.tokens = pointer<int64_t>(tokens), p.distance = pointer<float>(distance);
+  p.tokens = pointer<int64_t>(tokens, "tokens", {p.n_rows});
+  p.distance = pointer<float>(distance, "distance", {p.n_rows});
   tier(tier_name).step_fwd(p, torch_threads());
 }
 
 void column_bias(Tensor embeddings, std::string tier_name, Tensor bias) {
-  tier(tier_name).bias(pointer<void>(embeddings), dtype_of(embeddings), embeddings.stride(0), embeddings.size(0),
-                       embeddings.size(1), pointer<float>(bias), torch_threads());
+  const int64_t v = embeddings.size(0), d = embeddings.size(1);
+  tier(tier_name).bias(rows(embeddings, "embeddings", {v, d}), dtype_of(embeddings), embeddings.stride(0), v, d,
+                       pointer<float>(bias, "bias", {v}), torch_threads());
 }
 
 void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, std::string tier_name,
               Tensor out) {
   const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
-  tier(tier_name).gaussian(pointer_or_null<int64_t>(row_ids), row_offset, out.size(0), out.size(1), key.key,
-                           key.row_shift, pointer<float>(out), torch_threads());
+  const int64_t n = out.size(0), columns = out.size(1);
+  tier(tier_name).gaussian(pointer<int64_t>(row_ids, "row_ids", {n}), row_offset, n, columns, key.key, key.row_shift,
+                           pointer<float>(out, "out", {n, columns}), torch_threads());
 }
 
 // The tiers that this processor runs, best first: "avx512 avx2 scalar".

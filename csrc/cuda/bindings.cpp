@@ -18,13 +18,16 @@
 
 namespace {
 
+using smoothie::data;
 using smoothie::pointer;
-using smoothie::pointer_or_null;
+using smoothie::rows;
 using smoothie::cuda::StepParams;
 using smoothie::cuda::Type;
 using smoothie::hopper::Stream;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr int64_t kTile = 128;  // tokens that the score kernel writes at a time
 
 // A kernel goes to the current device, which need not be that of the tensors.
 #ifdef SMOOTHIE_EMULATED
@@ -73,34 +76,55 @@ Type type_of_both(const Tensor& x, const Tensor& embeddings) {
 
 float inverse_variance(double sigma_min) { return float(1 / (sigma_min * sigma_min)); }
 
+// Kernels follow pointers on x's device.
+bool is_elsewhere(const Tensor& x, const Tensor& t) {
+  return t.is_cuda() != x.is_cuda() || t.get_device_index() != x.get_device_index();
+}
+bool is_elsewhere(const Tensor& x, const std::optional<Tensor>& t) { return t && is_elsewhere(x, *t); }
+
+template <class... Tensors>
+void check_devices(const Tensor& x, const Tensors&... others) {
+  STD_TORCH_CHECK(!(is_elsewhere(x, others) || ...), "all tensors must be on the device of the first");
+}
+
+smoothie::NoiseField* fields_of(const Tensor& fields) {
+  static_assert(sizeof(smoothie::NoiseField) == 3 * sizeof(int32_t), "fields is int32 [F, 3]");
+  return reinterpret_cast<smoothie::NoiseField*>(pointer<int32_t>(fields, "fields", {fields.size(0), 3}));
+}
+
 StepParams inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const std::optional<Tensor>& mu,
                   const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset,
                   const std::optional<Tensor>& fields, const std::optional<Tensor>& ref_score,
                   const std::optional<Tensor>& highest, double sigma_min) {
+  check_devices(x, embeddings, bias, mu, std, row_ids, fields, ref_score, highest);
   StepParams p{};
+  const int64_t n = x.size(0), v = embeddings.size(0), d = x.size(1);
   p.type = type_of_both(x, embeddings);
-  p.x = pointer<void>(x), p.table = pointer<void>(embeddings), p.bias = pointer<float>(bias);
-  p.n_rows = x.size(0), p.width = int(x.size(1)), p.table_stride = embeddings.stride(0);
-  p.mu = pointer_or_null<float>(mu), p.std = pointer_or_null<float>(std);
-  p.row_ids = pointer_or_null<int64_t>(row_ids), p.row_offset = uint32_t(row_offset);
-  p.fields = pointer_or_null<smoothie::NoiseField>(fields), p.n_fields = fields ? int(fields->size(0)) : 0;
-  p.ref_score = pointer_or_null<float>(ref_score), p.highest = pointer_or_null<float>(highest);
+  p.x = data(x, "x", {n, d}), p.table = rows(embeddings, "embeddings", {v, d});
+  p.bias = pointer<float>(bias, "bias", {v});
+  p.n_rows = n, p.width = int(d), p.table_stride = embeddings.stride(0);
+  p.mu = pointer<float>(mu, "mu", {n}), p.std = pointer<float>(std, "std", {n});
+  p.row_ids = pointer<int64_t>(row_ids, "row_ids", {n}), p.row_offset = uint32_t(row_offset);
+  p.fields = fields ? fields_of(*fields) : nullptr, p.n_fields = fields ? int(fields->size(0)) : 0;
+  p.ref_score = pointer<float>(ref_score, "ref_score", {n}), p.highest = pointer<float>(highest, "highest", {n});
   p.inverse_variance = inverse_variance(sigma_min);
   return p;
 }
 
 void prepare(Tensor x, std::optional<Tensor> std, Tensor seed, Tensor offsets, std::optional<Tensor> field_weights,
              double headroom, Tensor ref_score, Tensor highest, Tensor fields, int64_t stream) {
-  static_assert(sizeof(smoothie::NoiseField) == 3 * sizeof(int32_t), "fields is int32 [F, 3]");
+  check_devices(x, std, seed, offsets, field_weights, ref_score, highest, fields);
   smoothie::cuda::PrepareParams p{};
+  const int64_t n = x.size(0), f = offsets.size(0);
   p.type = type_of_x(x);
-  p.x = pointer<void>(x), p.std = pointer_or_null<float>(std);
-  p.seed = pointer<int64_t>(seed), p.offsets = pointer<int64_t>(offsets);
-  p.field_weights = pointer_or_null<float>(field_weights);
-  p.n_rows = x.size(0), p.width = int(x.size(1)), p.n_fields = int(offsets.size(0));
+  p.x = data(x, "x", {n, x.size(1)}), p.std = pointer<float>(std, "std", {n});
+  p.seed = pointer<int64_t>(seed, "seed", {}), p.offsets = pointer<int64_t>(offsets, "offsets", {f});
+  p.field_weights = pointer<float>(field_weights, "field_weights", {f});
+  p.n_rows = n, p.width = int(x.size(1)), p.n_fields = int(f);
   p.headroom = float(headroom);
-  p.ref_score = pointer<float>(ref_score), p.highest = pointer<float>(highest);
-  p.fields = pointer<smoothie::NoiseField>(fields);
+  p.ref_score = pointer<float>(ref_score, "ref_score", {n}), p.highest = pointer<float>(highest, "highest", {n});
+  STD_TORCH_CHECK(fields.size(0) == f, "fields must have as many rows as offsets");
+  p.fields = fields_of(fields);
   const DeviceOf device(x);
   check(smoothie::cuda::prepare(p, Stream(stream)), "prepare");
 }
@@ -112,13 +136,26 @@ void score(int64_t mode, Tensor x, Tensor embeddings, Tensor bias, std::optional
            std::optional<Tensor> numbers, std::optional<Tensor> tokens, std::optional<Tensor> weights,
            std::optional<Tensor> keys, int64_t stream) {
   StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+  check_devices(x, numbers, tokens, weights, keys);
+  const int64_t n = p.n_rows, columns = (end_token - first_token + kTile - 1) / kTile * kTile;
   p.first_token = int(first_token), p.end_token = int(end_token);
   p.parts = int(parts), p.chunks = int(chunks), p.resident = int(resident), p.cluster = int(cluster);
-  p.numbers = pointer_or_null<float>(numbers), p.tokens = pointer_or_null<int32_t>(tokens);
-  p.weights = pointer_or_null<void>(weights), p.keys = pointer_or_null<int64_t>(keys);
-  STD_TORCH_CHECK(!weights || type_of(*weights, "weights") == p.type, "weights must be of the type of x");
-  if (weights) p.weights_stride = weights->stride(0);
-  if (keys && keys->dim() == 2) p.weights_stride = keys->stride(0);
+  p.numbers = pointer<float>(numbers, "numbers", {3, chunks, n});
+  p.tokens = pointer<int32_t>(tokens, "tokens", {2, chunks, n});
+  if (weights) {
+    STD_TORCH_CHECK(type_of(*weights, "weights") == p.type, "weights must be of the type of x");
+    STD_TORCH_CHECK(weights->size(1) >= columns, "weights must have room for ", columns, " columns");
+    p.weights = rows(*weights, "weights", {n, weights->size(1)}), p.weights_stride = weights->stride(0);
+  }
+  if (keys) {
+    STD_TORCH_CHECK(keys->scalar_type() == ScalarType::Long, "keys must be int64");
+    if (keys->dim() == 2) {
+      STD_TORCH_CHECK(keys->size(1) >= columns, "keys must have room for ", columns, " columns");
+      p.keys = static_cast<int64_t*>(rows(*keys, "keys", {n, keys->size(1)})), p.weights_stride = keys->stride(0);
+    } else {
+      p.keys = pointer<int64_t>(*keys, "keys", {n, parts, keys->size(2), smoothie::cuda::kBucketsOfPart});
+    }
+  }
   const DeviceOf device(x);
   check(smoothie::cuda::score(smoothie::cuda::Mode(mode), p, Stream(stream)), "score");
 }
@@ -128,9 +165,12 @@ void narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<T
             double sigma_min, int64_t chunks, int64_t cluster, Tensor numbers, Tensor tokens, Tensor acc,
             int64_t stream) {
   StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+  check_devices(x, numbers, tokens, acc);
   p.end_token = int(embeddings.size(0));
   p.parts = p.chunks = int(chunks), p.cluster = int(cluster);
-  p.numbers = pointer<float>(numbers), p.tokens = pointer<int32_t>(tokens), p.acc = pointer<float>(acc);
+  p.numbers = pointer<float>(numbers, "numbers", {3, chunks, p.n_rows});
+  p.tokens = pointer<int32_t>(tokens, "tokens", {2, chunks, p.n_rows});
+  p.acc = pointer<float>(acc, "acc", {chunks, p.n_rows, p.width});
   const DeviceOf device(x);
   check(smoothie::cuda::narrow(p, Stream(stream)), "narrow");
 }
@@ -140,10 +180,13 @@ void stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<T
             double sigma_min, int64_t chunks, std::optional<Tensor> only, Tensor numbers, Tensor tokens,
             std::optional<Tensor> acc, int64_t stream) {
   StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+  check_devices(x, only, numbers, tokens, acc);
   p.end_token = int(embeddings.size(0));
   p.parts = p.chunks = int(chunks), p.cluster = 1;
-  p.only = pointer_or_null<bool>(only);
-  p.numbers = pointer<float>(numbers), p.tokens = pointer<int32_t>(tokens), p.acc = pointer_or_null<float>(acc);
+  p.only = pointer<bool>(only, "only", {p.n_rows});
+  p.numbers = pointer<float>(numbers, "numbers", {3, chunks, p.n_rows});
+  p.tokens = pointer<int32_t>(tokens, "tokens", {2, chunks, p.n_rows});
+  p.acc = pointer<float>(acc, "acc", {chunks, p.n_rows, p.width});
   const DeviceOf device(x);
   check(smoothie::cuda::stream(p, Stream(stream)), "stream");
 }
@@ -152,51 +195,62 @@ void merge(Tensor x, Tensor embeddings, Tensor mu, Tensor ref_score, Tensor high
            double highest_fit, Tensor numbers, Tensor tokens, std::optional<Tensor> acc, std::optional<Tensor> only,
            std::optional<Tensor> smoothed, Tensor nearest, Tensor noisy, Tensor lse, Tensor best_score, Tensor log_sum,
            Tensor best_logit, std::optional<Tensor> far, int64_t stream) {
+  check_devices(x, embeddings, mu, ref_score, highest, numbers, tokens, acc, only, smoothed, nearest, noisy, lse,
+                best_score, log_sum, best_logit, far);
   smoothie::cuda::MergeParams p{};
+  const int64_t n = x.size(0), d = x.size(1), chunks = numbers.size(1);
   p.type = type_of_both(x, embeddings);
-  p.x = pointer<void>(x), p.table = pointer<void>(embeddings);
-  p.n_rows = x.size(0), p.width = int(x.size(1)), p.table_stride = embeddings.stride(0);
-  p.mu = pointer<float>(mu), p.ref_score = pointer<float>(ref_score), p.highest = pointer<float>(highest);
+  p.x = data(x, "x", {n, d}), p.table = rows(embeddings, "embeddings", {embeddings.size(0), d});
+  p.n_rows = n, p.width = int(d), p.table_stride = embeddings.stride(0);
+  p.mu = pointer<float>(mu, "mu", {n}), p.ref_score = pointer<float>(ref_score, "ref_score", {n});
+  p.highest = pointer<float>(highest, "highest", {n});
   p.inverse_variance = inverse_variance(sigma_min), p.lowest = float(lowest), p.highest_fit = float(highest_fit);
-  p.numbers = pointer<float>(numbers), p.tokens = pointer<int32_t>(tokens), p.chunks = int(numbers.size(1));
-  p.acc = pointer_or_null<float>(acc), p.sums = acc ? int(acc->size(0)) : 0;
-  p.only = pointer_or_null<bool>(only);
+  p.numbers = pointer<float>(numbers, "numbers", {3, chunks, n});
+  p.tokens = pointer<int32_t>(tokens, "tokens", {2, chunks, n}), p.chunks = int(chunks);
+  p.sums = acc ? int(acc->size(0)) : 0, p.acc = pointer<float>(acc, "acc", {p.sums, n, d});
+  p.only = pointer<bool>(only, "only", {n});
   STD_TORCH_CHECK(!smoothed || type_of(*smoothed, "smoothed") == p.type, "smoothed must be of the type of x");
-  p.smoothed = pointer_or_null<void>(smoothed);
-  p.nearest = pointer<int64_t>(nearest), p.noisy = pointer<int64_t>(noisy);
-  p.lse = pointer<float>(lse), p.best_score = pointer<float>(best_score), p.log_sum = pointer<float>(log_sum);
-  p.best_logit = pointer<float>(best_logit), p.far = pointer_or_null<bool>(far);
+  p.smoothed = smoothed ? data(*smoothed, "smoothed", {n, d}) : nullptr;
+  p.nearest = pointer<int64_t>(nearest, "nearest", {n}), p.noisy = pointer<int64_t>(noisy, "noisy", {n});
+  p.lse = pointer<float>(lse, "lse", {n}), p.best_score = pointer<float>(best_score, "best_score", {n});
+  p.log_sum = pointer<float>(log_sum, "log_sum", {n}), p.best_logit = pointer<float>(best_logit, "best_logit", {n});
+  p.far = pointer<bool>(far, "far", {n});
   const DeviceOf device(x);
   check(smoothie::cuda::merge(p, Stream(stream)), "merge");
 }
 
 void nearest(Tensor x, Tensor embeddings, Tensor numbers, Tensor tokens, Tensor nearest, Tensor distance,
              int64_t stream) {
+  check_devices(x, embeddings, numbers, tokens, nearest, distance);
   smoothie::cuda::NearestParams p{};
+  const int64_t n = x.size(0), d = x.size(1), chunks = numbers.size(1);
   p.type = type_of_both(x, embeddings);
-  p.x = pointer<void>(x), p.table = pointer<void>(embeddings);
-  p.n_rows = x.size(0), p.width = int(x.size(1)), p.table_stride = embeddings.stride(0);
-  p.numbers = pointer<float>(numbers), p.tokens = pointer<int32_t>(tokens), p.chunks = int(numbers.size(1));
-  p.nearest = pointer<int64_t>(nearest), p.distance = pointer<float>(distance);
+  p.x = data(x, "x", {n, d}), p.table = rows(embeddings, "embeddings", {embeddings.size(0), d});
+  p.n_rows = n, p.width = int(d), p.table_stride = embeddings.stride(0);
+  p.numbers = pointer<float>(numbers, "numbers", {1, chunks, n});
+  p.tokens = pointer<int32_t>(tokens, "tokens", {1, chunks, n}), p.chunks = int(chunks);
+  p.nearest = pointer<int64_t>(nearest, "nearest", {n}), p.distance = pointer<float>(distance, "distance", {n});
   const DeviceOf device(x);
   check(smoothie::cuda::nearest(p, Stream(stream)), "nearest");
 }
 
 void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, Tensor seed, Tensor offset, Tensor out,
               int64_t stream) {
+  check_devices(out, row_ids, seed, offset);
   smoothie::cuda::GaussianParams p{};
-  p.row_ids = pointer_or_null<int64_t>(row_ids), p.row_offset = uint32_t(row_offset);
-  p.seed = pointer<int64_t>(seed), p.offset = pointer<int64_t>(offset);
-  p.n_rows = out.size(0), p.columns = out.size(1), p.out = pointer<float>(out);
+  p.n_rows = out.size(0), p.columns = out.size(1), p.out = pointer<float>(out, "out", {p.n_rows, p.columns});
+  p.row_ids = pointer<int64_t>(row_ids, "row_ids", {p.n_rows}), p.row_offset = uint32_t(row_offset);
+  p.seed = pointer<int64_t>(seed, "seed", {}), p.offset = pointer<int64_t>(offset, "offset", {});
   const DeviceOf device(out);
   check(smoothie::cuda::gaussian(p, Stream(stream)), "gaussian");
 }
 
 void column_bias(Tensor embeddings, Tensor bias, int64_t stream) {
+  check_devices(embeddings, bias);
   smoothie::cuda::BiasParams p{};
   p.type = type_of_rows(embeddings, "embeddings");
-  p.table = pointer<void>(embeddings), p.n_rows = embeddings.size(0), p.stride = embeddings.stride(0);
-  p.width = int(embeddings.size(1)), p.bias = pointer<float>(bias);
+  p.n_rows = embeddings.size(0), p.width = int(embeddings.size(1)), p.stride = embeddings.stride(0);
+  p.table = rows(embeddings, "embeddings", {p.n_rows, p.width}), p.bias = pointer<float>(bias, "bias", {p.n_rows});
   const DeviceOf device(embeddings);
   check(smoothie::cuda::column_bias(p, Stream(stream)), "column_bias");
 }

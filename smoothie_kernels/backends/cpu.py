@@ -43,29 +43,30 @@ def tiers() -> list[str]:
 
 
 def column_bias(embeddings: Tensor) -> Tensor:
-    bias = torch.empty(embeddings.shape[0])
+    bias = embeddings.new_empty(embeddings.shape[0], dtype=torch.float32)
     _ops().column_bias(embeddings, tier(), bias)
     return bias
 
 
 def step_fwd(inputs: StepInputs) -> StepOutputs:
-    n = inputs.x.shape[0]
-    tokens, noisy_tokens = (torch.empty(n, dtype=torch.int64) for _ in range(2))
-    lse, best_score, log_sum = (torch.empty(n) for _ in range(3))
-    smoothed = torch.empty_like(inputs.x) if inputs.mean else None
-    top = torch.empty(n, inputs.topk), torch.empty(n, inputs.topk, dtype=torch.int64)
+    x, (n, k) = inputs.x, (len(inputs.x), inputs.topk)
+    tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
+    lse, best_score, log_sum = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
+    smoothed = torch.empty_like(x) if inputs.mean else None
+    top = x.new_empty(n, k, dtype=torch.float32), x.new_empty(n, k, dtype=torch.int64)
     rest = (tokens, noisy_tokens, lse, best_score, log_sum, *top)
     _ops().step_fwd(*_arguments(inputs), smoothed, *rest)
-    return StepOutputs(inputs.x.new_empty(n, 0) if smoothed is None else smoothed, *rest)
+    return StepOutputs(x.new_empty(n, 0) if smoothed is None else smoothed, *rest)
 
 
 def step_bwd(
     inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_x = torch.empty_like(inputs.x) if needs_x else None
-    grad_embeddings = torch.empty(inputs.embeddings.shape) if needs_embeddings else None  # the sums are float32
+    table = inputs.embeddings
+    grad_embeddings = table.new_empty(table.shape, dtype=torch.float32) if needs_embeddings else None
     _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, grad_embeddings)
-    return grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.embeddings.dtype)
+    return grad_x, None if grad_embeddings is None else grad_embeddings.to(table.dtype)
 
 
 def _arguments(inputs: StepInputs) -> tuple[object, ...]:
@@ -78,13 +79,13 @@ def _arguments(inputs: StepInputs) -> tuple[object, ...]:
 
 
 def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(len(tokens), embeddings.shape[1], dtype=dtype)
+    out = embeddings.new_empty(len(tokens), embeddings.shape[1], dtype=dtype)
     _ops().average(weights, tokens, embeddings, tier(), out)
     return out
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, distance = torch.empty(x.shape[0], dtype=torch.int64), torch.empty(x.shape[0])
+    tokens, distance = x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
     _ops().nearest_fwd(x, embeddings, bias, tier(), tokens, distance)
     return tokens, distance
 

@@ -31,7 +31,9 @@ def dots(vectors: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype
 def spread(weights: Tensor, tokens: Tensor, vectors: Tensor, vocabulary: int) -> Tensor:
     """out[j] = sum of weights[i, k] vectors[i] over all tokens[i, k] = j, [V, D] in the type of weights."""
     by_token = tokens.flatten().argsort(stable=True)
-    starts = torch.searchsorted(tokens.flatten()[by_token], torch.arange(vocabulary, device=tokens.device))
+    starts = torch.searchsorted(
+        tokens.flatten()[by_token], torch.arange(vocabulary, dtype=torch.int64, device=tokens.device)
+    )
     rows = by_token // max(1, tokens.shape[1])
     return functional.embedding_bag(
         rows, vectors.to(weights.dtype), starts, mode="sum", per_sample_weights=weights.flatten()[by_token]

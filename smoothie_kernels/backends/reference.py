@@ -25,7 +25,11 @@ def _accumulate_in(x: Tensor) -> torch.dtype:
 
 
 def _ids(row_ids: Tensor | None, row_offset: int, x: Tensor) -> Tensor:
-    return torch.arange(row_offset, row_offset + x.shape[0], device=x.device) if row_ids is None else row_ids
+    return (
+        torch.arange(row_offset, row_offset + x.shape[0], dtype=torch.int64, device=x.device)
+        if row_ids is None
+        else row_ids
+    )
 
 
 def column_bias(embeddings: Tensor) -> Tensor:
@@ -88,7 +92,9 @@ class _Kept:
             padded = torch.nn.functional.pad(values, (ahead, behind), value=padding)
             return padded.view(len(values), -1, self.buckets)
 
-        tokens = torch.arange(first, first + scores.shape[1], device=scores.device).expand(scores.shape)
+        tokens = torch.arange(first, first + scores.shape[1], dtype=torch.int64, device=scores.device).expand(
+            scores.shape
+        )
         self.scores = torch.cat((self.scores, of_buckets(scores, -torch.inf)), 1)
         self.noise = torch.cat((self.noise, of_buckets(torch.zeros_like(scores) + eps, 0.0)), 1)
         self.tokens = torch.cat((self.tokens, of_buckets(tokens, 0)), 1)  # in order: a stable sort keeps the lowest
@@ -106,7 +112,7 @@ class _Kept:
             logits = logits.gather(1, order)
         logits, order = logits.sort(stable=True, dim=1, descending=True)
         tokens, unknown = tokens.gather(1, order)[:, : self.k], log_sum.isnan()[:, None]
-        lowest = torch.arange(self.k, device=tokens.device)
+        lowest = torch.arange(self.k, dtype=torch.int64, device=tokens.device)
         return logits[:, : self.k].masked_fill(unknown, torch.nan), torch.where(unknown, lowest, tokens)
 
 
