@@ -117,7 +117,8 @@ def without_mean(
     return StepOutputs(
         *library.step_fwd(
             inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std, row_ids=None, seed=torch.tensor(SEED),
-            offsets=torch.tensor([offset]), field_weights=None, row_offset=0, sigma_min=SIGMA_MIN,
+            offsets=torch.tensor([offset]), field_weights=None, row_offset=0,
+            sigma_min=torch.tensor(SIGMA_MIN, dtype=torch.float64),
             has_noise=inputs.noisy, workspace=2**28, smooth="none", topk=topk, recall_target=recall_target,
             backend=backend,
         )

@@ -2,32 +2,60 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from smoothie_kernels import words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
+DEVICES = ("cpu", "cuda")  # PyTorch calls AMD's GPUs "cuda" as well
 OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d int64 tensor"
 
 
 def _number(name: str, value: object, wanted: str = "a number") -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return cast(float, value)  # symbolic numbers stay symbolic
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy registers its scalars as Real and Integral
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    return cast(float, value)  # symbolic numbers stay symbolic
+    return value if isinstance(value, int | float) else float(value)
 
 
 def _integer(name: str, value: object, wanted: str = "an int") -> int:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, torch.SymInt):
+        return cast(int, value)
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    return cast(int, value)
+    return value if isinstance(value, int) else int(value)
 
 
 def _kind(value: object) -> str:
-    return f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} tensor" if value.layout == torch.strided else f"{value.dtype} tensor of {value.layout}"
+
+
+def _plain(name: str, value: object, wanted: str = "a tensor") -> Tensor:
+    """A dense tensor, no subclass that wraps others, on a device that backends know."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {_kind(value)}")
+    if torch.compiler.is_compiling():
+        return value
+    kind = type(value)
+    of_torch = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith("torch._subclasses")
+    if not of_torch:
+        raise TypeError(f"{name} must be a plain tensor, got {kind.__name__}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(f"{name} must have no tangent: smoothie_kernels has no forward-mode derivatives")
+    return value
 
 
 def _shape(shape: torch.Size) -> str:
@@ -40,15 +68,21 @@ def check_backend(backend: str) -> None:
 
 
 def _float_tensor(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
+    value = _plain(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
 
 
+def check_device(name: str, device: torch.device) -> None:
+    if device.type not in DEVICES:
+        raise ValueError(f"{name} must be on a CPU or a CUDA device, got {device}")
+
+
 def check_table(embeddings: object) -> None:
-    shape = _float_tensor("embeddings", embeddings).shape
+    embeddings = _float_tensor("embeddings", embeddings)
+    check_device("embeddings", embeddings.device)
+    shape = embeddings.shape
     if len(shape) != 2:
         raise ValueError(f"embeddings must have shape [V, D], got {_shape(shape)}")
     if shape[0] == 0 or shape[1] == 0:
@@ -88,10 +122,22 @@ def check_topk(topk: object, recall_target: object, smooth: object, vocabulary: 
     return k
 
 
-def check_sigma_min(sigma_min: object) -> None:
-    value = _number("sigma_min", sigma_min)
-    if not 0 < value < math.inf:
-        raise ValueError(f"sigma_min must be positive and finite, got {value}")
+def positive(name: str, value: object) -> Tensor:
+    """`value` as a 0-d float64 tensor on the host."""
+    number = _number(name, value)
+    if not torch.compiler.is_compiling():
+        check_positive(name, number)
+    return _filled((), number, torch.float64, "cpu")
+
+
+def check_positive(name: str, number: float) -> None:
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def _filled(shape: tuple[int, ...], number: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """As a product: there torch.compile takes a number that changes from call to call for a symbol."""
+    return torch.ones(shape, dtype=dtype, device=device) * number
 
 
 def per_row(name: str, value: object, x: Tensor) -> Tensor:
@@ -99,6 +145,7 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.shape[:-1]
     if isinstance(value, Tensor):
+        value = _small(name, value)
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number or tensor, got {_kind(value)}")
         if value.requires_grad:
@@ -107,10 +154,11 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
         if value.dim() > len(rows) or any(v not in (1, n) for v, n in zip(value.shape[::-1], rows[::-1], strict=False)):
             raise ValueError(f"{name} must broadcast to x.shape[:-1] = {_shape(rows)}, got {_shape(value.shape)}")
-        return value.to(device=x.device, dtype=dtype).expand(rows).reshape(rows.numel())
+        return value.to(device=x.device, dtype=dtype).expand(rows).reshape(math.prod(rows))
     number = _number(name, value, "a number or a tensor")
-    check_values(name, number)
-    return torch.full((rows.numel(),), number, dtype=dtype, device=x.device)
+    if not torch.compiler.is_compiling():  # a comparison would fix the number; on a CPU the operator looks again
+        check_values(name, number)
+    return _filled((math.prod(rows),), number, dtype, x.device)
 
 
 def check_count(name: str, value: object) -> None:
@@ -119,7 +167,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_values(name: str, value: float | Tensor) -> None:
-    """mu and field_weights finite; std finite and not negative."""
+    """All finite; std not negative."""
     low, high = (float(value.min()), float(value.max())) if isinstance(value, Tensor) else (value, value)
     if not -math.inf < low <= high < math.inf:  # NaN compares false
         raise ValueError(f"{name} must be finite, got {high if -math.inf < low else low}")
@@ -131,10 +179,9 @@ def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> Tensor | No
     """`row_ids` as int64 of shape (N,), or None."""
     first, rows = _integer("row_offset", row_offset), x.shape[:-1]
     if row_ids is None:
-        if first < 0 or first + rows.numel() > MAX_ROW_ID:
-            raise ValueError(f"row_offset must keep row ids in [0, 2**32), got {first} with {rows.numel()} rows")
         return None
-    if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64:
+    row_ids = _small("row_ids", row_ids, "an int64 tensor")
+    if row_ids.dtype != torch.int64:
         raise TypeError(f"row_ids must be an int64 tensor, got {_kind(row_ids)}")
     if first != 0:
         raise ValueError(f"row_offset must be 0 where row_ids are given, got {first}")
@@ -142,7 +189,12 @@ def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> Tensor | No
         raise ValueError(f"row_ids must have the shape of x.shape[:-1], {_shape(rows)}, got {_shape(row_ids.shape)}")
     if row_ids.device != x.device:
         raise ValueError(f"row_ids must be on the device of x, {x.device}, got {row_ids.device}")
-    return row_ids.reshape(rows.numel())
+    return row_ids.reshape(math.prod(rows))
+
+
+def check_row_offset(first: int, count: int) -> None:
+    if first < 0 or first + count > MAX_ROW_ID:
+        raise ValueError(f"row_offset must keep row ids in [0, 2**32), got {first} with {count} rows")
 
 
 def check_row_id_values(row_ids: Tensor) -> None:
@@ -159,40 +211,55 @@ def check_finite_table(bias: Tensor) -> None:
         raise ValueError(f"embeddings must be finite, with squared norms that float32 holds; row {row} is not")
 
 
-def check_unchanged(version: int, at_first: int) -> None:
-    if version and version != at_first:
-        raise ValueError(
-            "embeddings must be as they were when their Vocabulary was made, got a table that was written to since: "
-            "make a new Vocabulary, or pass the table itself"
-        )
+def check_can_be_saved(x: Tensor, embeddings: Tensor) -> None:
+    """Autograd cannot keep an inference tensor for the backward pass."""
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not (x.requires_grad or embeddings.requires_grad)
+    ):
+        return
+    for name, value in (("x", x), ("embeddings", embeddings)):
+        if value.is_inference():
+            raise ValueError(f"{name} must not be made in torch.inference_mode where a gradient is needed, but it was")
+
+
+def _small(name: str, value: object, wanted: str = "a tensor") -> Tensor:
+    """A plain tensor with a number for each row, or fewer; of an inference tensor a copy, which autograd can keep."""
+    value = _plain(name, value, wanted)
+    copied = not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled()
+    return value.clone() if copied else value
 
 
 def word(name: str, value: object, wanted: str = "an int or a 0-d int64 tensor") -> Tensor:
     """`value` as a 0-d int64 tensor: 64 bits, in two's complement from 2**63 on."""
     if isinstance(value, Tensor):
+        value = _small(name, value)
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(f"{name} must be {wanted}, got {_kind(value)} of shape {_shape(value.shape)}")
         return value
     bits = _integer(name, value, wanted)
     if not -(2**63) <= bits < 2**64:
         raise ValueError(f"{name} must fit in 64 bits, got {bits}")
-    return torch.full((), bits if bits < 2**63 else bits - 2**64, dtype=torch.int64)
+    return words.word(bits)
 
 
 def noise_fields(offset: object, field_weights: object, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """`offset` as int64 [F] and `field_weights` as [F] in the type of x's sums, None for one field as it is."""
     several = isinstance(offset, Sequence) or (isinstance(offset, Tensor) and offset.dim() == 1)
     if not several:
+        one = word("offset", offset, OFFSETS).reshape(1)
         if field_weights is not None:
             raise ValueError(f"field_weights must be None where offset is one, got {_kind(field_weights)}")
-        return word("offset", offset, OFFSETS).reshape(1), None
+        return one, None
     if isinstance(offset, Tensor):
+        offset = _small("offset", offset)
         if offset.dtype != torch.int64:
             raise TypeError(f"offset must be {OFFSETS}, got {_kind(offset)} of shape {_shape(offset.shape)}")
         offsets = offset
     else:
         one_by_one = [word("offset", each, OFFSETS) for each in cast(Sequence[object], offset)]
-        offsets = torch.stack(one_by_one) if one_by_one else torch.empty(0, dtype=torch.int64)
+        offsets = torch.stack(one_by_one) if one_by_one else torch.empty(0, dtype=torch.int64, device="cpu")
     if len(offsets) == 0:
         raise ValueError("offset must have at least one entry, got none")
     if field_weights is None:
@@ -206,6 +273,7 @@ def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
         "a sequence of numbers or a 1-d tensor",
     )
     if isinstance(value, Tensor):
+        value = _small("field_weights", value)
         if value.dtype not in DTYPES:
             raise TypeError(f"field_weights must be {wanted} of floats, got {_kind(value)}")
         if value.requires_grad:
@@ -220,6 +288,7 @@ def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
     if len(value) != count:
         raise ValueError(f"field_weights must have {count} entries as offset has, got {len(value)}")
     weights = [_number("field_weights", each, "numbers") for each in value]
-    for weight in weights:
-        check_values("field_weights", weight)
-    return torch.stack([torch.full((), weight, dtype=dtype) for weight in weights])
+    if not torch.compiler.is_compiling():
+        for weight in weights:
+            check_values("field_weights", weight)
+    return torch.stack([_filled((), weight, dtype, "cpu") for weight in weights])

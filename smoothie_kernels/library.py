@@ -50,7 +50,7 @@ def column_bias(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
 
 @column_bias.register_fake
 def _(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
-    return embeddings.new_empty(embeddings.shape[0], dtype=_sum_dtype(embeddings))
+    return embeddings.new_empty(embeddings.shape[0], dtype=sum_dtype(embeddings))
 
 
 # --- the step
@@ -69,7 +69,7 @@ def step_fwd(
     offsets: Tensor,  # [F]
     field_weights: Tensor | None,  # [F], None for one field as it is
     row_offset: int,
-    sigma_min: float,
+    sigma_min: Tensor,  # [] float64, on the host
     has_noise: bool,
     workspace: int,
     smooth: str,
@@ -77,6 +77,8 @@ def step_fwd(
     recall_target: float,
     backend: str,
 ) -> Eight:
+    checks.check_row_offset(row_offset, len(x))
+    checks.check_positive("sigma_min", float(sigma_min))
     if x.shape[0] == 0:
         return _empty_step(x, smooth, topk)
     if x.device.type == "cpu":
@@ -104,23 +106,23 @@ def _(x: Tensor, *rest: Any) -> Eight:
 def _empty_step(x: Tensor, smooth: str, topk: int) -> Eight:
     n, d = x.shape
     tokens = [x.new_empty(n, dtype=torch.int64) for _ in range(2)]
-    sums = [x.new_empty(n, dtype=_sum_dtype(x)) for _ in range(3)]
+    sums = [x.new_empty(n, dtype=sum_dtype(x)) for _ in range(3)]
     return (
         x.new_empty(n, d if smooth == "full" else 0), tokens[0], tokens[1], sums[0], sums[1], sums[2],
-        x.new_empty(n, topk, dtype=_sum_dtype(x)), x.new_empty(n, topk, dtype=torch.int64),
+        x.new_empty(n, topk, dtype=sum_dtype(x)), x.new_empty(n, topk, dtype=torch.int64),
     )  # fmt: skip
 
 
 def _inputs(
     x: Tensor, embeddings: Tensor, bias: Tensor, mu: Tensor, std: Tensor, row_ids: Tensor | None, seed: Tensor,
-    offsets: Tensor, field_weights: Tensor | None, row_offset: int, sigma_min: float, has_noise: bool, workspace: int,
+    offsets: Tensor, field_weights: Tensor | None, row_offset: int, sigma_min: Tensor, has_noise: bool, workspace: int,
     smooth: str, topk: int, recall_target: float,
 ) -> StepInputs:  # fmt: skip
     return StepInputs(
         x.contiguous(), embeddings, bias, mu.contiguous(), std.contiguous() if has_noise else None,
         None if row_ids is None else row_ids.contiguous(), row_offset, seed, offsets.contiguous(),
-        None if field_weights is None else field_weights.contiguous(), sigma_min, workspace, smooth == "full", topk,
-        recall_target,
+        None if field_weights is None else field_weights.contiguous(), float(sigma_min), workspace, smooth == "full",
+        topk, recall_target,
     )  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def step_bwd(
     offsets: Tensor,
     field_weights: Tensor | None,
     row_offset: int,
-    sigma_min: float,
+    sigma_min: Tensor,  # [] float64, on the host
     has_noise: bool,
     workspace: int,
     smooth: str,
@@ -200,7 +202,7 @@ def step_bwd(
         saved = Saved(smoothed if grad_smoothed is not None else x, best_score, log_sum)
         grad_x, grad_embeddings = chosen.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
     if grad_top is not None:
-        of_top = _top_grads(inputs, top_tokens, grad_top, chosen.average, needs_x, needs_embeddings)
+        of_top = _top_grads(inputs, top_tokens, grad_top.contiguous(), chosen.average, needs_x, needs_embeddings)
         grad_x, grad_embeddings = (
             a if b is None else b.to(of.dtype) if a is None else (a + b).to(of.dtype)
             for a, b, of in zip((grad_x, grad_embeddings), of_top, (x, embeddings), strict=True)
@@ -214,7 +216,7 @@ def _top_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Through scale (x . E_j - ||E_j||^2 / 2 - ||x||^2 / 2) of some tokens j: scale (E_j - x) and scale (x - E_j)."""
     x, embeddings = inputs.x, inputs.embeddings
-    weights = (inputs.mu / inputs.sigma_min**2)[:, None] * grad  # [N, K]
+    weights = ((inputs.mu / inputs.sigma_min**2)[:, None] * grad).contiguous()  # [N, K]
     grad_x = grad_embeddings = None
     if needs_x:
         grad_x = average(weights, tokens, embeddings, weights.dtype) - weights.sum(1, keepdim=True) * x
@@ -299,7 +301,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
             flat[position] = _samples_first(arguments[position], in_dims[position], samples).flatten(0, 1)
     if flat[5] is None:
         row_offset, n = flat[9], flat[0].shape[0] // samples
-        flat[5] = torch.arange(row_offset, row_offset + n, device=flat[0].device).repeat(samples)
+        flat[5] = torch.arange(row_offset, row_offset + n, dtype=torch.int64, device=flat[0].device).repeat(samples)
         flat[9] = 0
     return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 8
 
@@ -356,7 +358,7 @@ def _empty_average(tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Te
 def average_bwd(
     grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, needs_weights: bool, needs_embeddings: bool
 ) -> tuple[Tensor, Tensor]:
-    found = _empty_grads(weights, embeddings, False, False)
+    found, grad = _empty_grads(weights, embeddings, False, False), grad.contiguous()
     if needs_weights:
         found = gather.dots(grad, tokens, embeddings, weights.dtype), found[1]
     if needs_embeddings:
@@ -422,12 +424,12 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tupl
 
 
 def _empty_nearest(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=_sum_dtype(x))
+    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=sum_dtype(x))
 
 
 @custom_op("smoothie_kernels::gaussian", mutates_args=())
 def gaussian(
-    like: Tensor,  # [N, 0], for the number of rows and the device
+    like: Tensor,  # [N, 0] float32, for the number of rows and the device
     cols: int,
     row_ids: Tensor | None,
     seed: Tensor,
@@ -436,6 +438,7 @@ def gaussian(
     row_offset: int,
     backend: str,
 ) -> Tensor:
+    checks.check_row_offset(row_offset, len(like))
     out = like.new_empty(like.shape[0], cols)
     if out.numel() == 0:
         return out
@@ -461,5 +464,5 @@ def _(like: Tensor, cols: int, *_: object) -> Tensor:
     return like.new_empty(like.shape[0], cols)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
+def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,6 +1,7 @@
 """The public operators: contract, then check, pick, call, and nothing else."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -120,11 +121,12 @@ def fused_smoothie_step(
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
+    checks.check_can_be_saved(x, vocabulary.embeddings)
     k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
-    checks.check_sigma_min(sigma_min)
+    scale_of_distances = checks.positive("sigma_min", sigma_min)
     checks.check_count("workspace", workspace)
-    shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    flat, weights_of_distances = x.reshape(rows, x.shape[-1]), checks.per_row("mu", mu, x)
+    flat, weights_of_distances = x.reshape(-1, x.shape[-1]), checks.per_row("mu", mu, x)
+    shape = x.shape[:-1]
     smoothed, tokens, noisy_tokens, lse, _, log_sum, *top = library.step_fwd(
         flat,
         vocabulary.embeddings,
@@ -135,8 +137,8 @@ def fused_smoothie_step(
         checks.word("seed", _draw_seed() if seed is None else seed),
         *checks.noise_fields(offset, field_weights, x),
         row_offset,
-        float(sigma_min),
-        not (isinstance(std, int | float) and std == 0),
+        scale_of_distances,
+        not (isinstance(std, Real) and std == 0),
         workspace,
         smooth,
         k,
@@ -150,7 +152,7 @@ def fused_smoothie_step(
         if smooth == "topk":
             smoothed = smooth_topk(top_logits, top_tokens, vocabulary, x.dtype, backend)
         elif smooth == "topk+mean":
-            scale = weights_of_distances / float(sigma_min) ** 2
+            scale = weights_of_distances / scale_of_distances.to(flat.device, weights_of_distances.dtype) ** 2
             smoothed = smooth_topk_and_mean(found, weights, flat, scale, vocabulary, backend)
         found = TopK(found.values.view(*shape, k), found.indices.view(*shape, k), found.tail_mass.view(shape))
     return SmoothieStep(smoothed.view(x.shape), tokens.view(shape), noisy_tokens.view(shape), lse.view(shape), found)
@@ -179,12 +181,10 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
-    shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    tokens, distance = library.nearest_fwd(
-        x.reshape(rows, x.shape[-1]), vocabulary.embeddings, vocabulary.bias, backend
-    )
+    shape = x.shape[:-1]
+    tokens, distance = library.nearest_fwd(x.reshape(-1, x.shape[-1]), vocabulary.embeddings, vocabulary.bias, backend)
     return NearestToken(tokens.view(shape), distance.view(shape))
 
 
 def _draw_seed() -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")

@@ -291,7 +291,24 @@ def test_opcheck(hopper):
     x, table = inputs(6, 40, 8, 1.0, hopper, torch.bfloat16)
     rows, bias = torch.ones(6, device=hopper), Vocabulary(table, backend="cuda").bias
     seed, offsets = torch.tensor(3), torch.tensor([1])
-    args = (x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, offsets, None, 0, 1.5, True, 2**28, "full", 4, 1.0)
+    args = (
+        x,
+        table,
+        bias,
+        0.1 * rows,
+        0.9 * rows,
+        None,
+        seed,
+        offsets,
+        None,
+        0,
+        torch.tensor(1.5).double(),
+        True,
+        2**28,
+        "full",
+        4,
+        1.0,
+    )
     torch.library.opcheck(library.step_fwd, (*args, "cuda"))
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, "cuda"))
     torch.library.opcheck(library.gaussian, (x.new_empty(6, 0).float(), 11, None, seed, offsets, None, 5, "cuda"))

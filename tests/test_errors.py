@@ -21,8 +21,8 @@ FIELD_ERRORS = [
     ({"offset": torch.ones(2), "field_weights": [1, 1]}, TypeError, r"got torch.float32 tensor of shape \[2\]"),
     (
         {"offset": torch.ones(2, 1).long(), "field_weights": [1, 1]},
-        ValueError,
-        "field_weights must be None where offset",
+        TypeError,
+        r"or several: .*, got torch.int64 tensor of shape \[2, 1\]",
     ),
     ({"offset": torch.ones(2, 1).long()}, TypeError, r"got torch.int64 tensor of shape \[2, 1\]"),
     ({"offset": [], "field_weights": []}, ValueError, "offset must have at least one entry, got none"),

@@ -6,6 +6,8 @@ from conftest import DEVICE, device_of
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, library, nearest_token, noise
 
+SIGMA_MIN = torch.tensor(1.5, dtype=torch.float64)
+
 
 def step_args(backend="auto", weights=None):
     table = torch.randn(40, 8, device=DEVICE)
@@ -14,7 +16,7 @@ def step_args(backend="auto", weights=None):
     weights = None if weights is None else torch.tensor(weights, device=DEVICE)
     x, bias = table[:6] + 0.1, Vocabulary(table).bias
     return (
-        x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, offsets, weights, 0, 1.5, True, 2**28,
+        x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, offsets, weights, 0, SIGMA_MIN, True, 2**28,
         "full", 0, 1.0, backend,
     )  # fmt: skip
 

@@ -459,7 +459,8 @@ def library_args(backend, **how):
     bias = Vocabulary(table, backend=backend).bias
     given = {"smooth": "topk", "topk": 5, "recall_target": 1.0} | how
     return (
-        table[:6] + 0.1, table, bias, 0.1 * rows, 0.9 * rows, None, zero, zero[None], None, 0, 1.5, True, 2**28,
+        table[:6] + 0.1, table, bias, 0.1 * rows, 0.9 * rows, None, zero, zero[None], None, 0,
+        torch.tensor(1.5, dtype=torch.float64), True, 2**28,
         *given.values(), backend,
     )  # fmt: skip
 

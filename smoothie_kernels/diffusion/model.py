@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from smoothie_kernels import Vocabulary
+from smoothie_kernels.vocabulary import OneStep
 from smoothie_kernels.diffusion.generation import Generation
 from smoothie_kernels.diffusion.layers import KeysValues, Layer, Places
 from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
@@ -256,8 +257,9 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
         every time where it takes gradients."""
         table = self.embeddings.weight
         if table.requires_grad:
-            return Vocabulary(table, backend=backend, check_finite=False)
-        contents = (table.data_ptr(), table._version, table.dtype, table.device, backend)
+            return OneStep(table, backend=backend, check_finite=False)
+        version = 0 if table.is_inference() else table._version
+        contents = (table.data_ptr(), version, table.dtype, table.device, backend)
         if self._vocabulary is None or self._vocabulary[0] != contents:
             self._vocabulary = contents, Vocabulary(table, backend=backend)
         return self._vocabulary[1]
