@@ -1,8 +1,8 @@
 """The kernels of chunked.py and of exact top-k: one program computes the weights, or the keys, of one tile of rows and
 tokens. Strides are in elements.
 
-Weights, gradients and keys are stored to the end of the last tile, beyond V: rows of the workspace are whole tiles wide.
-With a mask of columns every number would be a store of its own, 64 of 2 bytes a thread instead of 8 of 16.
+Weights, gradients and keys are stored to the end of the last tile, beyond V: rows of the workspace are whole tiles
+wide. With a mask of columns every number would be a store of its own, 64 of 2 bytes a thread instead of 8 of 16.
 """
 
 # Triton has no types.

@@ -138,8 +138,8 @@ def load_row_ids(row_ids_ptr, row_offset, o_n, m_n):
 def load_tile(ptr, o_row, m_row, stride, o_d, D: tl.constexpr):
     """[row, d] of a matrix whose rows are contiguous; zero beyond its columns.
 
-    Beyond its rows it gives zero or row 0, which the caller has to mask: where D is a multiple of the tile, a mask would
-    cost more than the load.
+    Beyond its rows it gives zero or row 0, which the caller has to mask: where D is a multiple of the tile, a mask
+    would cost more than the load.
     """
     at = ptr + tl.where(m_row, o_row, 0).to(tl.int64)[:, None] * stride + o_d[None, :]
     whole: tl.constexpr = tl.constexpr(D) % o_d.shape[0] == 0
