@@ -49,7 +49,9 @@ FORMULAS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "mu"), FORMULAS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "mu"), FORMULAS, ids=[f"{name} {options}" for name, options, _ in FORMULAS]
+)
 @pytest.mark.parametrize("delta", [0.0, 0.25, 1.0])
 def test_formulas(name, options, mu, delta):
     times = torch.tensor([0.0, 1e-3, 0.1, 0.3, 0.5, 0.77, 0.999, 1.0], dtype=torch.float64)
