@@ -320,40 +320,47 @@ def said(op, *arguments):
 n, v, d = 5, 40, 16
 i, l = torch.int32, torch.int64
 x, table = torch.randn(n, d).bfloat16(), torch.randn(v, 24).bfloat16()[:, :d]
-row, one = torch.ones(n), torch.zeros(1, n)
+row = torch.ones(n)
 bias, seed, offsets = torch.zeros(v), torch.tensor(7), torch.tensor([3, 4])
 numbers, tokens = torch.zeros(3, 4, n), torch.zeros(2, 4, n, dtype=i)
 fields = torch.tensor([[1, 2, 0], [3, 4, 0x3F000000]], dtype=i)
+nearest, distance = row.to(l), torch.zeros(n)
 
 def score(x, table, weights=None, keys=None):
-    return said("score", 5, x, table, bias, row, None, None, 9, fields, row, row, 0.5, 8, 32, 4, 2, 3, 1, one, None,
+    found = numbers[:, :2].clone()
+    return said("score", 5, x, table, bias, row, None, None, 9, fields, row, row, 0.5, 8, 32, 4, 2, 3, 1, found, None,
                 weights, keys, 6)
 
 json.dump({
-    "score": score(x, table, torch.empty(n, 32, dtype=torch.bfloat16)),
+    "score": score(x, table, torch.empty(n, 128, dtype=torch.bfloat16)),
     "score half": score(x.half(), table.half()),
-    "score keys": score(x, table, None, torch.zeros(n, 24, dtype=l)),
+    "score keys": score(x, table, None, torch.zeros(n, 136, dtype=l)),
     "score kept": score(x, table, None, torch.zeros(n, 4, 2, 8, dtype=l)),
     "float32": score(x.float(), table.float()),
     "two types": score(x, table.half()),
-    "other weights": score(x, table, torch.empty(n, 32)),
+    "other weights": score(x, table, torch.empty(n, 128)),
+    "few weights": score(x, table, torch.empty(n, 127, dtype=torch.bfloat16)),
+    "few keys": score(x, table, None, torch.zeros(n, 127, dtype=l)),
+    "other bias": said("column_bias", table, torch.zeros(v, dtype=torch.float64), 0),
+    "short bias": said("column_bias", table, torch.zeros(v - 1), 0),
+    "gaps in bias": said("column_bias", table, torch.zeros(2 * v)[::2], 0),
     "unaligned x": score(torch.zeros(n * d + 1).bfloat16()[1:].view(n, d), table),
     "unaligned table": score(x, torch.zeros(v, 24).bfloat16()[:, 4:4 + d]),
     "odd stride": score(x, torch.zeros(v, 20).bfloat16()[:, :d]),
     "odd width": score(x[:, :12].contiguous(), table[:, :12]),
     "other width": score(x[:, :8].contiguous(), table),
     "gaps in x": score(torch.zeros(n, 24).bfloat16()[:, :d], table),
-    "stream": said("stream", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, torch.ones(n) > 0, one,
-                   one.to(i), 2 * torch.ones(3, n, d), 0),
-    "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, 2, one, one.to(i),
-                   3 * torch.ones(3, n, d), 0),
+    "stream": said("stream", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, torch.ones(n) > 0,
+                   numbers[:, :3].clone(), tokens[:, :3].clone(), 2 * torch.ones(3, n, d), 0),
+    "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, 2, numbers[:, :3].clone(),
+                   tokens[:, :3].clone(), 3 * torch.ones(3, n, d), 0),
     "prepare": said("prepare", x, row, seed, offsets, None, 1.5, row, row, fields, 0),
     "merge": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None,
                   x.clone(), row.to(l), row.to(l), row, row, row, row, None, 0),
     "merge, no sums": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
                            row.to(l), row.to(l), row, row, row, row, torch.ones(n) > 0, 0),
-    "nearest": said("nearest", x, table, numbers[:1], tokens[:1], seed, bias, 0),
-    "nearest writes": [seed.item(), bias[0].item()],
+    "nearest": said("nearest", x, table, numbers[:1], tokens[:1], nearest, distance, 0),
+    "nearest writes": [nearest[0].item(), distance[0].item()],
     "gaussian": said("gaussian", None, 0, torch.tensor(8), torch.tensor(2), torch.zeros(n, d), 0),
     "column_bias": said("column_bias", table.half(), bias, 0),
 }, sys.stdout)
@@ -387,9 +394,9 @@ def said(tmp_path_factory):
             "score",
             "mode=5 type=0 N=5 D=16 table_stride=24 row_offset=9 F=2 weight=0.5 inverse_variance=4 first=8 end=32",
         ),
-        ("score", "parts=4 chunks=2 resident=3 cluster=1 weights_stride=32 x=1 mu=1 std=0 numbers=1 keys=0 stream=6"),
+        ("score", "parts=4 chunks=2 resident=3 cluster=1 weights_stride=128 x=1 mu=1 std=0 numbers=1 keys=0 stream=6"),
         ("score half", "type=1"),
-        ("score keys", "weights_stride=24 x=1 mu=1 std=0 numbers=1 keys=1"),
+        ("score keys", "weights_stride=136 x=1 mu=1 std=0 numbers=1 keys=1"),
         ("score kept", "weights_stride=0 x=1 mu=1 std=0 numbers=1 keys=1"),
         ("stream", "first=0 end=40 parts=3 chunks=3 only=1 acc=2"),
         ("narrow", "end=40 parts=3 chunks=3 cluster=2 acc=3"),
@@ -417,6 +424,11 @@ def test_a_launch_that_went_well_raises_nothing(said):
         ("float32", "x must be bfloat16 or float16"),
         ("two types", "x and embeddings must be of one type"),
         ("other weights", "weights must be bfloat16 or float16"),
+        ("few weights", "weights must have room for 128 columns"),
+        ("few keys", "keys must have room for 128 columns"),
+        ("other bias", "bias has another type than its kernel reads"),
+        ("short bias", "bias must have sizes [40]"),
+        ("gaps in bias", "bias must be contiguous"),
         ("unaligned x", "x must begin at a multiple of 16 bytes"),
         ("unaligned table", "embeddings must begin at a multiple of 16 bytes"),
         ("odd stride", "embeddings must have rows a multiple of 8 numbers apart, not 20"),
