@@ -395,7 +395,7 @@ def test_launches_that_it_does_not_take(hopper, change, message):
         torch.zeros(n * how["d"] + how[name], device=hopper).bfloat16()[how[name] :].view(n, how["d"])
         for name, n in (("x", 5), ("table", 200))
     )
-    row, parts = torch.ones(5, device=hopper), cuda._empty_parts(x, max(1, how["chunks"]))
+    row, parts = torch.ones(5, device=hopper), cuda._empty_parts(x, how["chunks"])
     refs = cuda.Refs(torch.zeros(1, 3, dtype=torch.int32, device=hopper), row, row)
     with pytest.raises(RuntimeError, match=message):
         cuda._call(

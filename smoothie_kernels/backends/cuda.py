@@ -225,8 +225,8 @@ def _stream(inputs: StepInputs, refs: Refs, acc: Tensor | None, chunks: int, onl
 def _of_step(inputs: StepInputs, refs: Refs | None) -> tuple[object, ...]:
     """What all passes take."""
     return (
-        inputs.x, inputs.embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids, inputs.row_offset % 2**32,
-        *(refs or NO_REFS), inputs.sigma_min,
+        inputs.x, inputs.embeddings, inputs.bias, inputs.mu if refs else None, inputs.std, inputs.row_ids,
+        inputs.row_offset % 2**32, *(refs or NO_REFS), inputs.sigma_min,
     )  # fmt: skip
 
 
