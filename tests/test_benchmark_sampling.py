@@ -14,7 +14,6 @@ pytest.importorskip("transformers", reason="the model is one of transformers'")
 from benchmarks import (
     __main__,
     compare,
-    device,
     memory,
     quality,
     sampling,
@@ -257,19 +256,6 @@ def test_memory_of_a_call_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch
     assert eager.extra > 2 * of_logits
     assert of_logits / 2 > fused.extra > 0
     assert eager.process > eager.extra
-
-
-def test_the_device_script_measures_sampling_on_request(tmp_path, monkeypatch):
-    ran = {}
-    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path), "--parts", "training", "sampling"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device, "describe", lambda what: MACHINE)
-    monkeypatch.setattr(device, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(device, "embeddings", list)
-    monkeypatch.setattr(device.Parts, "run", lambda parts, name, command, seconds: ran.update({name: command}))
-    assert device.main() == 0
-    assert [*ran] == ["training", "sampling"]
-    assert ran["sampling"][2:6] == ["benchmarks", "sampling", "--device", "cuda"]
 
 
 # --- quality

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import __main__, curve, device, memory, training, training_cases, training_report
+from benchmarks import __main__, curve, memory, training, training_cases, training_report
 from benchmarks.check import CheckFailed
 from benchmarks.embeddings import synthetic
 from benchmarks.machine import Machine
@@ -277,21 +277,6 @@ def test_memory_of_a_step_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch
 def test_nothing_imports_transformers_before_something_is_measured():
     look = "import sys, benchmarks.__main__; sys.exit('transformers' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False).returncode == 0
-
-
-def test_the_device_script_measures_training_on_request(tmp_path, monkeypatch):
-    ran = {}
-    monkeypatch.setattr("sys.argv", ["device", "--out", str(tmp_path), "--parts", "build", "training"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device, "describe", lambda what: MACHINE)
-    monkeypatch.setattr(device, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(device, "embeddings", list)
-    monkeypatch.setattr(device.Parts, "run", lambda parts, name, command, seconds: ran.update({name: command}))
-    (tmp_path / f"training-{MACHINE.stem}.json").write_text("{}")
-    assert device.main() == 0
-    assert [*ran] == ["build", "training"]
-    assert ran["training"][2:6] == ["benchmarks", "training", "--device", "cuda"]
-    assert (tmp_path / "results" / f"training-{MACHINE.stem}.json").is_file()
 
 
 def test_curve_of_a_run(tmp_path, capsys, monkeypatch):
