@@ -60,7 +60,7 @@ sanitize-thread: venv  ## the C++ tests of the CPU kernel under ThreadSanitizer
 	$(BIN)/python tests/compiled.py cpu thread
 
 abi-check: build  ## list what the libraries ask of their host; fail where that is not the stable ABI
-	$(BIN)/python tests/abi.py $(LIBRARIES)
+	$(BIN)/python tests/tools/abi.py $(LIBRARIES)
 
 kernels-check: venv  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; list registers, spills, memory
 	TRITON_INTERPRET=0 $(BIN)/python -m smoothie_kernels.backends.triton.offline

@@ -48,7 +48,7 @@ MOST_PACKED = 64 * 2**20  # bytes, with all files of the project
 
 CHECK_SECONDS, LEAST_SECONDS = 100.0, 15.0  # for the probes; what must be left for another thing to begin
 TESTS = tuple(
-    f"tests/test_{name}.py"
+    f"tests/kernels/test_{name}.py"
     for name in ("cuda", "cuda_edges", "cuda_topk", "cuda_gpu", "triton", "triton_chunked", "triton_topk", "noise",
                  "nearest", "forward", "backward", "topk", "vocabulary", "library")
 )  # fmt: skip

@@ -52,7 +52,7 @@ PLANTED_GRADIENTS = {
 }
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLANTED_TOP_K = {  # a change, and what the check says of it
     "an index": (lambda y: y._replace(top_indices=(y.top_indices + 1) % SMALL["v"]), "top_values (from the logits of"),
     "a value": (lambda y: y._replace(top_values=y.top_values + 1e-2), "top_values (from the logits of"),

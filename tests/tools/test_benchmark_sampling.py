@@ -34,7 +34,7 @@ from benchmarks.sampling_report import OURS_ALL, Result
 from smoothie_kernels.diffusion.solvers import SOLVERS
 from smoothie_kernels.diffusion.states import Eager, Fused
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine("CPU", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
 V, D = 211, 16
 TINY = SamplingCase(

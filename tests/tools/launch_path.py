@@ -1,6 +1,6 @@
 """Calls Triton's own launcher where there is no GPU; run by test_launch_path.py, in a process of its own.
 
-    python tests/launch_path.py FOLDER      FOLDER/libcuda.so.1: fake_driver.c, compiled
+    python tests/tools/launch_path.py FOLDER      FOLDER/libcuda.so.1: fake_driver.c, compiled
 
 The tensors lie on the CPU, and no kernel runs. All else is Triton's: arguments are bound and specialised, kernels are
 compiled for sm_90, loaded and launched, by the calls of the public functions. Prints what happened, as JSON.

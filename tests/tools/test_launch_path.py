@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 KERNELS = {
     "_average_kernel", "_column_bias_kernel", "_gaussian_kernel", "_merge_kept_kernel", "_merge_kernel",
     "_merge_nearest_kernel", "_stream_kernel", "chunk_bwd_kernel", "chunk_fwd_kernel", "chunk_keys_kernel",
@@ -31,9 +31,9 @@ def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("driver")
     library = folder / "libcuda.so.1"
     link = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", str(library)]
-    subprocess.run([compiler, "-O1", "-w", *link, str(TESTS / "fake_driver.c")], check=True)
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(TESTS / "launch_path.py"), str(folder)]
+    subprocess.run([compiler, "-O1", "-w", *link, str(HERE / "fake_driver.c")], check=True)
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "launch_path.py"), str(folder)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -25,7 +25,7 @@ from benchmarks.training_report import REFERENCE, Curves, Result, Row
 from smoothie_kernels.diffusion import loss
 from smoothie_kernels.diffusion.model import SmoothieModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine("CPU", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
 V, D = 211, 16
 TINY = TrainingCase(

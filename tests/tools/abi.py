@@ -2,7 +2,7 @@
 runtimes of C, C++ and OpenMP. Then one build serves every later torch. The CUDA library brings CUDA's runtime along,
 and finds the driver when it runs: it is loaded where there is neither.
 
-PYTHONPATH=. python tests/abi.py LIBRARY...     lists the undefined symbols; exits with 1 where one is neither
+PYTHONPATH=. python tests/tools/abi.py LIBRARY...     lists the undefined symbols; exits with 1 where one is neither
 """
 
 import re

@@ -23,7 +23,7 @@ from smoothie_kernels.diffusion.model import SmoothieModel
 from smoothie_kernels.diffusion.options import RunOptions
 from smoothie_kernels.diffusion.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

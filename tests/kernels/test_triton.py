@@ -27,7 +27,7 @@ from smoothie_kernels.backends.triton import forward, launch, parts  # noqa: E40
 from smoothie_kernels.backends.triton.merge import Parts, merge  # noqa: E402
 from smoothie_kernels.backends.triton.tiles import FAMILIES, TILES, Tile, pick_splits, pick_tile  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEYS = [(0, 0), (1, 2), (-1, -1), (2**63 - 1, -(2**63)), (0x0123456789ABCDEF, 1 << 40)]  # (seed, offset)
 
 
