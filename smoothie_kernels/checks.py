@@ -20,19 +20,19 @@ OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d
 
 
 def _number(name: str, value: object, wanted: str = "a number") -> float:
-    if isinstance(value, torch.SymInt | torch.SymFloat):
-        return cast(float, value)  # symbolic numbers stay symbolic
+    if type(value) in (float, int, torch.SymInt, torch.SymFloat):  # symbolic numbers stay symbolic
+        return cast(float, value)
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy registers its scalars as Real and Integral
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    return value if isinstance(value, int | float) else float(value)
+    return float(value)
 
 
 def _integer(name: str, value: object, wanted: str = "an int") -> int:
-    if isinstance(value, torch.SymInt):
+    if type(value) in (int, torch.SymInt):
         return cast(int, value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    return value if isinstance(value, int) else int(value)
+    return int(value)
 
 
 def _kind(value: object) -> str:
@@ -136,8 +136,9 @@ def check_positive(name: str, number: float) -> None:
 
 
 def _filled(shape: tuple[int, ...], number: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """As a product: there torch.compile takes a number that changes from call to call for a symbol."""
-    return torch.ones(shape, dtype=dtype, device=device) * number
+    if torch.compiler.is_compiling():  # in a product a number that changes from call to call becomes a symbol
+        return torch.ones(shape, dtype=dtype, device=device) * number
+    return torch.full(shape, number, dtype=dtype, device=device)
 
 
 def per_row(name: str, value: object, x: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def _without_autocast(body: Body) -> Body:
 
     @wraps(body)
     def call(first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return body(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return body(first, *rest)
 
