@@ -42,15 +42,16 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 
 # --- Checks
 
-.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check cuda-check lint format
-test: test-cpp pytest  ## all tests
+FAST := not (emulator or interpreter or compilers or slow)
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-cpp: venv  ## the CPU kernel against double precision, and the emulator of Hopper, without torch
+.PHONY: test test-slow sanitize sanitize-thread abi-check kernels-check cuda-check lint format
+test: build  ## the C++ and Python tests, in minutes
 	$(BIN)/python tests/compiled.py cpu
-	$(BIN)/python tests/compiled.py emulator
+	$(PYTEST) -m "$(FAST)"
 
-pytest: build  ## the Python tests
-	$(BIN)/python -m pytest
+test-slow: build  ## the other ones: the emulator of Hopper, Triton's interpreter, compilers, whole runs
+	$(PYTEST) -m "not ($(FAST))"
 
 sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/compiled.py cpu address,undefined

@@ -1,8 +1,12 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
@@ -13,6 +17,19 @@ from smoothie_kernels.backends import cuda, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOLDEN = os.environ.get("SMOOTHIE_GOLDEN")  # a copy of the folder of known answers: then it must be there
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what a GPU would run in seconds, and what stands in for one takes minutes for."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if {"hopper", "hopper_library"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("emulator")
+        given = getattr(item, "callspec", None)
+        if item.path.name.startswith("test_triton") or (given and "triton" in given.params.values()):
+            item.add_marker("interpreter")
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -41,7 +58,9 @@ def hopper_library() -> tuple[Path, str]:
     import setup
 
     try:
-        return compiled.emulated_library(), "cpu"
+        compiled.BUILD.mkdir(exist_ok=True)
+        with FileLock(compiled.BUILD / "emulated-library.lock"):  # other workers build it as well
+            return compiled.emulated_library(), "cpu"
     except setup.CannotBuild as reason:
         pytest.skip(f"no Hopper GPU, and the emulator of one cannot be built: {reason}")
 
@@ -73,6 +92,7 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_flush_denormal(False)  # which commands set for their process
 
 
 @pytest.fixture

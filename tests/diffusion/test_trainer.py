@@ -62,6 +62,7 @@ def test_fifty_steps_eager_and_fused(changes, tmp_path):
     assert (fused[:, 2] > 0).all() == changes.get("trainable_embeddings", False)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """Copying: the target is the source. Far below what predicting the mean embedding gives."""
     rows = [{"source": row["source"], "target": row["source"]} for row in training.rows(60, 1)]
@@ -75,6 +76,7 @@ def test_it_learns(tmp_path):
     assert losses[-1] < 0.5 * mean
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_unbroken(tmp_path):
     """Bit by bit: weights, moving average and optimizer; dropout, self-conditioning and a training table included."""
     options = json.dumps({"trainable_embeddings": True, "loss": {"guidance_dropout": 0.3, "x_0_variance": 0.1}})
@@ -101,6 +103,7 @@ def test_killed_and_resumed_is_unbroken(tmp_path):
             assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -365,6 +368,7 @@ def test_loading_workers_change_nothing(tmp_path):
     same(*(training.weights(tmp_path / name / "checkpoint-5") for name in "02"))
 
 
+@pytest.mark.compilers
 def test_compiled_is_the_same(tmp_path):
     losses = []
     for compiled in (False, True):

@@ -276,6 +276,7 @@ def test_numbers_that_change_do_not_compile_again(x, table):
     assert len(versions) <= 3  # as constants, then as symbols
 
 
+@pytest.mark.compilers
 def test_large_seeds_under_a_compiler(x, table):
     compiled = torch.compile(lambda x, seed: fused_smoothie_step(x, table, 0.05, 0.9, seed=seed).lse, fullgraph=True)
     for seed in (1, 5, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**63)):

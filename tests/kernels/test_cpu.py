@@ -95,12 +95,14 @@ print(resident("VmHWM") - before, resident("VmHWM"))
     return [float(v) for v in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_many_rows():
     extra, _ = run_and_measure("x, vocabulary = torch.randn(4096, 384), Vocabulary(torch.randn(30522, 384))")
     assert extra <= 64
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_large_vocabulary():
     extra, total = run_and_measure("x, vocabulary = torch.randn(64, 768), Vocabulary(torch.randn(256_000, 768))")
@@ -108,6 +110,7 @@ def test_memory_of_a_large_vocabulary():
     assert total <= 3500
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("n", [512, 4096])
 def test_memory_of_gradients(n):

@@ -21,6 +21,7 @@ def step_args(backend="auto", weights=None):
     )  # fmt: skip
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]], ids=["one field", "three"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck(backend, weights):
@@ -45,6 +46,7 @@ def test_opcheck(backend, weights):
     torch.library.opcheck(library.gaussian, (like, 11, None, *args[6:9], 5, backend))
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("bare", [True, False], ids=["table", "vocabulary"])
 def test_compile_fullgraph(bare):
     table = torch.randn(150, 16, device=DEVICE)
@@ -61,6 +63,7 @@ def test_compile_fullgraph(bare):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.compilers
 def test_compile_with_several_fields():
     """Numbers or tensors, their values and how many they are may change; forward and backward."""
     table = torch.randn(50, 16, device=DEVICE)
@@ -82,6 +85,7 @@ def test_compile_with_several_fields():
         torch.testing.assert_close(*(torch.autograd.grad(of, x)[0] for of in (found, expected)))
 
 
+@pytest.mark.compilers
 def test_compile_dynamic_rows():
     table = torch.randn(50, 16, device=DEVICE)
     compiled = torch.compile(
@@ -92,6 +96,7 @@ def test_compile_dynamic_rows():
         torch.testing.assert_close(compiled(x), fused_smoothie_step(x, table, 0.1, 0.9, seed=7).lse)
 
 
+@pytest.mark.compilers
 def test_compile_draws_new_seeds():
     table = torch.randn(50, 16, device=DEVICE)
     x = torch.randn(3, 16, device=DEVICE)
@@ -99,6 +104,7 @@ def test_compile_draws_new_seeds():
     assert not torch.equal(compiled(x), compiled(x))
 
 
+@pytest.mark.compilers
 def test_values_are_checked_under_compile():
     table = torch.randn(50, 16)
     compiled = torch.compile(lambda x, std: fused_smoothie_step(x, table, 0.1, std, seed=0).lse, fullgraph=True)
@@ -126,6 +132,7 @@ def test_fake_tensors():
         assert noise.gaussian(3, 5, seed=0, **fields).shape == (3, 5)
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("bare", [True, False], ids=["table", "vocabulary"])
 def test_compile_backward(bare):
     x = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)

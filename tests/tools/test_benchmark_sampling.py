@@ -18,7 +18,6 @@ from benchmarks import (
     quality,
     sampling,
     sampling_cases,
-    sampling_noise,
     sampling_report,
 )
 from benchmarks.authors import Authors
@@ -27,9 +26,9 @@ from benchmarks.embeddings import synthetic
 from benchmarks.machine import Machine
 from benchmarks.memory import Peak
 from benchmarks.model_report import OURS
-from benchmarks.quality import Call, Line, Settings
+from benchmarks.quality import Call, Line
 from benchmarks.sampling import Session, times_of
-from benchmarks.sampling_cases import CONTESTANTS, SUM, WHOLE, NoisePlan, Plan, SamplingCase
+from benchmarks.sampling_cases import CONTESTANTS, NoisePlan, Plan, SamplingCase
 from benchmarks.sampling_report import OURS_ALL, Result
 from smoothie_kernels.diffusion.solvers import SOLVERS
 from smoothie_kernels.diffusion.states import Eager, Fused
@@ -49,7 +48,6 @@ VARIANTS = {
     "ragged": {"ragged": True},
     "bf16": {"bf16": True},
 }
-NOISE = NoisePlan(n=20, d=D, steps=(5, 40), repeats=2)
 PICTURES = ("-speed.png", "-memory.png")
 
 
@@ -57,8 +55,6 @@ PICTURES = ("-speed.png", "-memory.png")
 def _quick(monkeypatch):
     """Nothing starts a process."""
     monkeypatch.setattr(sampling, "peak_in_new_process", lambda *given: Peak(1000, 3000))
-    yield
-    torch.set_flush_denormal(False)
 
 
 def measured(case: SamplingCase, folder: Path, **options) -> Result:
@@ -117,16 +113,6 @@ def test_other_noise_is_found(monkeypatch):
         sampling.compare(ours._replace(tokens=(ours.tokens + (torch.arange(20).view(4, 5) == 7))), ours)
 
 
-def test_whoever_of_ours_raises_is_refused(tmp_path, monkeypatch):
-    def broken(smoothed):
-        raise RuntimeError("planted")
-
-    plant(monkeypatch, Fused, broken)
-    for name in OURS_ALL:
-        with pytest.raises(CheckFailed, match=f"'{name}': RuntimeError: planted"):
-            measured(replace(TINY, contestants=(name, "eager")), tmp_path)
-
-
 def test_a_dense_sampler_without_room_is_left_out_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10_000)
     result = measured(TINY, tmp_path)
@@ -136,6 +122,7 @@ def test_a_dense_sampler_without_room_is_left_out_with_the_reason(tmp_path, monk
     assert result.products["tiny"].checked == 1  # as many samples as the eager step has room for
 
 
+@pytest.mark.slow
 def test_products_are_those_of_all_steps(tmp_path):
     """Two of the vocabulary a step, over the rows that take part; the network's grow with the steps."""
     less, more = (measured(replace(TINY, steps=steps), tmp_path).products["tiny"] for steps in (6, 9))
@@ -163,55 +150,6 @@ def test_the_authors_sampler_is_the_eager_one_and_holds_more(monkeypatch):
     assert counts == [2, 6]  # distances; the score, and that of fresh noise, of two updates
 
 
-def test_what_takes_part_and_what_is_carried():
-    material = synthetic(V, D)
-    assert Session(TINY, OURS, material).lengths is None
-    ragged = replace(TINY, ragged=True)
-    assert Session(ragged, OURS, material).lengths.tolist() == [1, 2, 4, 5]
-    assert Session(ragged, WHOLE, material).lengths is None
-    found = Session(ragged, OURS, material).run(2)
-    assert found.lengths.tolist() == [1, 2, 4, 5]
-    assert len(Session(ragged, OURS, material).run(2, samples=3).tokens) == 3
-
-
-def test_times_are_of_all_steps_and_parts_of_their_run(monkeypatch):
-    session = Session(TINY, "eager", synthetic(V, D))
-    session.run()
-    assert len(session.watch.runs) == 1
-    assert len(session.watch.runs[0]) == 1 + 3 + 2  # begin, smooth, update
-    session.watch.runs[:] = [[1.0, 2.0], [3.0], [10.0]]
-    assert session.watch.median() == 3.0
-    twice = sampling.scaled(sampling.timing.Timing(2.0, (1.0, 4.0), 5), 2)
-    assert (twice.median, twice.quartiles, twice.runs) == (4.0, (2.0, 8.0), 5)
-
-
-def test_noise_costs():
-    assert sampling_noise.mean_fields(50, "sum") == pytest.approx(25.5)
-    assert 4 < sampling_noise.mean_fields(50, "bridge") < 8
-    costs = {cost.way: cost for cost in sampling_noise.measure(synthetic(V, D), NOISE, "cpu")}
-    assert [*costs] == [
-        "no noise", "one field", "bridge, 5 steps", "sum, 5 steps", "bridge, 40 steps", "sum, 40 steps",
-        "stored in bfloat16", "stored in bfloat16, torch.randn",
-    ]  # fmt: skip
-    assert costs["no noise"].over_no_noise == 1
-    assert costs["stored in bfloat16"].stored_bytes == 2 * 20 * V
-    assert costs["stored in bfloat16"].seconds > costs["no noise"].seconds
-
-
-def test_cases_are_selected_by_device_and_by_name():
-    names = {key: [case.name for case in sampling_cases.plan(*key[:1], full=key[1]).cases] for key in (
-        ("cpu", False), ("cpu", True), ("cuda", False))}  # fmt: skip
-    assert names["cuda", False] == ["sample-12x768", "sample-12x768-ddim"]
-    assert {*names["cpu", False]} < {*names["cpu", True]}
-    assert "sample-12x768" not in names["cpu", True]
-    assert [case.name for case in sampling_cases.plan("cpu", patterns=["*-8k"]).cases] == ["sample-4x384-8k"]
-    with pytest.raises(ValueError, match="no sampling case is named 'nonsense'"):
-        sampling_cases.plan("cpu", patterns=["nonsense"])
-    for case in sampling_cases.CASES.values():
-        assert {*case.contestants} <= CONTESTANTS.keys()
-        assert (SUM in case.contestants) == (case.solver in ("ddpm", "sde"))
-
-
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
@@ -220,7 +158,7 @@ def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, cap
     blocks = ("origin", "tiny", "tiny-v", "other", "sizes", "noise", "quality-bleu")
     (docs / sampling_report.PAGE).write_text("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks))
     tiny = replace(TINY, contestants=(OURS, "eager"), over_v=True)
-    plan = Plan((tiny, replace(tiny, name="tiny-v", v=100)), NOISE)
+    plan = Plan((tiny, replace(tiny, name="tiny-v", v=100)), NoisePlan(n=20, d=D, steps=(5, 40), repeats=2))
     monkeypatch.setattr(sampling_cases, "plan", lambda *given, **options: plan)
     monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
     arguments = ["sampling", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
@@ -246,6 +184,7 @@ def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, cap
     assert stem.startswith(compare.SAMPLING)
 
 
+@pytest.mark.slow
 def test_memory_of_a_call_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch):
     if not memory.RESET.exists():
         pytest.skip(memory.NO_MARK)
@@ -315,61 +254,3 @@ def test_a_curve_goes_on_where_it_was_and_is_drawn(tmp_path, monkeypatch):
     assert "| ddim | 12.2 ± 0.5 | 13.1 ± 0.5 |" in page
     assert "| sde | 10 | 3 | 12.8 ± 0.5 | 0.128 ± 0.005 | 2.5 | 2.5 | 0.25 |" in page
     assert (docs / "sampling-quality.png").stat().st_size > 10_000
-
-
-@pytest.mark.usefixtures("_counting")
-@pytest.mark.parametrize("other", [("--samples", "8"), ("--split", "test"), ("--threads", "1")])
-def test_a_curve_of_something_else_is_refused(other, tmp_path, monkeypatch, capsys):
-    out, threads = tmp_path / "curve.csv", torch.get_num_threads()
-    quality.measure(Settings("model", "some"), [Call("ddim", 5, 0)], out, replace(MACHINE, threads=7), "cpu")
-    monkeypatch.setattr("sys.argv", command(out, *other))
-    monkeypatch.setattr(__main__.machine, "describe", lambda device: replace(MACHINE, threads=8 if "1" in other else 7))
-    assert __main__.main() == 2
-    torch.set_num_threads(threads)
-    assert f"is of another {other[0].removeprefix('--')}: " in " ".join(capsys.readouterr().err.split())
-    assert len([*quality.read(out)]) == 1
-
-
-@pytest.mark.usefixtures("_counting")
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [(("--out", "curve.json"), "--out must be a .csv file"), (("--seeds", "0"), "nothing to sample")],
-)
-def test_a_curve_without_a_place_or_without_lines_is_refused(given, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [*command(Path("curve.csv")), *given])
-    assert __main__.main() == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not [*tmp_path.iterdir()]
-
-
-def test_texts_of_a_model_are_scored(tmp_path):
-    pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
-
-    words = ["[PAD]", "[UNK]", "[SEP]", *"abcdefghij"]
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(tmp_path / "model")
-    config = SmoothieConfig(
-        len(words), 8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, condition_layers=1,
-        self_condition_layers=0, target_length=6, source_length=5, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    SmoothieModel(config).save_pretrained(tmp_path / "model")
-    rows = [{"source": f"{word} b c d e f g", "target": f"{word} b"} for word in "abc"]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = Settings(str(tmp_path / "model"), str(tmp_path / "data"), samples=2, batch_size=2)
-    line = quality.Session(settings, "cpu").run(Call("ddpm", 3, 1, patience=2))
-    assert line.call == Call("ddpm", 3, 1, patience=2)
-    assert 0 <= line.bleu <= 100
-    assert 0 <= line.rougeL <= 1
-    assert 1 <= line.mean_calls <= 3
-    assert line.seconds_per_sample > 0
-    record = quality._model(settings.checkpoint)
-    assert record["checkpoint"] == "model"
-    assert len(record["sha256"]) == 64

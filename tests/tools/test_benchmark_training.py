@@ -12,18 +12,16 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import __main__, curve, memory, training, training_cases, training_report
+from benchmarks import __main__, memory, training, training_cases, training_report
 from benchmarks.check import CheckFailed
 from benchmarks.embeddings import synthetic
 from benchmarks.machine import Machine
 from benchmarks.memory import Peak
-from benchmarks.model_report import OURS, Products, with_times
-from benchmarks.timing import Timing
-from benchmarks.training import BATCHES, Session, make_batches
+from benchmarks.model_report import OURS
+from benchmarks.training import Session
 from benchmarks.training_cases import ALL, Plan, TrainingCase
-from benchmarks.training_report import REFERENCE, Curves, Result, Row
+from benchmarks.training_report import REFERENCE, Curves, Result
 from smoothie_kernels.diffusion import loss
-from smoothie_kernels.diffusion.model import SmoothieModel
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine("CPU", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
@@ -48,7 +46,6 @@ def _quick(monkeypatch):
     monkeypatch.setattr(training, "peak_in_new_process", lambda *given: Peak(1000, 3000))
     with torch.compiler.set_stance("force_eager"):
         yield
-    torch.set_flush_denormal(False)
 
 
 def measured(case: TrainingCase, folder: Path, **options) -> Result:
@@ -108,41 +105,6 @@ def test_a_wrong_gradient_of_any_parameter_is_named(name):
         training.compare(value, {}, value, gradients, bf16=False)
 
 
-def test_a_contestant_that_fails_is_left_out_with_the_reason(tmp_path, monkeypatch):
-    def no_compiler(model):
-        raise RuntimeError("no working compiler\nand more")
-
-    monkeypatch.setattr(SmoothieModel, "compile_layers", no_compiler)
-    monkeypatch.setattr(memory, "available", lambda device: 10_000)
-    result = measured(TINY, tmp_path)
-    assert not result.failures()
-    notes = {row.contestant: row.note for row in result.rows}
-    assert notes["fused + compile"] == "absent: RuntimeError: no working compiler"
-    assert notes["eager"].startswith("absent: MemoryError: needs about")
-    assert notes[REFERENCE].startswith("absent: MemoryError: needs about")
-    assert [row.contestant for row in result.rows if row.seconds] == [OURS]
-    assert result.products["tiny"].checked == 1  # as many samples as the eager step has room for
-    assert "no working compiler" in training_report.page_of(result).markdown([])
-
-
-def test_ours_may_not_fail(tmp_path, monkeypatch):
-    def broken(smoothed):
-        raise RuntimeError("planted")
-
-    plant(monkeypatch, OURS, broken)
-    with pytest.raises(CheckFailed, match="'fused': RuntimeError: planted"):
-        measured(TINY, tmp_path)
-
-
-def test_ratios_and_efficiency():
-    times = {name: Timing(seconds, (seconds, seconds), 5) for name, seconds in (("a", 4.0), ("b", 2.0), ("c", 1.0))}
-    row = with_times(Row("case", "b", 30, V, D), "b", times, vocabulary_seconds=0.5, floor_seconds=1.5)
-    assert row.ratios == {"a": 2, "c": 0.5}
-    assert (row.efficiency, row.vocabulary_share, row.tokens_per_s) == (0.75, 0.25, 15)
-    # 6 flop of the vocabulary at 2 a second, 4 of the network at 8 a second
-    assert Products(10, 6, 2.0, 8.0, checked=1).seconds == 3.5
-
-
 def flops(case: TrainingCase) -> tuple[int, int]:
     """Of a step's products, and of those of the vocabulary."""
     session = Session(case, REFERENCE, synthetic(V, D))
@@ -167,67 +129,6 @@ def test_products_of_the_network_are_those_of_its_layers():
     of_rows = 4 + 2 + 8  # weights of attention to targets, to sources, of the two linear layers; in hidden^2
     weights = of_rows * rows + 2 * sources + TINY.batch + TINY.length  # the last ones: of time and of the answer
     assert more - less == 3 * (2 * TINY.hidden**2 * weights + attention)
-
-
-def test_what_is_replayed_is_what_the_step_did():
-    session = Session(replace(TINY, trainable_embeddings=True), OURS, synthetic(V, D))
-    with training.recorded() as calls:
-        session.step()
-    assert len(calls) == 3
-    assert all(call.gradient.shape == (4, 5, D) for call in calls)
-    of_x, of_table = training.again(calls)
-    assert of_x.shape == (4, 5, D)
-    assert of_table.shape == (V, D)
-    x, vocabulary = calls[0].arguments[:2]
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, vocabulary.embeddings)]
-    total = sum((loss.smooth(leaves[0], leaves[1], *call.arguments[2:], **call.options) * call.gradient).sum()
-                for call in calls)  # fmt: skip
-    total.backward()
-    assert torch.allclose(leaves[1].grad, of_table, rtol=1e-4, atol=1e-7)
-
-
-def test_batches_are_the_text_in_order_and_half_of_the_positions_where_padding_is_skipped():
-    tokens = torch.arange(1, 1 + 2 * 4 * 11)
-    for first, batch in zip((1, 45), make_batches(TINY, tokens, 2), strict=True):
-        whole = torch.cat((batch["source"], batch["target"]), 1)
-        assert torch.equal(whole.flatten(), torch.arange(first, first + 44))
-        assert batch["target_mask"].all()
-    ragged = make_batches(replace(TINY, batch=400, skip_padding=True), tokens, 1)[0]
-    for name, length in (("target", 5), ("source", 6)):
-        mask = ragged[f"{name}_mask"]
-        assert mask[:, 0].all()
-        assert mask.float().mean() == pytest.approx((length + 1) / (2 * length), abs=0.04)
-        assert torch.equal(ragged[name] != training.PAD, mask)
-
-
-def test_everybody_begins_with_the_same_weights_and_sees_the_same_batches():
-    eager, fused = (Session(TINY, name, synthetic(V, D)) for name in (REFERENCE, OURS))
-    assert len(fused.batches) == BATCHES
-    for name, weight in eager.parameters.items():
-        assert torch.equal(weight, fused.parameters[name])
-    before = fused.parameters["input.weight"].detach().clone()
-    for _ in range(BATCHES + 1):
-        assert float(fused.step()) == pytest.approx(float(eager.step()), rel=1e-5)
-    assert not torch.equal(before, fused.parameters["input.weight"])
-
-
-def test_curves_that_part_early_are_red_and_late_ones_are_not():
-    eager = [1.0 - step / 1000 for step in range(120)]
-    apart = {step: [value * (1 + 2e-4 * (k >= step)) for k, value in enumerate(eager)] for step in (49, 50)}
-    assert Curves({}, {REFERENCE: eager, OURS: apart[50]}).failures() == []
-    assert Curves({}, {REFERENCE: eager, OURS: apart[49]}).failures()
-    assert Curves({}, {REFERENCE: eager, OURS: [*eager[:9], float("nan"), *eager[10:]]}).failures()
-
-
-def test_cases_are_selected_by_device_and_by_name():
-    names = {key: [case.name for case in training_cases.plan(*key[:1], full=key[1]).cases] for key in (
-        ("cpu", False), ("cpu", True), ("cuda", False))}  # fmt: skip
-    assert names["cuda", False] == ["train-12x768", "train-4x384"]
-    assert {*names["cpu", False]} < {*names["cpu", True]}
-    assert "train-12x768" not in names["cpu", True]
-    assert [case.name for case in training_cases.plan("cpu", patterns=["*-8k"]).cases] == ["train-4x384-8k"]
-    with pytest.raises(ValueError, match="no training case is named 'nonsense'"):
-        training_cases.plan("cpu", patterns=["nonsense"])
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -262,6 +163,7 @@ def test_the_command_writes_its_files_and_ends_red_where_curves_part(broken, tmp
         assert again.curves[0].worst < 1e-5
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch):
     if not memory.RESET.exists():
         pytest.skip(memory.NO_MARK)
@@ -277,19 +179,3 @@ def test_memory_of_a_step_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch
 def test_nothing_imports_transformers_before_something_is_measured():
     look = "import sys, benchmarks.__main__; sys.exit('transformers' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False).returncode == 0
-
-
-def test_curve_of_a_run(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "metrics.csv").write_text("step,loss\n50,0.7\n100,0.5\n")
-    with pytest.raises(curve.NoRun, match=r"there is no .*validation.csv"):
-        curve.draw(tmp_path, tmp_path / "curve.png")
-    (tmp_path / "validation.csv").write_text("step,loss,text_loss,mean_loss,mean_text_loss,accuracy\n")
-    with pytest.raises(curve.NoRun, match=r"validation.csv has no rows yet"):
-        curve.draw(tmp_path, tmp_path / "curve.png")
-    with (tmp_path / "validation.csv").open("a") as file:
-        file.write("100,0.5,0.8,0.6,1.0,0.25\n")
-    monkeypatch.setattr("sys.argv", ["benchmarks", "curve", str(tmp_path), str(tmp_path / "curve.png")])
-    assert __main__.main() == 0
-    assert "step 100: 0.500 of 0.600, text 0.800 of 1.000, nearest token right 25.0%" in capsys.readouterr().out
-    assert (tmp_path / "curve.png").stat().st_size > 10_000

@@ -1,6 +1,5 @@
 """The benchmark suite's own promises: a wrong result is refused, the schedule is the paper's, races are fair."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import (
-    __main__,
     bars,
     check,
     compare,
@@ -23,7 +21,6 @@ from benchmarks import (
     inputs,
     memory,
     recall,
-    recall_report,
     registry,
     timing,
 )
@@ -31,10 +28,10 @@ from benchmarks.check import CheckFailed, Referee
 from benchmarks.contestants import CONTESTANTS, FLOOR
 from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.machine import Machine
-from benchmarks.report import Report, Row, columns_of, noise_costs, with_ratio
+from benchmarks.report import Report, Row
 from benchmarks.suite import Running, Suite
 from smoothie_kernels import library, noise
-from smoothie_kernels.recall import Buckets, expected_recall
+from smoothie_kernels.recall import Buckets
 from smoothie_kernels.testing import dense_logits
 
 SMALL = {"n": 9, "v": 301, "d": 20}
@@ -73,8 +70,6 @@ PLANTED_TOP_K = {  # a change, and what the check says of it
     ),
     "smoothed": (PLANTED["smoothed"], "smoothed"),
 }
-TABLES = r"(?s)<!-- table: \w+ -->\n\n.*?\n\n<!-- end -->"  # in the page of the docs
-PICTURES = {"topk-recall.png", "topk-mass.png", "topk-error.png"}
 TINY = recall.Plan(
     rows=40, sizes=(None, 700), ks=(4, 16), times=(0.05, 0.9), marks=(0.02, 0.5), between=1, mass_ks=(4, 16),
     error_ks=(4,), recall_k=16,
@@ -128,25 +123,6 @@ def test_a_wrong_top_k_is_refused_and_named(name, what):
     Referee(given).check(contestant, call)
     with pytest.raises(CheckFailed, match=re.escape(f"{name!r}: {message}")):
         Referee(given).check(contestant, lambda: change(call()))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("top-k, exact", "largest logits"), ("top-k, 0.95", "not of the largest")]
-)
-def test_a_top_k_that_misses_the_largest_is_refused(name, message):
-    given, contestant = small("topk", k=16), CONTESTANTS[name]
-    more = CONTESTANTS["top-k, exact"].prepare["topk"](small("topk", k=20))
-
-    def without_the_largest_four():
-        y = more()
-        return y._replace(smoothed=None, top_values=y.top_values[:, 4:], top_indices=y.top_indices[:, 4:])
-
-    with pytest.raises(CheckFailed, match=message):
-        Referee(given).check(contestant, without_the_largest_four)
-
-
-def test_a_few_tokens_have_a_smaller_top_k():
-    assert small("topk").cut(2, 50).k == 50
 
 
 def test_the_means_of_the_top_k_are_those_of_the_definitions():
@@ -210,14 +186,6 @@ def test_the_floor_makes_the_products_of_the_cost_model(op, monkeypatch):
     assert sum(made) == given.flop
 
 
-def test_training_reads_two_gradients_more_and_writes_the_tables():
-    n, v, d = 5, 7, 3
-    step, train_x, train = (registry.OPS[op].bytes(n, v, d, 4) for op in ("step", "train-x", "train"))
-    assert step == 4 * d * (v + 2 * n)
-    assert train_x - step == 4 * d * 2 * n  # the gradient of smoothed, and that of x
-    assert train - train_x == 4 * d * v
-
-
 @pytest.mark.skipif(not memory.RESET.exists(), reason=memory.NO_MARK)
 @pytest.mark.parametrize("name", ["eager", "chunked", "fused[reference]"])
 def test_memory_of_training_counts_the_gradient_of_the_table(name, tmp_path):
@@ -226,18 +194,6 @@ def test_memory_of_training_counts_the_gradient_of_the_table(name, tmp_path):
     peak = memory._peak_here(case, name, tmp_path / "material.pt", torch.get_num_threads())
     assert isinstance(peak, memory.Peak), peak
     assert 0.9 * material.table.nbytes < peak.extra < 100 * material.table.nbytes
-
-
-def test_cases_are_selected_by_group_and_by_name():
-    default = [case.name for case in registry.select()]
-    assert {"topk", "topk-v256000", "train", "train-x"} <= {*default}
-    assert not any(name.startswith("gpu-") for name in default)
-    assert {case.op for case in registry.select(["*train*"])} == {"train", "train-x"}
-    on_gpu = registry.select(["gpu-*"])
-    assert {"step", "topk", "train", "train-x"} <= {case.op for case in on_gpu}
-    assert on_gpu[0].name == bars.STEP
-    for case in on_gpu:
-        assert case.dtype != torch.float32 or not any("[cuda]" in name for name in case.contestants), case.name
 
 
 def test_the_bars_are_of_cases_and_contestants_that_exist():
@@ -255,20 +211,6 @@ def test_the_bars_are_of_cases_and_contestants_that_exist():
         assert who in registry.CASES[case].contestants or of_float32, (case, who)
 
 
-def test_the_cost_of_noise_is_read_off_two_cases():
-    row = Row("a", "fused", "step", 1, 2, 3, "float32", True, ours=True, seconds=1.2, quartiles=(1, 1.3), runs=5)
-    quiet, other = replace(row, case="b", noise=False, seconds=1.0), replace(row, case="c", n=2)
-    assert noise_costs([row, quiet, other]) == [("a", "fused", "1.20 s", "1.00 s", "+20%")]
-
-
-def test_times_are_compared_with_the_first_of_ours_that_has_one():
-    row = Row("a", "statistics", "topk", 1, 2, 3, "float32", True, ours=True, seconds=2.0, quartiles=(1, 3), runs=5)
-    rows = [replace(row, contestant="top-k", seconds=None), replace(row, contestant="x", ours=False, seconds=3.0), row]
-    assert "x statistics" in columns_of(rows)
-    assert [ratio for _, ratio in with_ratio(rows)] == [None, 1.5, 1.0]
-    assert "x ours" in columns_of(rows[:2])
-
-
 def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monkeypatch):
     material, machine = synthetic(301, 20), Machine("CPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today")
     case = replace(registry.CASES["train"], **SMALL, contestants=("fused[reference]", "chunked"))
@@ -283,19 +225,6 @@ def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monk
     assert ours.seconds is None
     assert theirs.seconds
     assert theirs.efficiency == floor.seconds / theirs.seconds
-
-
-def test_a_competitor_with_its_own_noise_is_checked_without_it_and_gets_it_back():
-    given = small()
-    Referee(given).check(CONTESTANTS["eager"], CONTESTANTS["eager"].prepare["step"](given))
-    assert given.std.tolist() == pytest.approx([0.99] * SMALL["n"])
-
-
-@pytest.mark.parametrize(
-    ("t", "mu", "std"), [(0, 0.684, 0.730), (0.05, 0.101, 0.995), (0.5, 9.39e-3, 1.0), (1, 7.36e-5, 1)]
-)
-def test_the_schedule_is_the_papers(t, mu, std):
-    assert inputs.schedule(t) == pytest.approx((mu, std), rel=2e-3)
 
 
 def test_a_model_is_material_with_its_text_and_without_its_unused_rows(tmp_path):
@@ -317,12 +246,6 @@ def test_a_model_is_material_with_its_text_and_without_its_unused_rows(tmp_path)
     assert len(material.tokens) > 50_000
     assert set(material.tokens.tolist()) == {0, 3}
     assert load_material(str(tmp_path / "model.safetensors")).tokens.equal(material.tokens)
-
-
-@pytest.mark.parametrize("source", ["none.safetensors", "", "words.txt"])
-def test_where_there_is_no_table_the_reason_is_given(tmp_path, source):
-    with pytest.raises(NoEmbeddings, match="must be"):
-        load_material(str(tmp_path / source))
 
 
 def test_a_cut_table_keeps_the_texts_words_and_a_grown_one_its_rows():
@@ -374,16 +297,6 @@ def test_every_case_names_contestants_that_exist_and_know_its_operator():
 # --- recall
 
 
-def test_a_bucket_loses_the_winners_that_it_cannot_keep():
-    winners = torch.tensor([[0, 4, 8, 1, 5]])
-    assert recall.found_by_buckets(winners % 4, 1).tolist() == pytest.approx([2 / 5])
-    assert recall.found_by_buckets(winners % 4, 2).tolist() == pytest.approx([4 / 5])
-    assert recall.found_by_buckets(winners % 4, 9).tolist() == [1]
-    row = recall.recall_of(Buckets(4, 1), winners.repeat(2, 1), 16, t=0.5)
-    assert (row.strided, row.contiguous) == pytest.approx((2 / 5, 3 / 5))
-    assert row.expected == expected_recall(16, 5, 4, 1)
-
-
 @pytest.mark.parametrize(
     ("v", "k", "buckets", "keep"), [(60, 7, 8, 1), (61, 20, 6, 2), (59, 40, 12, 4), (50, 3, 50, 1)]
 )
@@ -400,11 +313,6 @@ def test_recall_of_buckets_is_that_of_searching_them(v, k, buckets, keep):
             kept.scatter_(1, best, logits.gather(1, best))
         again = kept.topk(k)
         assert found == pytest.approx((again.values >= exact.values[:, -1:]).double().mean().item())
-
-
-def test_what_two_searches_share():
-    found, exact = torch.tensor([[3, 1, 7], [4, 5, 6]]), torch.tensor([[7, 2, 3], [1, 2, 3]])
-    assert recall.shared(found, exact).tolist() == pytest.approx([2 / 3, 0])
 
 
 def test_mass_and_error_are_those_of_the_dense_step():
@@ -426,55 +334,3 @@ def test_mass_and_error_are_those_of_the_dense_step():
         assert error[301, "topk"] < 1e-5
         assert error[301, "topk+mean"] < 1e-5
         assert error[4, "topk+mean"] > 1e-3
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_recall_command_writes_its_files_and_ends_red_where_recall_is_low(broken, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    docs, out = tmp_path / "docs", tmp_path / "out"
-    docs.mkdir()
-    before = (ROOT / "docs" / recall_report.PAGE).read_text()
-    (docs / recall_report.PAGE).write_text(before)
-    monkeypatch.setattr(recall, "Plan", lambda: TINY)
-    monkeypatch.setattr(__main__, "SYNTHETIC", (301, 20))
-    arguments = ["recall", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
-    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
-    if broken:
-        searched = recall.without_mean
-
-        def some_are_missed(given, table, *, topk, recall_target=1.0, offset=0):
-            found = searched(given, table, topk=topk, recall_target=recall_target, offset=offset)
-            return found if recall_target == 1 else found._replace(top_tokens=(found.top_tokens + 1) % len(table))
-
-        monkeypatch.setattr(recall, "without_mean", some_are_missed)
-    assert __main__.main() == int(broken)
-    stem = next(out.glob("recall-*.json")).stem
-    assert {path.name for path in out.iterdir()} == {
-        f"{stem}{end}" for end in (".json", ".md", "-recall.png", "-mass.png", "-error.png")
-    }
-    content, text = json.loads((out / f"{stem}.json").read_text()), (out / f"{stem}.md").read_text()
-    assert {row["v"] for row in content["library"]} == {301, 700}
-    assert len(content["mass"]) == len(TINY.curve) * len(TINY.mass_ks)
-    assert content["machine"]["versions"]
-    assert bool(content["failures"]) == broken
-    assert ("**Red:**" in text) == broken
-    assert ("red: " in capsys.readouterr().err) == broken
-    page = (docs / recall_report.PAGE).read_text()
-    assert "<!-- table: mass -->\n\n| t | K = 4 | K = 16 |\n| --- | ---: | ---: |\n| 0.02 |" in page
-    assert re.split(TABLES, page) == re.split(TABLES, before)  # all else is as it was
-    assert {path.name for path in docs.iterdir()} == {recall_report.PAGE, *PICTURES}
-
-
-def test_strided_buckets_below_what_is_expected_are_red():
-    row = recall.BucketRecall(100, 8, 10, 1, 0.5, expected=0.9, strided=0.88, contiguous=0.1, error=1e-3)
-    assert row.red
-    assert not replace(row, strided=0.895).red  # less than SLACK
-    assert not replace(row, error=0.01).red  # so few rows do not show it
-    assert recall.LibraryRecall(100, 8, 0.9, 0.5, recall=float("nan"), error=0.0).red
-
-
-def test_the_page_has_the_tables_and_pictures_that_the_command_makes():
-    page = (ROOT / "docs" / recall_report.PAGE).read_text()
-    assert len(re.findall(TABLES, page)) == len(re.findall("<!-- table: ", page)) == 5
-    assert set(re.findall(r"\]\(([\w-]+\.png)\)", page)) == PICTURES
-    assert all((ROOT / "docs" / picture).exists() for picture in PICTURES)

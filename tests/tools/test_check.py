@@ -149,6 +149,7 @@ def test_nothing_that_could_run_is_no_success(capsys):
     assert lines_of(capsys.readouterr().out)[0]["outcome"] == "ok"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_probe_that_runs(tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(
@@ -249,6 +250,7 @@ def test_histograms():
 # --- the command
 
 
+@pytest.mark.slow
 def test_on_the_cpu(tmp_path):
     """Without a GPU the cpu and reference backends, twenty probes and more."""
     done = check("--quick", "--out", str(tmp_path / "out.jsonl"), CUDA_VISIBLE_DEVICES="")
@@ -264,6 +266,7 @@ def test_on_the_cpu(tmp_path):
     assert f"torch: {torch.__version__}" in done.stdout
 
 
+@pytest.mark.interpreter
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
     done = check("--backend", "triton", "--quick", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
@@ -321,6 +324,7 @@ def never(emulated, path):
     raise RuntimeError("no driver")
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_be_forked_are_started(monkeypatch):
     monkeypatch.setattr(command, "_describe_to", only_alone)
     assert command.describe_isolated(None) == ("spawn", machine.Description({}, {}, {"cuda": "planted"}))

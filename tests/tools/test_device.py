@@ -38,6 +38,7 @@ def call(monkeypatch, tmp_path):
     monkeypatch.setattr(
         crew, "SILENT", {state: min(seconds, 15) for state, seconds in crew.SILENT.items()} | {"loaded": 60}
     )
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the call has workers of its own
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(device.Call, "env", {"PYTHONPATH": f"{machine.ROOT}:{Path(__file__).parent}"})
 
@@ -50,6 +51,7 @@ def call(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_fault_costs_its_own_row(call, capsys):
     code, results = call("measure", "--only", ",".join(planted.CASES))
     assert code == 1
@@ -71,6 +73,7 @@ def test_a_fault_costs_its_own_row(call, capsys):
     assert "planted.py" in "".join(path.read_text() for path in results.glob("*.txt"))  # where it hung
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_or_crashes_costs_itself(call, tmp_path, monkeypatch):
     (tmp_path / "test_faulty.py").write_text(FAULTY_TESTS)
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.compilers
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # Of `<target> <kernel> <type> <D> <tile and what else>`: a minute for one processor, where Triton's cache is empty.
 PLAIN = r"[0-9x]+$"

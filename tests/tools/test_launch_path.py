@@ -18,7 +18,7 @@ KERNELS = {
     "_merge_nearest_kernel", "_stream_kernel", "chunk_bwd_kernel", "chunk_fwd_kernel", "chunk_keys_kernel",
 }  # fmt: skip
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.compilers,
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU refuses by itself"),
 ]
 
