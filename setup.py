@@ -38,12 +38,13 @@ WATCHDOG_LIBRARY, WATCHDOG_FLAG = "libsmoothie_kernels_cuda_watchdog.so", "-DSMO
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC's own AVX-512 headers trip the first two (GCC bug 105593); Clang does not know the second.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-# The kernel without torch, and what each file is compiled with besides: one instruction set a file.
+# The kernel without torch, and what each file is compiled with besides: one instruction set a file. Vector tiers fuse
+# what their sources say, so that moving code does not change a bit.
 KERNEL_SOURCES = {"csrc/cpu/tiers.cpp": [], "csrc/cpu/step_scalar.cpp": ["-ffp-contract=fast", "-Wno-psabi"]}
 if platform.machine() == "x86_64":
-    KERNEL_SOURCES["csrc/cpu/step_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
+    KERNEL_SOURCES["csrc/cpu/step_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"]
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
-    KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] += ["-mfma", "-mf16c"]
+    KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] += ["-mfma", "-mf16c", "-ffp-contract=off"]
 
 MIN_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 # Messages of the assembler are kept next to the object: tests/cuda/check.py reads registers, spills and warnings there.

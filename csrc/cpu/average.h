@@ -46,7 +46,7 @@ void average(const AverageParams& p, const Threads& threads) {
         float tail[S::kLanes];
         widen<S>(at(p.table, p.table_dtype, p.tokens[r * p.k + k] * p.table_stride + whole), p.table_dtype,
                  p.width - whole, tail);
-        for (int64_t d = whole; d < p.width; ++d) sum[d] += p.weights[r * p.k + k] * tail[d - whole];
+        for (int64_t d = whole; d < p.width; ++d) sum[d] = S::fma(p.weights[r * p.k + k], tail[d - whole], sum[d]);
       }
       for (int64_t d = 0; d < p.width; ++d) narrow(sum[d], p.out_dtype, p.out, r * p.width + d);
     }

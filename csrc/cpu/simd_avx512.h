@@ -46,6 +46,8 @@ struct Avx512 {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
   static F max_or_nan(F bound, F v) { return _mm512_max_ps(bound, v); }  // the second operand's NaN comes through
   static F min_or_nan(F bound, F v) { return _mm512_min_ps(bound, v); }
   static F greater_or_second(F a, F b) { return _mm512_max_ps(a, b); }  // a > b ? a : b

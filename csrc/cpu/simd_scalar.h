@@ -61,7 +61,10 @@ struct Scalar {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
+  // Fused where the processor can, by -ffp-contract=fast: a function of the C library would take its place elsewhere.
   static F fma(F a, F b, F c) { return a * b + c; }
+  static float fma(float a, float b, float c) { return a * b + c; }
+  static double fma(double a, double b, double c) { return a * b + c; }
   static F max_or_nan(F bound, F v) { return select(bound > v, bound, v); }  // NaN compares false and comes through
   static F min_or_nan(F bound, F v) { return select(bound < v, bound, v); }
   static F greater_or_second(F a, F b) { return select(a > b, a, b); }

@@ -145,7 +145,7 @@ class StepBackward {
     if constexpr (kMean) {
       const float* g = row_of(p_.grad_smoothed, r, room);
       const float* smoothed = row_of(p_.smoothed, r, room + p_.width);
-      for (int64_t d = 0; d < p_.width; ++d) sum += double(g[d]) * smoothed[d];
+      for (int64_t d = 0; d < p_.width; ++d) sum = S::fma(double(g[d]), double(smoothed[d]), sum);
     }
     return float(sum);
   }
@@ -213,7 +213,7 @@ class StepBackward {
       for (int64_t lane = 0; lane < kLanes; lane += layout_.group()) sum += s.columns[v * kLanes + lane];
       const float *out = s.out + v * padded_width_, *e = tile.rows + v * tile.stride;
       float* grad = p_.grad_table + (tile.first + v) * p_.width;
-      for (int64_t d = 0; d < p_.width; ++d) grad[d] = (first_ > 0 ? grad[d] : 0.0f) + (out[d] - sum * e[d]);
+      for (int64_t d = 0; d < p_.width; ++d) grad[d] = (first_ > 0 ? grad[d] : 0.0f) + S::fma(-sum, e[d], out[d]);
     }
   }
 
@@ -228,7 +228,7 @@ class StepBackward {
       const float *x = row_of(p_.x, r, room), *smoothed = row_of(p_.smoothed, r, room + p_.width);
       for (int64_t d = 0; d < p_.width; ++d) {
         const int64_t at = start_of(panel) + layout_.element(i, d, lanes);
-        float value = of_delta * smoothed[d] - of_lse * x[d];
+        float value = S::fma(of_delta, smoothed[d], -(of_lse * x[d]));
         for (Split& split : splits) value += split.ot[at];
         narrow(value, p_.x_dtype, p_.grad_x, r * p_.width + d);
       }

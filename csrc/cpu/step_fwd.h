@@ -31,9 +31,13 @@ constexpr float kMaxNormal = 6.77f;  // of one field
 constexpr float kLargest = 20.0f, kSmallest = -50.0f;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
+template <class S>
 inline double squared_distance(const float* a, const float* b, int64_t count) {
   double sum = 0.0;
-  for (int64_t d = 0; d < count; ++d) sum += (double(a[d]) - b[d]) * (double(a[d]) - b[d]);
+  for (int64_t d = 0; d < count; ++d) {
+    const double apart = double(a[d]) - b[d];
+    sum = S::fma(apart, apart, sum);
+  }
   return sum;
 }
 
@@ -250,9 +254,9 @@ class Step {
     }
     p_.noisy_tokens[r] = total.noisy_token[lane];
     const double scale = score_scale(p_, r), nearest = total.best_score[lane], log_sum = ref.logit + std::log(sum);
-    p_.lse[r] = fits ? float(log_sum + scale * (ref.score - ref.half_square)) : kNaN;
+    p_.lse[r] = fits ? float(S::fma(scale, ref.score - ref.half_square, log_sum)) : kNaN;
     p_.best_score[r] = float(nearest);
-    p_.log_sum[r] = fits ? float(log_sum + scale * (double(ref.score) - nearest)) : kNaN;
+    p_.log_sum[r] = fits ? float(S::fma(scale, double(ref.score) - nearest, log_sum)) : kNaN;
     const float inverse = fits ? float(1.0 / sum) : kNaN;
     for (int64_t d = 0; d < smoothed_width(); ++d) {
       const int64_t at = start + layout_.element(i, d, lanes);
@@ -275,7 +279,7 @@ class Step {
       std::sort(keys, keys + count, std::greater<TopKey>());
     }
     const Reference& ref = references_[r];
-    const double moved = ref.logit + score_scale(p_, r) * (double(ref.score) - p_.best_score[r]);
+    const double moved = S::fma(double(score_scale(p_, r)), double(ref.score) - p_.best_score[r], double(ref.logit));
     for (int64_t k = 0; k < p_.topk; ++k) {
       p_.top_logits[r * p_.topk + k] = known ? float(logit_of(keys[k]) + moved) : kNaN;
       p_.top_tokens[r * p_.topk + k] = known ? column_of(keys[k]) : k;
@@ -286,7 +290,7 @@ class Step {
   float distance(int64_t r, int64_t token, Scratch<S>& s) const {
     widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
     widen<S>(at(p_.table, p_.table_dtype, token * p_.table_stride), p_.table_dtype, p_.width, s.row2);
-    return float(squared_distance(s.row, s.row2, p_.width));
+    return float(squared_distance<S>(s.row, s.row2, p_.width));
   }
 
   const StepParams& p_;

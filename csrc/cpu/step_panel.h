@@ -189,7 +189,7 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
            RowState<S>& rows) {
   using F = typename S::F;
   const F scale = S::load(rows.scale), std = S::load(rows.std);
-  const F ref_score = S::load(rows.ref_score), shift = S::sub(S::set(0.0f), S::load(rows.ref_logit));
+  const F ref_score = S::load(rows.ref_score), minus_ref = S::sub(S::set(0.0f), S::load(rows.ref_logit));
   Best<S> nearest{S::load(rows.best_score), S::load_int(rows.token)};
   Best<S> noisy{S::load(rows.best_logit), S::load_int(rows.noisy_token)};
   F sum = S::set(0.0f);
@@ -199,7 +199,7 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
     const F score = S::load(p);
     nearest.take(score, column);
     if constexpr (kLogits) {
-      F logit = S::fma(scale, S::sub(score, ref_score), shift);
+      F logit = S::fma(scale, S::sub(score, ref_score), minus_ref);
       if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
       if constexpr (kTop)
         S::store(eps, logit);
@@ -247,11 +247,11 @@ void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64
                 float* eps, RowGrads<S>& rows, float* columns) {
   using F = typename S::F;
   const F scale = S::load(rows.scale), std = S::load(rows.std), shift = S::load(rows.shift);
-  const F ref_score = S::load(rows.ref_score), ref_logit = S::load(rows.ref_logit);
+  const F ref_score = S::load(rows.ref_score), minus_ref = S::sub(S::set(0.0f), S::load(rows.ref_logit));
   F sum = S::set(0.0f);
   if constexpr (kNoise) noise.make(first_column, count, S::load_int(rows.row_id), eps);
   for (int64_t v = 0; v < count; ++v, p += stride, ds += stride, eps += S::kLanes, columns += S::kLanes) {
-    F logit = S::sub(S::mul(scale, S::sub(S::load(p), ref_score)), ref_logit);
+    F logit = S::fma(scale, S::sub(S::load(p), ref_score), minus_ref);
     if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
     const F weight = exp<S>(logit);
     F grad = shift;

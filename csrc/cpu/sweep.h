@@ -170,12 +170,13 @@ Tile read_tile(const StepInputs& p, int64_t index, float* room) {
   return {room, stride, first, count};
 }
 
+template <class S>
 inline double sum_of_squares(const float* v, int64_t count) {
   double lanes[8] = {};
   int64_t d = 0;
   for (; d + 8 <= count; d += 8)
-    for (int i = 0; i < 8; ++i) lanes[i] += double(v[d + i]) * v[d + i];
-  for (; d < count; ++d) lanes[0] += double(v[d]) * v[d];
+    for (int i = 0; i < 8; ++i) lanes[i] = S::fma(double(v[d + i]), double(v[d + i]), lanes[i]);
+  for (; d < count; ++d) lanes[0] = S::fma(double(v[d]), double(v[d]), lanes[0]);
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
@@ -190,9 +191,9 @@ void half_squares(const void* matrix, DType dtype, int64_t stride, int64_t n_row
     for (int64_t i = task * kRows; i < least(n_rows, (task + 1) * kRows); ++i) {
       const void* row = at(matrix, dtype, i * stride);
       if (dtype != DType::kFloat32) widen<S>(row, dtype, width, widened[size_t(worker)]);
-      use(i,
-          sum_of_squares(dtype == DType::kFloat32 ? static_cast<const float*>(row) : widened[size_t(worker)], width) /
-              2);
+      use(i, sum_of_squares<S>(dtype == DType::kFloat32 ? static_cast<const float*>(row) : widened[size_t(worker)],
+                               width) /
+                 2);
     }
   });
 }
