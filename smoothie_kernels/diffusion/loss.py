@@ -71,7 +71,9 @@ class TrainingLoss(nn.Module):
         draw = Draws(options, place, len(tokens), tokens.device)
         rows = place.first * tokens.shape[1]
         target = model.embeddings(tokens)
-        weights = torch.ones(tokens.shape, device=tokens.device) if counted is None else counted.float()
+        weights = (
+            torch.ones(tokens.shape, dtype=torch.float32, device=tokens.device) if counted is None else counted.float()
+        )
         weights = weights * (1 / weights.sum() if scale is None else scale)
 
         x, vocabulary, schedule = target, model.vocabulary(), model.schedule()
@@ -132,9 +134,9 @@ class Draws:
         total = max(place.total, place.first + count)
         # On the CPU whatever the device: a few numbers, which then are the same everywhere.
         high, low = noise.noise_key(options.seed, place.step)
-        generator = torch.Generator().manual_seed(high << 32 | low)
-        self.t, self.early, self.drop = torch.rand(3, total, dtype=torch.float64, generator=generator)
-        self.coin = torch.rand((), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(high << 32 | low)
+        self.t, self.early, self.drop = torch.rand(3, total, dtype=torch.float64, generator=generator, device="cpu")
+        self.coin = torch.rand((), dtype=torch.float32, generator=generator, device="cpu")
 
     def times(self) -> Tensor:
         return self._placed(FIRST_T + (1 - FIRST_T) * self.t)

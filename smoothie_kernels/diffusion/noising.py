@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
+from smoothie_kernels.checks import per_row
 from smoothie_kernels.diffusion.schedules import Schedule
 from smoothie_kernels.vocabulary import as_vocabulary
 
@@ -104,7 +105,7 @@ def smooth(
         wanted, got = f"torch.bool of shape {list(x.shape[:-1])}", f"{mask.dtype} of shape {list(mask.shape)}"
         raise ValueError(f"mask must be {wanted} as the rows, got {got}")
     rows = mask.flatten().nonzero()[:, 0]
-    mu, std = (torch.as_tensor(m, device=x.device).expand(mask.shape).reshape(-1)[rows] for m in (mu, std))
+    mu, std = (per_row(name, m, x)[rows] for name, m in (("mu", mu), ("std", std)))
     smoothed = run(x.flatten(0, -2)[rows], mu, std, row_ids=rows + row_offset)
     return smoothed.new_zeros(mask.numel(), smoothed.shape[1]).index_copy(0, rows, smoothed).view(x.shape)
 
@@ -124,7 +125,7 @@ def _eager_step(
 ) -> Tensor:
     """The step as Smoothie's authors write it, in float32 whatever autocast says."""
     noiseless = isinstance(std, int | float) and std == 0
-    mu, std = (torch.as_tensor(m, device=x.device).expand(x.shape[:-1]).reshape(-1, 1) for m in (mu, std))
+    mu, std = (per_row(name, m, x)[:, None] for name, m in (("mu", mu), ("std", std)))
     with torch.autocast(x.device.type, enabled=False):
         rows = x.flatten(0, -2)
         logits = mu * eager_distances(rows, table, sigma_min)

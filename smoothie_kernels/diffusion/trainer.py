@@ -157,7 +157,7 @@ class Trainer:
         torch.manual_seed((high << 32 | low) ^ self.rank)  # dropout's
         scale = self._scale(batch)
         firsts = range(0, self.share, size)
-        losses = torch.zeros(len(Losses._fields), device=self.accelerator.device)
+        losses = torch.zeros(len(Losses._fields), dtype=torch.float32, device=self.accelerator.device)
         for first in firsts:
             part = {name: tensor[first : first + size] for name, tensor in batch.items()}
             place = Place(step, self.rank * self.share + first, self.options.batch_size)
