@@ -53,6 +53,12 @@ class TrainingLoss(nn.Module):
 
     def __init__(self, model: SmoothieModel, options: LossOptions) -> None:
         super().__init__()
+        if half := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+            # An update of a few parts in ten thousand would be rounded away.
+            wanted = (
+                "model must be in float32 to train (load it with dtype=torch.float32; option bf16 runs its network in"
+            )
+            raise ValueError(f"{wanted} bfloat16), got {min(half, key=str)}")
         self.model, self.options = model, options
         for name, layers in (("self_conditioning", "self_condition_layers"), ("guidance_dropout", "condition_layers")):
             if getattr(options, name) and not getattr(model.config, layers):

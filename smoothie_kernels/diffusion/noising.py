@@ -11,6 +11,7 @@ from torch.nn import functional
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
 from smoothie_kernels.checks import per_row
 from smoothie_kernels.diffusion.schedules import Schedule
+from smoothie_kernels.library import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
 STEPS = ("fused", "eager")
@@ -123,11 +124,11 @@ def _eager_step(
     row_ids: Tensor | None = None,
     backend: str,
 ) -> Tensor:
-    """The step as Smoothie's authors write it, in float32 whatever autocast says."""
+    """The step as Smoothie's authors write it, in float32 (float64 for float64) whatever autocast says."""
     noiseless = isinstance(std, int | float) and std == 0
     mu, std = (per_row(name, m, x)[:, None] for name, m in (("mu", mu), ("std", std)))
     with torch.autocast(x.device.type, enabled=False):
-        rows = x.flatten(0, -2)
+        rows, table = (tensor.to(sum_dtype(x)) for tensor in (x.flatten(0, -2), table))
         logits = mu * eager_distances(rows, table, sigma_min)
         if not noiseless:
             normals = torch.randn_like(logits) if seed is None else noise.gaussian(
@@ -135,7 +136,7 @@ def _eager_step(
                 backend=backend,
             )  # fmt: skip
             logits = logits + std * normals
-        return (logits.softmax(-1) @ table).view(x.shape)
+        return (logits.softmax(-1) @ table).to(x.dtype).view(x.shape)
 
 
 def eager_distances(x: Tensor, table: Tensor, sigma_min: float) -> Tensor:

@@ -16,7 +16,8 @@ from smoothie_kernels import Vocabulary, nearest_token
 from smoothie_kernels.diffusion.live import FREE, Finished, Live, before, counts
 from smoothie_kernels.diffusion.schedules import Schedule
 from smoothie_kernels.diffusion.solvers import make_route
-from smoothie_kernels.diffusion.states import State, answer_dtype, make_state
+from smoothie_kernels.diffusion.states import State, make_state
+from smoothie_kernels.library import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
 MAX_ROW_ID = 2**32
@@ -253,7 +254,7 @@ def _begin(
             raise ValueError(f"lengths must be in [1, {length}], got {int(there.min())} to {int(there.max())}")
     if fixed is not None:
         fixed = _checked_fixed(fixed, b, length, len(table), there)
-    nothing = torch.zeros(b, length, table.shape[1], dtype=answer_dtype(table), device=table.device)
+    nothing = torch.zeros(b, length, table.shape[1], dtype=sum_dtype(table), device=table.device)
     text = torch.full((b, length), FREE, dtype=torch.int64, device=table.device)
     looks = torch.zeros(b, dtype=torch.int64, device=table.device)
     places, group = torch.arange(b, device=table.device), torch.tensor(of_seed, dtype=torch.int64, device=table.device)

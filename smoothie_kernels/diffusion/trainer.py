@@ -69,6 +69,7 @@ class Trainer:
     ) -> None:
         self.output, self.texts, self.tokenizer = Path(output), texts, tokenizer
         self.loss_options, self.options = loss, run
+        training_loss = TrainingLoss(model, loss)
         self.accelerator = Accelerator(
             cpu=run.cpu, log_with=run.report_to, project_dir=str(output) if run.report_to else None
         )
@@ -91,7 +92,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=BETAS, eps=EPS, fused=True)
         self.rates = get_constant_schedule_with_warmup(self.optimizer, run.warmup_steps)
         self.average = MovingAverage(model, run.ema) if run.ema else None
-        self.training_loss = self.accelerator.prepare(TrainingLoss(model, loss))
+        self.training_loss = self.accelerator.prepare(training_loss)
         self.done = 0
 
     def run(self, *, resume: bool = False) -> Path:
