@@ -46,10 +46,13 @@ if platform.machine() == "x86_64":
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] += ["-mfma", "-mf16c", "-ffp-contract=off"]
 
+TREE = (
+    "tree"  # in a build's folder, a link to ROOT: nvcc hands names to a shell, where ROOT's may have a quote or dollar
+)
 MIN_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 # Messages of the assembler are kept next to the object: tests/cuda/check.py reads registers, spills and warnings there.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-Xptxas=-v"]
-NVCC_FLAGS += [f"-I{ROOT}/csrc/cuda/sm90", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += [f"-I{TREE}/csrc/cuda/sm90", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class CannotBuild(Exception):
@@ -70,6 +73,8 @@ def package_folders() -> list[str]:
 def find_torch(folders: Iterable[str]) -> Path:
     """The folder of an installed torch that is new enough, without importing it."""
     given = os.environ.get("TORCH_DIR")
+    if given and not (Path(given) / "version.py").is_file():
+        raise CannotBuild(f"TORCH_DIR must be the folder of an installed torch, got {given}, which has no version.py")
     for torch in [Path(given)] if given else [Path(folder) / "torch" for folder in folders]:
         if not (torch / "version.py").is_file():
             continue
@@ -146,7 +151,10 @@ def ninja_file(
     objects = {source: Path(Path(source).stem + ".o") for source in sources}
     for source, own_flags in sources.items():
         ending = Path(source).suffix if Path(source).suffix in compilers else ""
-        lines += [f"build {objects[source]}: compile{ending} {path(ROOT / source)}", f"  flags = {_quote(own_flags)}"]
+        lines += [
+            f"build {objects[source]}: compile{ending} {path(Path(TREE, source))}",
+            f"  flags = {_quote(own_flags)}",
+        ]
     lines.append(f"build {path(output)}: link {' '.join(map(str, objects.values()))}")
     return "\n".join(lines) + "\n"
 
@@ -156,6 +164,8 @@ def run_ninja(folder: Path, text: str, targets: Iterable[str] = ()) -> None:
     if not ninja:
         raise CannotBuild("ninja is not installed")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / TREE).unlink(missing_ok=True)
+    (folder / TREE).symlink_to(ROOT, target_is_directory=True)
     (folder / "build.ninja").write_text(text)
     if subprocess.run([ninja, "-C", str(folder), *targets], stdout=2, check=False).returncode:  # to stderr
         raise CannotBuild("the compiler failed; its messages are above")
@@ -218,6 +228,10 @@ def asked_for() -> set[str]:
     return LIBRARIES.keys() - (set() if os.environ.get("SMOOTHIE_WATCHDOG") == "1" else {"cuda_watchdog"})
 
 
+def _switched_off() -> bool:
+    return os.environ.get("SMOOTHIE_KERNELS_BUILD") == "0"
+
+
 class BuildKernels(build_ext):
     def run(self) -> None:
         self.failures: list[str] = []
@@ -232,8 +246,9 @@ class BuildKernels(build_ext):
         return os.path.join(*folders, LIBRARIES[name].file)
 
     def remove_earlier(self, name: str) -> None:
-        """What an earlier build left does not fit these sources."""
-        for folder in (Path(self.build_lib), ROOT):
+        """What an earlier build left does not fit these sources. Where nothing is to be built, an editable installation
+        keeps what it has."""
+        for folder in [Path(self.build_lib)] if _switched_off() else [Path(self.build_lib), ROOT]:
             (folder / self.get_ext_filename(name)).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
@@ -241,9 +256,11 @@ class BuildKernels(build_ext):
         name = ext.name.rpartition(".")[2]
         title, _, build = LIBRARIES[name]
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if _switched_off():
+            self.remove_earlier(ext.name)
+            print(f"smoothie-kernels: not building the {title}: SMOOTHIE_KERNELS_BUILD=0", file=sys.stderr)
+            return
         try:
-            if wanted == "0":
-                raise CannotBuild("SMOOTHIE_KERNELS_BUILD=0")
             output.parent.mkdir(parents=True, exist_ok=True)
             build(output, Path(self.build_temp) / name)
         except CannotBuild as reason:

@@ -2,14 +2,18 @@
 
 import argparse
 import platform
+import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
 import smoothie_kernels
 from smoothie_kernels import dispatch
+from smoothie_kernels.check.isolate import signal_name
 
+ROOT = Path(smoothie_kernels.__file__).parents[1]
 COMMANDS = {  # their modules, the extras that these need, and what they do
     "check": ("check.command", None, "check every kernel on this machine against float64"),
     "train": ("diffusion.train", "train", "train a Smoothie model on text"),
@@ -59,16 +63,42 @@ def doctor() -> str:
     ]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
+        fatal = _fatal(device)
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         lines.append(f"\n{device} tensors ({name}):")
         for backend in (*dispatch.BACKENDS, *dispatch.BY_NAME):
             dtype = torch.bfloat16 if backend == "cuda" else torch.float32
-            reason = dispatch.load(backend).supports(device, dtype)
+            reason = fatal.get(backend) or dispatch.load(backend).supports(device, dtype)
             lines.append(f"  {backend:<10} {_detail(backend) if reason is None else f'no: {reason}'}")
     if len(devices) == 1:
         lines.append("\ncuda tensors: torch sees no GPU")
     lines.append("\nsmoothie-kernels check: whether the kernels are right on this machine")
     return "\n".join(lines)
+
+
+ASK = """
+import sys
+from smoothie_kernels import dispatch
+
+for backend in sys.argv[2:]:
+    print(backend, flush=True)
+    dispatch.load(backend).supports(sys.argv[1], None)
+"""
+
+
+def _fatal(device: str) -> dict[str, str]:
+    """The backends that end a process by being asked what they support, such as by loading a damaged library."""
+    names, found = [*dispatch.BACKENDS, *dispatch.BY_NAME], {}
+    while names:
+        command = [sys.executable, "-c", ASK, device, *names]
+        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        seen = asked.stdout.split()
+        if not asked.returncode or not seen:
+            break
+        end = signal_name(-asked.returncode) if asked.returncode < 0 else asked.stderr.strip().rpartition("\n")[2]
+        found[seen[-1]] = f"loading it ends a process: {end}"
+        names = names[len(seen) :]
+    return found
 
 
 def _detail(backend: str) -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends.shared_library import why_not
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cpu.so"
+BUILD = "install a C++ compiler and torch >= 2.10, then install smoothie-kernels again"
 TIER_VARIABLE = "SMOOTHIE_KERNELS_CPU_TIER"  # "avx512", "avx2", "scalar"; empty for the best that runs here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,8 +22,8 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
         return "it takes CPU tensors"
     if dtype and dtype not in DTYPES:
         return "it takes float32, bfloat16 and float16"
-    if not LIBRARY.exists():
-        return "it was not built: install a C++ compiler and torch >= 2.10, then install smoothie-kernels again"
+    if reason := why_not(LIBRARY, BUILD):
+        return reason
     if tier() and tier() not in tiers():
         return f"{TIER_VARIABLE}={tier()} is not one of the tiers of this processor: {', '.join(tiers())}"
     return None
@@ -29,7 +31,8 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
 
 @cache
 def _ops() -> Any:
-    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    if reason := why_not(LIBRARY, BUILD):
+        raise RuntimeError(reason)
     return torch.ops.smoothie_kernels_cpu
 
 

@@ -40,12 +40,14 @@ from smoothie_kernels.backends.blocks import (
     slices,
 )
 from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, largest_of_all, with_largest
+from smoothie_kernels.backends.shared_library import why_not
 from smoothie_kernels.recall import Buckets, expected_found
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
 # The same, but what hangs ends with an error: where setup.py is given SMOOTHIE_WATCHDOG=1. Both register the same
 # operators: a process loads one of them.
 WATCHDOG_LIBRARY = LIBRARY.with_name("libsmoothie_kernels_cuda_watchdog.so")
+BUILD = "install CUDA's compiler, nvcc >= 12.5, then install smoothie-kernels again"
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE = "cuda"  # in tests, with the kernels in an emulator, "cpu"
 CAPABILITY = (9, 0)  # sm_90a: wgmma is of this one generation
@@ -69,9 +71,8 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
         return "it takes CUDA tensors"
     if dtype and dtype not in DTYPES:
         return "it takes bfloat16 and float16"
-    if not LIBRARY.exists():
-        return "it was not built: install CUDA's compiler, nvcc >= 12.5, then install smoothie-kernels again"
-    return _lacks() if DEVICE == "cuda" else None
+    lacks = _lacks() if DEVICE == "cuda" else None  # first: without such a GPU the library stays out of the process
+    return lacks or why_not(LIBRARY, BUILD)
 
 
 def _lacks() -> str | None:
@@ -85,7 +86,8 @@ def _lacks() -> str | None:
 
 @cache
 def _ops() -> Any:
-    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    if reason := why_not(LIBRARY, BUILD):
+        raise RuntimeError(reason)
     return torch.ops.smoothie_kernels_cuda
 
 

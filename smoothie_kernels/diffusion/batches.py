@@ -83,17 +83,17 @@ class Collate:
 @lru_cache(maxsize=4)
 def _permutation(length: int, seed: int, epoch: int) -> Tensor:
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.randperm(length, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.randperm(length, generator=generator, device="cpu")
 
 
 def _padded(rows: list[Sequence[int]], length: int, pad: int, name: str) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
     if int(lengths.max()) > length:
         raise ValueError(f"{name} must have at most {length} tokens, got {int(lengths.max())}")
-    mask = torch.arange(length) < lengths[:, None]
-    ids = torch.full(mask.shape, pad)
-    ids[mask] = torch.tensor([token for row in rows for token in row])
+    mask = torch.arange(length, device="cpu") < lengths[:, None]
+    ids = torch.full(mask.shape, pad, dtype=torch.int64, device="cpu")
+    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.int64, device="cpu")
     return ids, mask
 
 

@@ -126,7 +126,7 @@ def used_rows(tokenizer: Tokenizer, rows: int) -> Tensor:
         raise ValueError(
             f"tokenizer must be the one of the embeddings, got the wrong vocabulary: {size:,} tokens for {rows:,} rows"
         )
-    used = torch.zeros(rows, dtype=torch.bool)
+    used = torch.zeros(rows, dtype=torch.bool, device="cpu")
     used[[index for token, index in vocabulary.items() if not token.startswith("[unused")]] = True
     return used
 
@@ -254,13 +254,13 @@ def _word(token: str) -> str:
 def _read_words(path: Path, wanted: set[str]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The vectors of wanted words, and the mean and standard deviation of every feature over all words."""
     vectors: dict[str, Tensor] = {}
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    count, total, squares = 0, *torch.zeros(2, 1, dtype=torch.float64, device="cpu")
     lines = _read_lines(path)
     while block := list(islice(lines, BLOCK)):
         for word, numbers in block:
             if word in wanted and word not in vectors:
-                vectors[word] = torch.tensor(numbers, dtype=torch.float32)
-        values = torch.tensor([numbers for _, numbers in block], dtype=torch.float64)
+                vectors[word] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        values = torch.tensor([numbers for _, numbers in block], dtype=torch.float64, device="cpu")
         count, total, squares = count + len(block), total + values.sum(0), squares + values.square().sum(0)
     if not count:
         raise ValueError(f"source must have lines of a word and its numbers, got none in {str(path)!r}")
@@ -316,7 +316,8 @@ def _size(vocabulary: dict[str, int]) -> int:
 
 
 def _normals(rows: int, width: int, seed: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _no_model(source: str, reason: object) -> str:

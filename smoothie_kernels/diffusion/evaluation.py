@@ -64,7 +64,7 @@ def evaluate(
         tokens, text = batch["target"], batch["target_mask"]
         mask = text if options.skip_padding else None
         target = model.embeddings(tokens)
-        t = (torch.arange(first, first + len(tokens), device=device) + 0.5) / samples
+        t = (torch.arange(first, first + len(tokens), dtype=torch.float32, device=device) + 0.5) / samples
         mu, std = (m[:, None] for m in model.schedule().marginal(t))
         smoothed = smooth(
             target, vocabulary, mu, std, sigma_min=model.config.sigma_min, seed=options.seed, offset=OFFSET,

@@ -53,6 +53,12 @@ class TrainingLoss(nn.Module):
 
     def __init__(self, model: SmoothieModel, options: LossOptions) -> None:
         super().__init__()
+        if half := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+            # An update of a few parts in ten thousand would be rounded away.
+            wanted = (
+                "model must be in float32 to train (load it with dtype=torch.float32; option bf16 runs its network in"
+            )
+            raise ValueError(f"{wanted} bfloat16), got {min(half, key=str)}")
         self.model, self.options = model, options
         for name, layers in (("self_conditioning", "self_condition_layers"), ("guidance_dropout", "condition_layers")):
             if getattr(options, name) and not getattr(model.config, layers):
@@ -71,7 +77,9 @@ class TrainingLoss(nn.Module):
         draw = Draws(options, place, len(tokens), tokens.device)
         rows = place.first * tokens.shape[1]
         target = model.embeddings(tokens)
-        weights = torch.ones(tokens.shape, device=tokens.device) if counted is None else counted.float()
+        weights = (
+            torch.ones(tokens.shape, dtype=torch.float32, device=tokens.device) if counted is None else counted.float()
+        )
         weights = weights * (1 / weights.sum() if scale is None else scale)
 
         x, vocabulary, schedule = target, model.vocabulary(), model.schedule()
@@ -132,9 +140,9 @@ class Draws:
         total = max(place.total, place.first + count)
         # On the CPU whatever the device: a few numbers, which then are the same everywhere.
         high, low = noise.noise_key(options.seed, place.step)
-        generator = torch.Generator().manual_seed(high << 32 | low)
-        self.t, self.early, self.drop = torch.rand(3, total, dtype=torch.float64, generator=generator)
-        self.coin = torch.rand((), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(high << 32 | low)
+        self.t, self.early, self.drop = torch.rand(3, total, dtype=torch.float64, generator=generator, device="cpu")
+        self.coin = torch.rand((), dtype=torch.float32, generator=generator, device="cpu")
 
     def times(self) -> Tensor:
         return self._placed(FIRST_T + (1 - FIRST_T) * self.t)

@@ -15,6 +15,7 @@ from smoothie_kernels import Vocabulary
 from smoothie_kernels.diffusion.generation import Generation
 from smoothie_kernels.diffusion.layers import KeysValues, Layer, Places
 from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
+from smoothie_kernels.library import sum_dtype
 from smoothie_kernels.vocabulary import OneStep
 
 ROWS_BYTES = 2**27  # of a block of logits of the token head
@@ -117,7 +118,9 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
 
     The input of layer i is added to the input of layer L - 1 - i; time and the encoded last answer enter every layer
     through linear layers of its own. The table is the model's own: `model.vocabulary()` is what the step takes.
-    Source: arXiv 2505.18853.
+    In half precision (`from_pretrained(..., dtype=torch.bfloat16)`, `.half()`) the weights and the table are stored and
+    multiplied in 16 bits; the time's angles, the step's sums, the answers and what a sampler carries stay in float32.
+    Such a model samples, but does not train: `LossOptions(bf16=True)` keeps float32 weights. Source: arXiv 2505.18853.
     """
 
     config_class = SmoothieConfig
@@ -166,10 +169,10 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
         self_condition: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The predicted embeddings, (B, L, D) float32.
+        """The predicted embeddings, (B, L, D) float32, or float64 of a float64 model.
 
         Args:
-            smoothed: (B, L, D), of `noise_tokens` or `fused_smoothie_step`.
+            smoothed: (B, L, D), of `noise_tokens` or `fused_smoothie_step`; any floating-point type.
             t: (B,) in [0, 1].
             condition: of `encode`; needed where the model has condition_layers.
             self_condition: (B, L, D), the last answer; None means zeros.
@@ -221,7 +224,8 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
         places = None if mask is None else Places.of(mask)
         rows, of_position, of_sample = _views(smoothed.shape[1], places)
         positions = of_position(self.positions.weight)
-        x = self.input(rows(smoothed)) + positions
+        dtype = positions.dtype  # the weights': a sampler's input is float32 whatever they are
+        x = self.input(rows(smoothed).to(dtype)) + positions
         time = self.time(sinusoids(t, config.hidden_size).to(x.dtype))
         extra = [of_sample(linear(time)) for linear in self.time_of_layer]
         if config.self_condition_layers:
@@ -229,7 +233,7 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
                 # The same for all samples, unless dropout or masks tell them apart: encoded once, then broadcast.
                 apart = mask is not None or (self.training and config.dropout > 0)
                 self_condition = smoothed.new_zeros(len(smoothed) if apart else 1, *smoothed.shape[1:])
-            answer = self.answer(rows(self_condition)) + positions
+            answer = self.answer(rows(self_condition).to(dtype)) + positions
             for layer in self.answer_encoder:
                 answer = layer(answer, mask, places=places)
             extra = [e + linear(answer) for e, linear in zip(extra, self.answer_of_layer, strict=True)]
@@ -243,14 +247,16 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
         return hidden if places is None else places.pad(hidden)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Embeddings, (..., D) float32: the head's answer, or the mean embedding under the token head's softmax."""
+        """Embeddings, (..., D) float32 or float64: the head's answer, or the mean embedding under the token head's
+        softmax."""
+        table = self.embeddings.weight
+        dtype = sum_dtype(table)
         if not self.config.token_head:
             predicted: Tensor = self.output(hidden)
-            return predicted.float()
-        table, rows = self.embeddings.weight, hidden.flatten(0, -2)
-        blocks = torch.split(rows, max(1, ROWS_BYTES // (4 * len(table))))
-        means = [self.output(block).float().softmax(-1) @ table for block in blocks]
-        return torch.cat(means).view(*hidden.shape[:-1], -1)
+            return predicted.to(dtype)
+        blocks = torch.split(hidden.flatten(0, -2), max(1, ROWS_BYTES // (4 * len(table))))
+        means = [self.output(block).to(dtype).softmax(-1).to(table.dtype) @ table for block in blocks]
+        return torch.cat(means).view(*hidden.shape[:-1], -1).to(dtype)
 
     def vocabulary(self, backend: str = "auto") -> Vocabulary:
         """The table as `fused_smoothie_step` takes it; made again only after the table was written to or moved, and

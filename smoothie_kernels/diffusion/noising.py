@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
+from smoothie_kernels.checks import per_row
 from smoothie_kernels.diffusion.schedules import Schedule
+from smoothie_kernels.library import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
 STEPS = ("fused", "eager")
@@ -104,7 +106,7 @@ def smooth(
         wanted, got = f"torch.bool of shape {list(x.shape[:-1])}", f"{mask.dtype} of shape {list(mask.shape)}"
         raise ValueError(f"mask must be {wanted} as the rows, got {got}")
     rows = mask.flatten().nonzero()[:, 0]
-    mu, std = (torch.as_tensor(m, device=x.device).expand(mask.shape).reshape(-1)[rows] for m in (mu, std))
+    mu, std = (per_row(name, m, x)[rows] for name, m in (("mu", mu), ("std", std)))
     smoothed = run(x.flatten(0, -2)[rows], mu, std, row_ids=rows + row_offset)
     return smoothed.new_zeros(mask.numel(), smoothed.shape[1]).index_copy(0, rows, smoothed).view(x.shape)
 
@@ -122,11 +124,11 @@ def _eager_step(
     row_ids: Tensor | None = None,
     backend: str,
 ) -> Tensor:
-    """The step as Smoothie's authors write it, in float32 whatever autocast says."""
+    """The step as Smoothie's authors write it, in float32 (float64 for float64) whatever autocast says."""
     noiseless = isinstance(std, int | float) and std == 0
-    mu, std = (torch.as_tensor(m, device=x.device).expand(x.shape[:-1]).reshape(-1, 1) for m in (mu, std))
+    mu, std = (per_row(name, m, x)[:, None] for name, m in (("mu", mu), ("std", std)))
     with torch.autocast(x.device.type, enabled=False):
-        rows = x.flatten(0, -2)
+        rows, table = (tensor.to(sum_dtype(x)) for tensor in (x.flatten(0, -2), table))
         logits = mu * eager_distances(rows, table, sigma_min)
         if not noiseless:
             normals = torch.randn_like(logits) if seed is None else noise.gaussian(
@@ -134,7 +136,7 @@ def _eager_step(
                 backend=backend,
             )  # fmt: skip
             logits = logits + std * normals
-        return (logits.softmax(-1) @ table).view(x.shape)
+        return (logits.softmax(-1) @ table).to(x.dtype).view(x.shape)
 
 
 def eager_distances(x: Tensor, table: Tensor, sigma_min: float) -> Tensor:

@@ -130,7 +130,8 @@ class SmoothiePipeline:
             rows = [fixed[i // samples if len(fixed) > 1 else 0] for i in ids] if fixed else None
             result = self.model.generate(
                 batch.get("source"), batch.get("source_mask"), sample_ids=ids,
-                fixed=None if rows is None else torch.tensor(rows), progress=stepped, options=options, **choices,
+                fixed=None if rows is None else torch.tensor(rows, dtype=torch.int64, device="cpu"),
+                progress=stepped, options=options, **choices,
             )  # fmt: skip
             tokens = [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
             steps = result.steps.tolist()

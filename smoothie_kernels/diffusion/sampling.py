@@ -16,7 +16,8 @@ from smoothie_kernels import Vocabulary, nearest_token
 from smoothie_kernels.diffusion.live import FREE, Finished, Live, before, counts
 from smoothie_kernels.diffusion.schedules import Schedule
 from smoothie_kernels.diffusion.solvers import make_route
-from smoothie_kernels.diffusion.states import State, answer_dtype, make_state
+from smoothie_kernels.diffusion.states import State, make_state
+from smoothie_kernels.library import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
 MAX_ROW_ID = 2**32
@@ -132,13 +133,13 @@ def sample(
     table = vocabulary.embeddings
     if times is None:
         _check_count("steps", steps)
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu").tolist()
     route = make_route(schedule, times, solver, accumulate)
     if not 0 < sigma_min < math.inf:
         raise ValueError(f"sigma_min must be positive and finite, got {sigma_min}")
     state = make_state(step, vocabulary, route, sigma_min, backend)
     if seed is None and step == "fused":  # one for all steps: solvers see the same noise again
-        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
     _check_patience(state, stop_after=stop_after, shrink_after=shrink_after)
     if guidance and empty_condition is None:
         raise ValueError(f"empty_condition must be given with guidance = {guidance}, got None")
@@ -148,7 +149,7 @@ def sample(
 
     def answered(smoothed: Tensor, time: float) -> Tensor:
         """The model's answer with all that is done to it."""
-        t = torch.full((len(smoothed),), time, device=table.device)
+        t = torch.full((len(smoothed),), time, dtype=torch.float32, device=table.device)
         seen = (live.answer if self_conditioning else None, *(() if live.mask is None else (live.mask,)))
         answer = _checked("model", model(smoothed, t, live.condition, *seen), live.answer)
         if guidance:
@@ -246,15 +247,15 @@ def _begin(
     if not (seed is None or isinstance(seed, int)) and len(seed) != b:
         raise ValueError(f"seed must be one number or {b}, one for each sample, got {len(seed)}")
     of_seed = [0] * b if len(seeds) == 1 else [seeds.index(each) for each in seed]  # type: ignore[union-attr]
-    there = torch.full((b,), length, device=table.device)
+    there = torch.full((b,), length, dtype=torch.int64, device=table.device)
     if lengths is not None:
         there = _whole_numbers("lengths", lengths, b, table)
         if b and not 1 <= int(there.min()) <= int(there.max()) <= length:
             raise ValueError(f"lengths must be in [1, {length}], got {int(there.min())} to {int(there.max())}")
     if fixed is not None:
         fixed = _checked_fixed(fixed, b, length, len(table), there)
-    nothing = torch.zeros(b, length, table.shape[1], dtype=answer_dtype(table), device=table.device)
-    text = torch.full((b, length), FREE, device=table.device)
+    nothing = torch.zeros(b, length, table.shape[1], dtype=sum_dtype(table), device=table.device)
+    text = torch.full((b, length), FREE, dtype=torch.int64, device=table.device)
     looks = torch.zeros(b, dtype=torch.int64, device=table.device)
     places, group = torch.arange(b, device=table.device), torch.tensor(of_seed, dtype=torch.int64, device=table.device)
     live = Live(

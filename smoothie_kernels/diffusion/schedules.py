@@ -40,7 +40,8 @@ class Schedule(ABC):
             t: a number or a tensor, in [0, 1]. Values of tensors that are not on a CPU are not checked.
 
         Returns:
-            Two tensors of t's shape on t's device: float64 for float64, else float32; computed in float64.
+            Two tensors of t's shape on t's device (the CPU for a number): float64 for float64, else float32; computed
+            in float64.
 
         Raises:
             TypeError, ValueError: not such a t.
@@ -121,7 +122,7 @@ class Tess(Schedule):
         return self.simplex * self.delta
 
     def log_mu(self, t: Tensor) -> Tensor:
-        return (_tess_log_cos(t) - _tess_log_cos(torch.zeros((), dtype=t.dtype))).clamp(max=0)
+        return (_tess_log_cos(t) - _tess_log_cos(t.new_zeros(()))).clamp(max=0)
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         mu, std = super().marginal(t)
@@ -164,7 +165,7 @@ def _checked(t: float | Tensor) -> Tensor:
     elif isinstance(t, bool) or not isinstance(t, int | float):
         raise TypeError(f"t must be a number or a floating-point tensor, got {type(t).__name__}")
     else:
-        t = torch.tensor(t, dtype=torch.float64)
+        t = torch.tensor(t, dtype=torch.float64, device="cpu")
     if t.device.type == "cpu" and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
         raise ValueError(f"t must be in [0, 1], got {float(t.min())} to {float(t.max())}")
     return t

@@ -160,8 +160,12 @@ def perplexity(texts: Sequence[str], model: str | Path) -> float:
 @torch.inference_mode()
 def _surprise(network: Any, rows: list[list[int]]) -> float:
     """Sum of the negative log-likelihood of all tokens but the first of each row."""
-    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(network.device)  # (B, L)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True).to(network.device)
+    tokens = pad_sequence([torch.tensor(row, device="cpu") for row in rows], batch_first=True).to(
+        network.device
+    )  # (B, L)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device="cpu") for row in rows], batch_first=True).to(
+        network.device
+    )
     logits = network(input_ids=tokens, attention_mask=mask).logits  # (B, L, V)
     total = 0.0
     for index, row in enumerate(rows):  # one by one: log-softmax takes as much memory again

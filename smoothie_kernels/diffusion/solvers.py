@@ -109,7 +109,7 @@ def make_route(schedule: Schedule, times: Sequence[float], solver: str, accumula
         raise ValueError(f"accumulate must be one of {', '.join(map(repr, ACCUMULATE))}, got {accumulate!r}")
     if len(times) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(times)):
         raise ValueError(f"times must be two numbers or more that fall, in [0, 1], got {[float(t) for t in times]}")
-    mu, std = schedule.marginal(torch.tensor(times, dtype=torch.float64))
+    mu, std = schedule.marginal(torch.tensor(times, dtype=torch.float64, device="cpu"))
     states = [Marginal(*both) for both in zip(mu.tolist(), std.tolist(), strict=True)]
     updates = tuple(SOLVERS[solver](t, s) for t, s in pairwise(states[:-1]))
     weights = [0.0]

@@ -10,12 +10,9 @@ from torch import Tensor
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
 from smoothie_kernels.diffusion.noising import STEPS, eager_distances
 from smoothie_kernels.diffusion.solvers import Fields, Route
+from smoothie_kernels.library import sum_dtype
 
 Seed = int | None
-
-
-def answer_dtype(table: Tensor) -> torch.dtype:
-    return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
 class State(Protocol):
@@ -44,7 +41,7 @@ class Fused:
 
     def begin(self, row_ids: Tensor, seed: Seed) -> list[Tensor]:
         table = self.vocabulary.embeddings
-        return [table.new_zeros(len(row_ids), table.shape[1], dtype=answer_dtype(table))]
+        return [table.new_zeros(len(row_ids), table.shape[1], dtype=sum_dtype(table))]
 
     def smooth(self, i: int, carried: Tensor, row_ids: Tensor, seed: Seed) -> list[Tensor]:
         step = fused_smoothie_step(
@@ -64,7 +61,7 @@ class Eager:
     knows_tokens = False
 
     def __init__(self, vocabulary: Vocabulary, route: Route, sigma_min: float, backend: str) -> None:
-        self.table = vocabulary.embeddings.to(answer_dtype(vocabulary.embeddings))
+        self.table = vocabulary.embeddings.to(sum_dtype(vocabulary.embeddings))
         self.route, self.sigma_min, self.backend = route, sigma_min, backend
 
     def begin(self, row_ids: Tensor, seed: Seed) -> list[Tensor]:

@@ -69,6 +69,7 @@ class Trainer:
     ) -> None:
         self.output, self.texts, self.tokenizer = Path(output), texts, tokenizer
         self.loss_options, self.options = loss, run
+        training_loss = TrainingLoss(model, loss)
         self.accelerator = Accelerator(
             cpu=run.cpu, log_with=run.report_to, project_dir=str(output) if run.report_to else None
         )
@@ -91,7 +92,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=BETAS, eps=EPS, fused=True)
         self.rates = get_constant_schedule_with_warmup(self.optimizer, run.warmup_steps)
         self.average = MovingAverage(model, run.ema) if run.ema else None
-        self.training_loss = self.accelerator.prepare(TrainingLoss(model, loss))
+        self.training_loss = self.accelerator.prepare(training_loss)
         self.done = 0
 
     def run(self, *, resume: bool = False) -> Path:
@@ -157,7 +158,7 @@ class Trainer:
         torch.manual_seed((high << 32 | low) ^ self.rank)  # dropout's
         scale = self._scale(batch)
         firsts = range(0, self.share, size)
-        losses = torch.zeros(len(Losses._fields), device=self.accelerator.device)
+        losses = torch.zeros(len(Losses._fields), dtype=torch.float32, device=self.accelerator.device)
         for first in firsts:
             part = {name: tensor[first : first + size] for name, tensor in batch.items()}
             place = Place(step, self.rank * self.share + first, self.options.batch_size)

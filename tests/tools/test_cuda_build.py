@@ -6,6 +6,7 @@ Where nvcc is not, what needs it is skipped: the rest holds everywhere.
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_each_compiler_has_its_files(tmp_path, monkeypatch):
     plain, nvcc, link = (re.sub(r"\n.*", "", rule) for rule in rules.split("command = ")[1:])
     assert "-gencode=arch=compute_90a,code=sm_90a" in nvcc
     assert "-Xcompiler=-fPIC,-fvisibility=hidden" in nvcc
-    assert f"-I{setup.ROOT}/csrc/cuda/sm90" in nvcc
+    assert f"-I{setup.TREE}/csrc/cuda/sm90" in nvcc
     assert "$out.log" in nvcc
     assert "fast-math" not in rules  # infinities are meant
     assert "torch" not in nvcc  # no header of torch: any build of it will do
@@ -92,7 +93,7 @@ def test_each_compiler_has_its_files(tmp_path, monkeypatch):
     assert not re.search(r"-l(cuda|cudart)\b(?!_static)", link)
     compiled = {build.split()[-1 if "flags" not in build else 2]: build.split()[1] for build in builds[:-1]}
     assert {rule for source, rule in compiled.items() if source.endswith(".cu")} == {"compile.cu"}
-    assert [source for source in compiled if not source.endswith(".cu")] == [f"{setup.ROOT}/csrc/cuda/bindings.cpp"]
+    assert [source for source in compiled if not source.endswith(".cu")] == [f"{setup.TREE}/csrc/cuda/bindings.cpp"]
     assert {Path(source).name for source in compiled} >= {
         "bindings.cpp",
         "score.cu",
@@ -125,7 +126,29 @@ def test_what_a_compiler_says_is_kept_and_shown_when_it_fails(tmp_path, capfd):
     assert "said .good" not in shown.err
 
 
+def test_nvcc_is_given_no_name_of_the_tree(tmp_path, monkeypatch):
+    """It hands them to a shell in double quotes."""
+    root = tmp_path / "o'n $HOME e"
+    (root / "csrc").mkdir(parents=True)
+    (root / "csrc" / "one.cu").write_text("__global__ void kernel() {}\n")
+    monkeypatch.setattr(setup, "ROOT", root)
+    try:
+        nvcc = shlex.join(setup.find_nvcc())
+    except setup.LeftOut as reason:
+        pytest.skip(str(reason))
+    text = setup.ninja_file("c++", [], {"csrc/one.cu": []}, [], root / "out", {".cu": f"{nvcc} -I{setup.TREE}/csrc"})
+    setup.run_ninja(root / "build", text, ["one.o"])
+    assert (root / "build" / "one.o").stat().st_size
+
+
 # --- Installing without it
+
+
+def test_switched_off_leaves_the_libraries_of_an_editable_installation(install, project):
+    done, libraries = install(SMOOTHIE_KERNELS_BUILD="0", empty=False)
+    assert done.returncode == 0, done.stderr
+    assert libraries == {setup.CPU_LIBRARY, setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY}
+    assert "not building the CUDA library: SMOOTHIE_KERNELS_BUILD=0" in done.stderr
 
 
 @pytest.fixture
@@ -138,11 +161,11 @@ def install(project, tmp_path):
     environment["NVCC"] = str(fake_nvcc(tmp_path, script=f'exec {compiler} "$@"'))
     package = project / "smoothie_kernels"
 
-    def build(**other):
+    def build(*, empty=True, **other):
         for library in (setup.CPU_LIBRARY, setup.CUDA_LIBRARY, setup.WATCHDOG_LIBRARY):
             (package / library).write_text("of an earlier build")
         done = run(project, "setup.py", "-q", "build_ext", "--inplace", **{**environment, **other})
-        assert all(path.read_text() == "" for path in package.glob("*.so"))
+        assert all((path.read_text() == "") == empty for path in package.glob("*.so"))
         return done, {path.name for path in package.glob("*.so")}
 
     return build
