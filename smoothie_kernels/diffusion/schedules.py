@@ -121,7 +121,7 @@ class Tess(Schedule):
         return self.simplex * self.delta
 
     def log_mu(self, t: Tensor) -> Tensor:
-        return (_tess_log_cos(t) - _tess_log_cos(torch.zeros((), dtype=t.dtype))).clamp(max=0)
+        return (_tess_log_cos(t) - _tess_log_cos(t.new_zeros(()))).clamp(max=0)
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         mu, std = super().marginal(t)
@@ -164,7 +164,7 @@ def _checked(t: float | Tensor) -> Tensor:
     elif isinstance(t, bool) or not isinstance(t, int | float):
         raise TypeError(f"t must be a number or a floating-point tensor, got {type(t).__name__}")
     else:
-        t = torch.tensor(t, dtype=torch.float64)
+        t = torch.tensor(t, dtype=torch.float64, device="cpu")
     if t.device.type == "cpu" and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
         raise ValueError(f"t must be in [0, 1], got {float(t.min())} to {float(t.max())}")
     return t
