@@ -81,6 +81,10 @@ format: venv  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+.PHONY: fuzz
+fuzz: build  ## 2,000 random calls of every public function, against float64; SEED= repeats a run
+	$(BIN)/python tests/kernels/fuzz.py $(if $(SEED),--seed $(SEED))
+
 # --- Benchmarks and the rest
 
 .PHONY: bench doctor clean

@@ -1,12 +1,13 @@
 """Every rule on input and its message. Shapes, types and devices here, values in library.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from smoothie_kernels import words
@@ -20,24 +21,36 @@ OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d
 
 
 def _number(name: str, value: object, wanted: str = "a number") -> float:
-    if type(value) in (float, int, torch.SymInt, torch.SymFloat):  # symbolic numbers stay symbolic
+    if type(value) in (float, torch.SymInt, torch.SymFloat):  # symbolic numbers stay symbolic
         return cast(float, value)
-    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy registers its scalars as Real and Integral
+    # NumPy registers its scalars as Real and Integral.
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    return float(value)
+    if torch.compiler.is_compiling() and isinstance(value, int | float):
+        return value  # which may stand for a symbol
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a number beyond float64") from None
 
 
-def _integer(name: str, value: object, wanted: str = "an int") -> int:
-    if type(value) in (int, torch.SymInt):
+def integer(name: str, value: object, wanted: str = "an int") -> int:
+    if type(value) is torch.SymInt:
         return cast(int, value)
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    return int(value)
+    number = int(value)
+    if not torch.compiler.is_compiling() and number.bit_length() > 64:
+        got = str(number) if number.bit_length() < 200 else f"one of {number.bit_length()} bits"
+        raise ValueError(f"{name} must fit in 64 bits, got {got}")
+    return number
 
 
 def _kind(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
+    if value.is_nested or value.is_quantized:
+        return f"{'nested' if value.is_nested else 'quantized'} tensor"
     return f"{value.dtype} tensor" if value.layout == torch.strided else f"{value.dtype} tensor of {value.layout}"
 
 
@@ -45,7 +58,7 @@ def _plain(name: str, value: object, wanted: str = "a tensor") -> Tensor:
     """A dense tensor, no subclass that wraps others, on a device that backends know."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    if value.layout != torch.strided:
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
         raise TypeError(f"{name} must be a dense tensor, got {_kind(value)}")
     if torch.compiler.is_compiling():
         return value
@@ -53,18 +66,42 @@ def _plain(name: str, value: object, wanted: str = "a tensor") -> Tensor:
     of_torch = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith("torch._subclasses")
     if not of_torch:
         raise TypeError(f"{name} must be a plain tensor, got {kind.__name__}")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(f"{name} must have no tangent: smoothie_kernels has no forward-mode derivatives")
+    for each in _within(value):
+        if _has_tangent(each):
+            raise NotImplementedError(f"{name} must have no tangent: smoothie_kernels has no forward-mode derivatives")
+        if functorch.is_gradtrackingtensor(each) and each.requires_grad:
+            raise NotImplementedError(
+                f"{name} must not be differentiated by torch.func: PyTorch's custom operators have no rule for its "
+                "grad, vjp and jacrev (pytorch/pytorch#170834). Use torch.autograd.grad"
+            )
     return value
+
+
+def _within(value: Tensor) -> Iterator[Tensor]:
+    """It, and what transforms of torch.func have wrapped."""
+    yield value
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+        yield value
+
+
+def _has_tangent(value: Tensor) -> bool:
+    if forward_ad._current_level < 0 or functorch.is_batchedtensor(value):  # what is batched may have one
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _shape(shape: torch.Size) -> str:
     return f"[{', '.join(str(n) for n in shape)}]"
 
 
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_backend(backend: object) -> None:
+    _choice("backend", backend, BACKENDS)
 
 
 def _float_tensor(name: str, value: object) -> Tensor:
@@ -77,6 +114,16 @@ def _float_tensor(name: str, value: object) -> Tensor:
 def check_device(name: str, device: torch.device) -> None:
     if device.type not in DEVICES:
         raise ValueError(f"{name} must be on a CPU or a CUDA device, got {device}")
+
+
+def as_device(name: str, value: torch.device | str | int) -> torch.device:
+    try:
+        device = torch.device(value)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name} must be a device that PyTorch knows, got {value!r}") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"{name} must be on this machine, which has {torch.cuda.device_count()} GPUs, got {device}")
+    return device
 
 
 def check_table(embeddings: object) -> None:
@@ -105,8 +152,7 @@ def check_x(x: object, embeddings: Tensor) -> None:
 
 def check_topk(topk: object, recall_target: object, smooth: object, vocabulary: int) -> int:
     """`topk` as a number, 0 for None."""
-    if smooth not in SMOOTH:
-        raise ValueError(f"smooth must be one of {', '.join(map(repr, SMOOTH))}, got {smooth!r}")
+    _choice("smooth", smooth, SMOOTH)
     target = _number("recall_target", recall_target)
     if not 0 < target <= 1:
         raise ValueError(f"recall_target must be in (0, 1], got {target}")
@@ -116,10 +162,14 @@ def check_topk(topk: object, recall_target: object, smooth: object, vocabulary: 
         if smooth != "full":
             raise ValueError(f"smooth must be 'full' where topk is None, got {smooth!r}")
         return 0
-    k = _integer("topk", topk, "an int or None")
-    if not 1 <= k <= vocabulary:
-        raise ValueError(f"topk must be in [1, V] with V = {vocabulary}, got {k}")
-    return k
+    return one_to_v("topk", topk, vocabulary, "an int or None")
+
+
+def one_to_v(name: str, value: object, vocabulary: int, wanted: str = "an int") -> int:
+    number = integer(name, value, wanted)
+    if not 1 <= number <= vocabulary:
+        raise ValueError(f"{name} must be in [1, V] with V = {vocabulary}, got {number}")
+    return number
 
 
 def positive(name: str, value: object) -> Tensor:
@@ -151,7 +201,9 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
             raise TypeError(f"{name} must be a real number or tensor, got {_kind(value)}")
         if value.requires_grad:
             raise ValueError(f"{name} must not require grad: the step has no gradient for it")
-        if value.dim() > 0 and value.device != x.device:
+        if value.dim() == 0:
+            check_device(name, value.device)
+        elif value.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
         if value.dim() > len(rows) or any(v not in (1, n) for v, n in zip(value.shape[::-1], rows[::-1], strict=False)):
             raise ValueError(f"{name} must broadcast to x.shape[:-1] = {_shape(rows)}, got {_shape(value.shape)}")
@@ -162,9 +214,13 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
     return _filled((math.prod(rows),), number, dtype, x.device)
 
 
-def check_count(name: str, value: object) -> None:
-    if _integer(name, value) < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+def count(name: str, value: object) -> int:
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    if not torch.compiler.is_compiling() and number >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {number}")
+    return number
 
 
 def check_values(name: str, value: float | Tensor) -> None:
@@ -176,11 +232,13 @@ def check_values(name: str, value: float | Tensor) -> None:
         raise ValueError(f"std must not be negative, got {low}")
 
 
-def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> Tensor | None:
-    """`row_ids` as int64 of shape (N,), or None."""
-    first, rows = _integer("row_offset", row_offset), x.shape[:-1]
+def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> tuple[Tensor | None, int]:
+    """`row_ids` as int64 of shape (N,) or None, and `row_offset`."""
+    first, rows = integer("row_offset", row_offset), x.shape[:-1]
+    if not torch.compiler.is_compiling():  # a comparison would fix the number; the operator looks again
+        check_row_offset(first, math.prod(rows))
     if row_ids is None:
-        return None
+        return None, first
     row_ids = _small("row_ids", row_ids, "an int64 tensor")
     if row_ids.dtype != torch.int64:
         raise TypeError(f"row_ids must be an int64 tensor, got {_kind(row_ids)}")
@@ -190,7 +248,7 @@ def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> Tensor | No
         raise ValueError(f"row_ids must have the shape of x.shape[:-1], {_shape(rows)}, got {_shape(row_ids.shape)}")
     if row_ids.device != x.device:
         raise ValueError(f"row_ids must be on the device of x, {x.device}, got {row_ids.device}")
-    return row_ids.reshape(math.prod(rows))
+    return row_ids.reshape(math.prod(rows)), first
 
 
 def check_row_offset(first: int, count: int) -> None:
@@ -238,8 +296,9 @@ def word(name: str, value: object, wanted: str = "an int or a 0-d int64 tensor")
         value = _small(name, value)
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(f"{name} must be {wanted}, got {_kind(value)} of shape {_shape(value.shape)}")
+        check_device(name, value.device)
         return value
-    bits = _integer(name, value, wanted)
+    bits = integer(name, value, wanted)
     if not -(2**63) <= bits < 2**64:
         raise ValueError(f"{name} must fit in 64 bits, got {bits}")
     return words.word(bits)
@@ -247,8 +306,7 @@ def word(name: str, value: object, wanted: str = "an int or a 0-d int64 tensor")
 
 def noise_fields(offset: object, field_weights: object, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """`offset` as int64 [F] and `field_weights` as [F] in the type of x's sums, None for one field as it is."""
-    several = isinstance(offset, Sequence) or (isinstance(offset, Tensor) and offset.dim() == 1)
-    if not several:
+    if not (_several(offset) or (isinstance(offset, Tensor) and not offset.is_nested and offset.dim() == 1)):
         one = word("offset", offset, OFFSETS).reshape(1)
         if field_weights is not None:
             raise ValueError(f"field_weights must be None where offset is one, got {_kind(field_weights)}")
@@ -257,6 +315,7 @@ def noise_fields(offset: object, field_weights: object, x: Tensor) -> tuple[Tens
         offset = _small("offset", offset)
         if offset.dtype != torch.int64:
             raise TypeError(f"offset must be {OFFSETS}, got {_kind(offset)} of shape {_shape(offset.shape)}")
+        check_device("offset", offset.device)
         offsets = offset
     else:
         one_by_one = [word("offset", each, OFFSETS) for each in cast(Sequence[object], offset)]
@@ -266,6 +325,10 @@ def noise_fields(offset: object, field_weights: object, x: Tensor) -> tuple[Tens
     if field_weights is None:
         raise ValueError(f"field_weights must be given where offset is several, got None for {_kind(offset)}")
     return offsets, _field_weights(field_weights, len(offsets), x)
+
+
+def _several(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
@@ -284,8 +347,9 @@ def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
         if value.device != x.device:
             raise ValueError(f"field_weights must be on the device of x, {x.device}, got {value.device}")
         return value.to(dtype)
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not _several(value):
         raise TypeError(f"field_weights must be {wanted}, got {_kind(value)}")
+    value = cast(Sequence[object], value)
     if len(value) != count:
         raise ValueError(f"field_weights must have {count} entries as offset has, got {len(value)}")
     weights = [_number("field_weights", each, "numbers") for each in value]

@@ -201,7 +201,7 @@ def step_bwd(
             None if grad_smoothed is None else grad_smoothed.contiguous(),
             None if grad_lse is None else grad_lse.contiguous(),
         )
-        saved = Saved(smoothed if grad_smoothed is not None else x, best_score, log_sum)
+        saved = Saved(smoothed if grad_smoothed is not None else inputs.x, best_score, log_sum)
         grad_x, grad_embeddings = chosen.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
     if grad_top is not None:
         of_top = _top_grads(inputs, top_tokens, grad_top.contiguous(), chosen.average, needs_x, needs_embeddings)
@@ -417,6 +417,15 @@ def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> tu
 @nearest_fwd.register_fake
 def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _empty_nearest(x)
+
+
+def _no_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "nearest_token has no derivatives: of its distance, (x - embeddings[tokens]).square().sum(-1) has them"
+    )
+
+
+nearest_fwd.register_autograd(_no_derivative)
 
 
 @nearest_fwd.register_vmap

@@ -55,12 +55,13 @@ def gaussian(
     a sum of fields, within so much times the sum of |field_weights|.
     """
     checks.check_backend(backend)
-    checks.check_count("rows", rows)
-    checks.check_count("cols", cols)
-    device = row_ids.device if isinstance(row_ids, Tensor) and device is None else torch.device(device or "cpu")
+    rows, cols = checks.count("rows", rows), checks.count("cols", cols)
+    if device is None:
+        device = row_ids.device if isinstance(row_ids, Tensor) else "cpu"
+    device = checks.as_device("device", device)
     checks.check_device("device", device)
     shape_of_rows = torch.empty(rows, 0, dtype=torch.float32, device=device)
-    ids = checks.check_row_ids(row_ids, row_offset, shape_of_rows)
+    ids, row_offset = checks.check_row_ids(row_ids, row_offset, shape_of_rows)
     seed, fields = checks.word("seed", seed), checks.noise_fields(offset, field_weights, shape_of_rows)
     noise: Tensor = library.gaussian(shape_of_rows, cols, ids, seed, *fields, row_offset, backend)
     return noise

@@ -110,10 +110,12 @@ def fused_smoothie_step(
     never stored, and the choice of the top-k tokens is taken for constant. mu, std and field_weights take none, and
     there is no second derivative. A Vocabulary passes its gradient on to the table that it was made of.
 
-    Under torch.autocast the inputs keep their types: bfloat16 rows with a float32 table are fine. torch.compile makes
-    no graph break. torch.func.vmap over x, mu, std or row_ids gives every sample the noise of the same row ids; the
-    table, seed, offset and field_weights cannot be batched, and torch.func.grad does not take PyTorch's custom
-    operators: use torch.autograd.grad. A CUDA graph replays what it captured: pass seed, offset or field_weights as a
+    Under torch.autocast the inputs keep their types: bfloat16 rows with a float32 table are fine; call backward outside
+    of it, as PyTorch asks, or the gradients of smooth="topk+mean" are rounded to 16 bits. torch.compile makes no graph
+    break; it reads NumPy's numbers as arrays, so give it Python's. torch.func.vmap over x, mu, std or row_ids gives
+    every sample the noise of the same row ids; the table, seed, offset and field_weights cannot be batched, and
+    torch.func.grad does not take PyTorch's custom operators (pytorch/pytorch#170834): use torch.autograd.grad. A CUDA
+    graph replays what it captured: pass seed, offset or field_weights as a
     tensor on the GPU, and change it between replays for new noise.
 
     Equations 4, 5 of arXiv 2505.18853 and its sampling step.
@@ -124,7 +126,8 @@ def fused_smoothie_step(
     checks.check_can_be_saved(x, vocabulary.embeddings)
     k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
     scale_of_distances = checks.positive("sigma_min", sigma_min)
-    checks.check_count("workspace", workspace)
+    workspace = checks.count("workspace", workspace)
+    ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
     flat, weights_of_distances = x.reshape(-1, x.shape[-1]), checks.per_row("mu", mu, x)
     shape = x.shape[:-1]
     smoothed, tokens, noisy_tokens, lse, _, log_sum, *top = library.step_fwd(
@@ -133,7 +136,7 @@ def fused_smoothie_step(
         vocabulary.bias,
         weights_of_distances,
         checks.per_row("std", std, x),
-        checks.check_row_ids(row_ids, row_offset, x),
+        ids,
         checks.word("seed", _draw_seed() if seed is None else seed),
         *checks.noise_fields(offset, field_weights, x),
         row_offset,
@@ -177,6 +180,8 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
 
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: the named backend cannot run here, and why.
+
+    There is no gradient: that of distance is `2 * (x - embeddings[tokens])`.
     """
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
@@ -187,4 +192,7 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
 
 
 def _draw_seed() -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    try:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    except RuntimeError as error:  # torch.func.vmap draws nothing unless it is told how
+        raise ValueError(f"seed must be given where PyTorch draws no numbers, got None: {error}") from error

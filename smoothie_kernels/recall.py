@@ -4,6 +4,8 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from smoothie_kernels import checks
+
 KEEPS = (1, 2, 4)
 STEP = 128  # buckets come in so many: what one tile of tokens fills
 FEW = 1024  # buckets, before each keeps more: all that they keep is written down and merged
@@ -30,8 +32,8 @@ def expected_recall(V: int, K: int, buckets: int, keep: int) -> float:
         E[recall] = (1 / K) sum over buckets of (keep - sum_{r < keep} (keep - r) P(r winners in the bucket))
 
     Args:
-        V: tokens. K: how many are wanted, in [1, V]. buckets: in [1, V]; token j is in bucket j mod buckets.
-        keep: how many logits a bucket keeps, >= 1.
+        V: tokens, fewer than 2**31. K: how many are wanted, in [1, V].
+        buckets: in [1, V]; token j is in bucket j mod buckets. keep: how many logits a bucket keeps, >= 1.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -41,12 +43,13 @@ def expected_recall(V: int, K: int, buckets: int, keep: int) -> float:
 
     arXiv 2206.14286 (keep = 1), arXiv 2506.04165 (any).
     """
-    for name, value, most in (("V", V, math.inf), ("K", K, V), ("buckets", buckets, V), ("keep", keep, math.inf)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if not 1 <= value <= most:
-            wanted = "at least 1" if most == math.inf else f"in [1, V] with V = {V}"
-            raise ValueError(f"{name} must be {wanted}, got {value}")
+    V, keep = checks.integer("V", V), checks.integer("keep", keep)
+    for name, value in (("V", V), ("keep", keep)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if V >= 2**31:
+        raise ValueError(f"V must be below 2**31, got {V}")
+    K, buckets = checks.one_to_v("K", K, V), checks.one_to_v("buckets", buckets, V)
     small, larger = V // buckets, V % buckets  # so many buckets have one token more
     found = (buckets - larger) * expected_found(V, K, small, keep)
     if larger:

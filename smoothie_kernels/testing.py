@@ -135,8 +135,9 @@ def compare_step(
 
     smoothed: relative error at most FLOOR of its type (times std * loudness where that is above 1: the float32 field is
     good to 2e-6, a sum of fields to that times `loudness`, the sum of |field_weights|) or twice that of the naive
-    float32 step on the same inputs. lse: 1e-5 relative, or twice the naive error, and
-    for 16-bit types `truncation` times the weight of all tokens but the nearest: that one's distance is taken directly.
+    float32 step on the same inputs. lse: 1e-5 relative, FLOOR likewise times std * loudness, or twice the naive error,
+    and for 16-bit types `truncation` times the weight of all tokens but the nearest: that one's distance is taken
+    directly.
     tokens and noisy_tokens: equal but for ties.
     """
 
@@ -155,7 +156,8 @@ def compare_step(
     compared = [_compare_norm("smoothed", step.smoothed.double() - exact.smoothed, bound * size, size)]
     lse_error = (step.lse.double() - exact.lse).abs()
     lse_bound = (1e-5 * exact.lse.abs()).clamp_min(float(NAIVE_MARGIN * (naive.lse.double() - exact.lse).abs().max()))
-    lse_bound = lse_bound.clamp_min(FLOOR[torch.float32] if x.dtype != torch.float64 else FLOOR[x.dtype])
+    floor = FLOOR[torch.float32] if x.dtype != torch.float64 else FLOOR[x.dtype]
+    lse_bound = lse_bound.clamp_min(floor).maximum(floor * loudness * std.double())
     of_others = 1 - logits.softmax(1).gather(1, exact.tokens[:, None])[:, 0]
     lse_bound += truncation(x, embeddings, mu, sigma_min) * of_others
     compared.append(compare("lse", lse_error, lse_bound))

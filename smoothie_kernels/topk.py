@@ -47,5 +47,7 @@ def smooth_topk_and_mean(
     mean, covariance = vocabulary.moments()
     kept = library.average_fwd(weights, top.indices, vocabulary.embeddings, weights.dtype, backend)
     features = torch.cat((x.to(weights.dtype), torch.ones_like(scale)[:, None]), 1) * scale[:, None]
-    smoothed: Tensor = kept + top.tail_mass[:, None] * (mean + features @ covariance)
+    with torch.autocast(x.device.type, enabled=False):
+        others = mean + features @ covariance
+    smoothed: Tensor = kept + top.tail_mass[:, None] * others
     return smoothed.to(x.dtype)

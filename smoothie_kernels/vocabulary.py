@@ -79,7 +79,7 @@ class Vocabulary:
 
     def to(self, device: torch.device | str) -> Vocabulary:
         """This vocabulary on another device; itself where it is there already."""
-        if torch.device(device) == self.table.device:
+        if checks.as_device("device", device) == self.table.device:
             return self
         moved = object.__new__(type(self))
         moved.table, moved._backend = self.table.to(device), self._backend

@@ -42,3 +42,21 @@ def inputs(n, v, d, scale, device, dtype=torch.float32):
     table = torch.randn(v, d)
     x = table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d)
     return (scale * x).to(device, dtype), table.to(device, dtype)
+
+
+def dense_outputs(x, table, mu, std, eps, indices, smooth, sigma_min=1.5):
+    """smoothed, lse and, of the tokens `indices` [N, K], values and tail_mass: dense, for autograd, in one type."""
+    squared = x.square().sum(1)[:, None] - 2 * x @ table.T + table.square().sum(1)
+    logits = mu[:, None] * squared / (-2 * sigma_min**2) + std[:, None] * eps
+    lse, mean = logits.logsumexp(1), logits.softmax(1) @ table
+    if indices is None:
+        return mean, lse, None, None
+    values, tail = logits.gather(1, indices), 1 - logits.softmax(1).gather(1, indices).sum(1)
+    if smooth == "topk":
+        mean = (values.softmax(1)[:, None] @ table[indices])[:, 0]
+    if smooth == "topk+mean":
+        weights = (values - lse[:, None]).exp()
+        free = mu[:, None] / sigma_min**2 * (x @ table.T - table.square().sum(1) / 2)
+        others = table.mean(0) + free @ (table - table.mean(0)) / len(table)
+        mean = (weights[:, None] @ table[indices])[:, 0] + tail[:, None] * others
+    return mean, lse, values, tail

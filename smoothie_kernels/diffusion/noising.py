@@ -90,7 +90,7 @@ def smooth(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    if step not in STEPS:
+    if not isinstance(step, str) or step not in STEPS:
         raise ValueError(f"step must be one of {', '.join(map(repr, STEPS))}, got {step!r}")
     vocabulary = as_vocabulary(embeddings, backend)
 
@@ -102,13 +102,16 @@ def smooth(
 
     if mask is None:
         return run(x, mu, std, row_offset=row_offset)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
         wanted, got = f"torch.bool of shape {list(x.shape[:-1])}", f"{mask.dtype} of shape {list(mask.shape)}"
         raise ValueError(f"mask must be {wanted} as the rows, got {got}")
     rows = mask.flatten().nonzero()[:, 0]
     mu, std = (per_row(name, m, x)[rows] for name, m in (("mu", mu), ("std", std)))
     smoothed = run(x.flatten(0, -2)[rows], mu, std, row_ids=rows + row_offset)
-    return smoothed.new_zeros(mask.numel(), smoothed.shape[1]).index_copy(0, rows, smoothed).view(x.shape)
+    with torch.autocast(x.device.type, enabled=False):  # index_copy takes no float16 under bfloat16's autocast
+        return smoothed.new_zeros(mask.numel(), smoothed.shape[1]).index_copy(0, rows, smoothed).view(x.shape)
 
 
 def _eager_step(

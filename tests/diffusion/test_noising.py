@@ -1,11 +1,12 @@
 """Token ids to smoothed embeddings: the step itself, positions left out, gradients for the table, messages."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import device_of
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
-from smoothie_kernels.diffusion import make_schedule, noise_tokens
+from smoothie_kernels.diffusion import SCHEDULES, make_schedule, noise_tokens
 from smoothie_kernels.testing import dense_step, relative_error
 
 ARCTAN = make_schedule("arctan")
@@ -76,10 +77,25 @@ def test_gradients_reach_the_table_through_rows_and_columns(masked):
         ({"t": 1.5}, ValueError, r"t must be in \[0, 1\], got 1.5"),
         ({"mask": torch.ones(2, 3)}, ValueError, r"mask must be torch.bool of shape \[2, 3\] .* got torch.float32"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask must be .* got torch.bool of shape \[3\]"),
+        ({"mask": [True]}, TypeError, "mask must be a tensor, got list"),
+        ({"step": np.array(["fused", "eager"])}, ValueError, "step must be one of 'fused', 'eager', got array"),
         ({"embeddings": torch.randn(20)}, ValueError, r"embeddings must have shape \[V, D\], got \[20\]"),
     ],
 )
 def test_messages(change, error, message):
     call = {"tokens": torch.ones(2, 3, dtype=torch.int64), "embeddings": torch.randn(20, 4), "t": 0.5} | change
     with pytest.raises(error, match=message):
-        noise_tokens(call["tokens"], call["embeddings"], ARCTAN, call["t"], mask=call.get("mask"), seed=0)
+        noise_tokens(call.pop("tokens"), call.pop("embeddings"), ARCTAN, call.pop("t"), **call, seed=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_surrounds_a_call_changes_nothing(name):
+    """float16 in autocast to bfloat16; another default device."""
+    tokens, table, _ = material()
+    call = tokens, table.half(), make_schedule(name), 0.3
+    how = KEY | {"mask": torch.rand(3, 5) < 0.6}
+    expected = noise_tokens(*call, **how)
+    for around in (torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        with around:
+            found = noise_tokens(*call, **how)
+        assert torch.equal(found, expected)

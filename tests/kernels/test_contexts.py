@@ -10,7 +10,7 @@ import torch
 from torch import func
 from torch.autograd import forward_ad
 
-from smoothie_kernels import Vocabulary, fused_smoothie_step, nearest_token, noise
+from smoothie_kernels import Vocabulary, expected_recall, fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import cpu
 
 N, V, D, K = 5, 130, 16, 7
@@ -140,6 +140,18 @@ def test_gradient_of_a_transposed_top_k(x, table, backend):
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradient_of_lse_alone_of_rows_apart(x, table, backend):
+    """The mean is not needed then, nor saved: the rows stand in for it."""
+    grads = []
+    for rows in (x, x.T.contiguous().T):
+        leaf = rows.detach().requires_grad_()
+        grads += torch.autograd.grad(
+            fused_smoothie_step(leaf, table, 0.05, 0.9, seed=3, backend=backend).lse.sum(), leaf
+        )
+    assert torch.equal(*grads)
+
+
 # --- what a Vocabulary keeps
 
 
@@ -168,6 +180,14 @@ def test_moments_are_float32_under_autocast(x, table):
     with torch.autocast("cpu", torch.bfloat16):
         found = Vocabulary(table).moments()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(x, table, dtype):
+    expected = everything(x, table)
+    with torch.autocast("cpu", dtype):
+        step = fused_smoothie_step(x, table, 0.05, 0.9, seed=3, topk=K, smooth="topk+mean")
+    assert torch.equal(step.smoothed, expected[4])
 
 
 @pytest.mark.parametrize("trains", ["x", "table"])
@@ -252,6 +272,47 @@ def test_forward_mode_says_that_there_is_none(x, table, what):
             )
 
 
+@pytest.mark.parametrize("what", ["x", "embeddings"])
+@pytest.mark.parametrize("function", [fused_smoothie_step, nearest_token])
+def test_transforms_that_custom_operators_do_not_take(x, table, function, what):
+    given = {"x": x, "embeddings": table} | ({"mu": 0.05, "std": 0.9} if function is fused_smoothie_step else {})
+
+    def loss(changed):
+        outputs = function(**(given | {what: changed}))
+        return (outputs.lse if function is fused_smoothie_step else outputs.distance).sum()
+
+    for transform in (func.grad, func.jacrev, func.hessian):
+        with pytest.raises(NotImplementedError, match=f"{what} must not be differentiated by torch.func: "):
+            transform(loss)(given[what])
+        with pytest.raises(NotImplementedError, match=f"{what} must not be differentiated by torch.func: "):
+            transform(lambda t: func.vmap(loss)(t[None]).sum())(given[what])
+    with pytest.raises(NotImplementedError, match=f"{what} must have no tangent"):
+        func.jacfwd(lambda t: func.vmap(loss)(t[None]).sum())(given[what])
+
+
+def test_transforms_of_something_else(x, table):
+    """torch.func wraps what is detached inside of it as well."""
+    x.requires_grad_()
+    expected = fused_smoothie_step(x, table, 0.05, 0.9, seed=1).lse
+
+    def lse(weights, detached):
+        return weights.dot(fused_smoothie_step(x.detach() if detached else x, table, 0.05, 0.9, seed=1).lse)
+
+    for detached in (False, True):
+        assert torch.equal(func.grad(lse)(torch.ones(N), detached), expected)
+
+
+def test_seed_under_vmap(x, table):
+    with pytest.raises(ValueError, match="seed must be given where PyTorch draws no numbers, got None: vmap"):
+        func.vmap(lambda x: fused_smoothie_step(x, table, 0.05, 0.9).lse)(x[None])
+
+
+def test_the_nearest_token_has_no_derivative(x, table):
+    distance = nearest_token(x.requires_grad_(), table).distance
+    with pytest.raises(NotImplementedError, match="nearest_token has no derivatives"):
+        distance.sum().backward()
+
+
 # --- torch.compile, torch.export
 
 
@@ -308,6 +369,11 @@ def test_numpy_scalars(x, table):
     assert torch.equal(found.lse, expected.lse)
     assert torch.equal(found.topk.values, expected.topk.values)
     assert torch.equal(noise.gaussian(np.int64(2), 3, seed=np.uint64(2**64 - 1)), noise.gaussian(2, 3, seed=-1))
+    unsigned = {"row_offset": np.uint64(7), "workspace": np.uint64(0), "offset": np.uint64(2**63)}
+    found = fused_smoothie_step(x, table, 0.5, 0.25, seed=3, **unsigned)
+    expected = fused_smoothie_step(x, table, 0.5, 0.25, seed=3, row_offset=7, workspace=0, offset=-(2**63))
+    assert torch.equal(found.lse, expected.lse)
+    assert expected_recall(*map(np.int64, (100, 5, 10, 2))) == expected_recall(100, 5, 10, 2)
 
 
 class Wrapped(torch.Tensor):
@@ -330,6 +396,7 @@ class Wrapped(torch.Tensor):
             "must be a dense tensor, got torch.float32 tensor of torch.sparse_csr",
         ),
         (Wrapped, TypeError, "must be a plain tensor, got Wrapped"),
+        (lambda t: torch.nested.nested_tensor([t]), TypeError, "must be a dense tensor, got nested tensor"),
     ],
 )
 def test_other_kinds_of_tensors(x, table, kind, error, message):

@@ -1,9 +1,12 @@
 """One row per rule: what is wrong with the call, the exception, and its message."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
-from smoothie_kernels import Vocabulary, dispatch, fused_smoothie_step, nearest_token, noise
+from smoothie_kernels import Vocabulary, dispatch, expected_recall, fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import cpu
 
 X, TABLE = torch.randn(2, 3, 8), torch.randn(20, 8)
@@ -38,6 +41,9 @@ FIELD_ERRORS = [
     ({"offset": [1, 2], "field_weights": [1]}, ValueError, "field_weights must have 2 entries as offset has, got 1"),
     ({"offset": [1, 2], "field_weights": 1.0}, TypeError, "must be a sequence of numbers or a 1-d tensor, got float"),
     ({"offset": [1, 2], "field_weights": "12"}, TypeError, "must be a sequence of numbers or a 1-d tensor, got str"),
+    ({"offset": b"ab", "field_weights": [1, 1]}, TypeError, "offset must be an int .* or several: .*, got bytes"),
+    ({"offset": [1, 2], "field_weights": b"ab"}, TypeError, "must be a sequence of numbers or a 1-d tensor, got bytes"),
+    ({"offset": [1], "field_weights": [10**400]}, ValueError, "field_weights must be finite, got a number beyond"),
     ({"offset": [1, 2], "field_weights": [1, "2"]}, TypeError, "field_weights must be numbers, got str"),
     ({"offset": [1, 2], "field_weights": [1, float("nan")]}, ValueError, "field_weights must be finite, got nan"),
     ({"offset": [1, 2], "field_weights": torch.tensor([-1, -float("inf")])}, ValueError, "finite, got -inf"),
@@ -116,6 +122,25 @@ STEP_ERRORS = [
     ({"workspace": -1}, ValueError, "workspace must not be negative, got -1"),
     ({"workspace": 1e8}, TypeError, "workspace must be an int, got float"),
     ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
+    *(
+        ({name: value}, ValueError, f"{name} must be finite, got a number beyond float64")
+        for name in ("mu", "std", "sigma_min")
+        for value in (10**400, -Fraction(10**400))
+    ),
+    ({"row_offset": np.uint64(2**64 - 1)}, ValueError, r"row_offset must keep row ids in .*, got 18446744073709551615"),
+    ({"row_offset": 10**30}, ValueError, "row_offset must fit in 64 bits, got 1000000000000000000000000000000"),
+    ({"workspace": 2**63}, ValueError, r"workspace must be below 2\*\*63, got 9223372036854775808"),
+    ({"topk": -(10**5000)}, ValueError, "topk must fit in 64 bits, got one of 16610 bits"),
+    ({"topk": 2, "smooth": np.array(["full", "topk"])}, ValueError, "smooth must be one of 'full', .*, got array"),
+    ({"backend": np.array(["cpu", "auto"])}, ValueError, "backend must be one of 'auto', .*, got array"),
+    ({"seed": torch.tensor(1, device="meta")}, ValueError, "seed must be on a CPU or a CUDA device, got meta"),
+    ({"offset": torch.tensor(1, device="meta")}, ValueError, "offset must be on a CPU or a CUDA device, got meta"),
+    (
+        {"offset": torch.tensor([1], device="meta"), "field_weights": [1]},
+        ValueError,
+        "offset must be on a CPU or a CUDA device, got meta",
+    ),
+    ({"mu": torch.tensor(0.1, device="meta")}, ValueError, "mu must be on a CPU or a CUDA device, got meta"),
 ]
 
 
@@ -145,6 +170,11 @@ def test_nearest_token(change, error, message):
         ({"row_ids": torch.tensor([0, 1])}, ValueError, r"row_ids must have the shape of x.shape\[:-1\], \[3\]"),
         ({"row_ids": torch.tensor([0, 1, -7])}, ValueError, r"row_ids must be in \[0, 2\*\*32\), got -7"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"rows": 10**30}, ValueError, "rows must fit in 64 bits"),
+        ({"cols": 2**63}, ValueError, r"cols must be below 2\*\*63"),
+        ({"device": "nonsense"}, ValueError, "device must be a device that PyTorch knows, got 'nonsense'"),
+        ({"device": 1.5}, ValueError, "device must be a device that PyTorch knows, got 1.5"),
+        ({"device": "cuda:77"}, ValueError, "device must be on this machine, which has . GPUs, got cuda:77"),
         *FIELD_ERRORS,
     ],
 )
@@ -159,6 +189,15 @@ def test_vocabulary():
         Vocabulary(Vocabulary(TABLE))
     with pytest.raises(ValueError, match="backend must be one of"):
         Vocabulary(TABLE, backend="x")
+    with pytest.raises(ValueError, match="device must be a device that PyTorch knows, got 'nonsense'"):
+        Vocabulary(TABLE).to("nonsense")
+
+
+def test_expected_recall():
+    with pytest.raises(ValueError, match=r"V must be below 2\*\*31, got 2147483648"):
+        expected_recall(2**31, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"buckets must fit in 64 bits"):
+        expected_recall(10, 1, 10**400, 1)
 
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch):

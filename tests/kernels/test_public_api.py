@@ -15,7 +15,7 @@ from smoothie_kernels import cli, dispatch
 PACKAGE = Path(smoothie_kernels.__file__).parent
 # A module may import only what stands left of it here. Backends are loaded by name, when they are needed; what they
 # take and give is in backends/__init__.py.
-LAYERS = ["recall", "dispatch", "words", "checks", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
+LAYERS = ["dispatch", "words", "checks", "recall", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names and `vocabulary`.
 DIFFUSION = [
     "schedules", "noising", "solvers", "options", "states", "live", "sampling", "generation", "layers", "model",

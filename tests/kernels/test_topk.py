@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, FIELDS, inputs, loudness
+from cases import CASES, FIELDS, dense_outputs, inputs, loudness
 from conftest import DEVICE, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -325,22 +325,10 @@ def test_gradients(backend, case, smooth):
     found = torch.autograd.grad(outputs, (x, table), incoming)
 
     def truth(dtype):
-        x64, table64 = (t.detach().to(dtype).requires_grad_() for t in (x, table))
-        squared = x64.square().sum(1)[:, None] - 2 * x64 @ table64.T + table64.square().sum(1)
-        eps = field(n, v, x.device).to(dtype)
-        logits = mu.to(dtype)[:, None] * squared / -4.5 + std.to(dtype)[:, None] * eps
-        values = logits.gather(1, step.topk.indices)
-        tail = 1 - logits.softmax(1).gather(1, step.topk.indices).sum(1)
-        mean = logits.softmax(1) @ table64
-        if smooth == "topk":
-            mean = (values.softmax(1)[:, None] @ table64[step.topk.indices])[:, 0]
-        if smooth == "topk+mean":
-            weights = (values - logits.logsumexp(1, keepdim=True)).exp()
-            free = mu.to(dtype)[:, None] / 2.25 * (x64 @ table64.T - table64.square().sum(1) / 2)
-            others = table64.mean(0) + free @ (table64 - table64.mean(0)) / v
-            mean = (weights[:, None] @ table64[step.topk.indices])[:, 0] + tail[:, None] * others
-        made = mean, logits.logsumexp(1), values, tail
-        return torch.autograd.grad(made, (x64, table64), [i.to(dtype) for i in incoming])
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, table)]
+        rest = (t.to(dtype) for t in (mu, std, field(n, v, x.device)))
+        made = dense_outputs(*leaves, *rest, step.topk.indices, smooth)
+        return torch.autograd.grad(made, leaves, [i.to(dtype) for i in incoming])
 
     for got, exact, naive in zip(found, truth(torch.float64), truth(torch.float32), strict=True):
         assert relative_error(got, exact) <= max(2e-6, 2 * relative_error(naive, exact))
