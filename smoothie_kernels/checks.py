@@ -26,10 +26,11 @@ def _number(name: str, value: object, wanted: str = "a number") -> float:
     # NumPy registers its scalars as Real and Integral.
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    if torch.compiler.is_compiling() and isinstance(value, int | float):
-        return value  # which may stand for a symbol
     try:
-        return float(value)
+        if isinstance(value, int) and abs(value) > 2**1023:
+            raise OverflowError
+        # A compiler's numbers may stand for symbols.
+        return value if torch.compiler.is_compiling() and isinstance(value, int | float) else float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got a number beyond float64") from None
 
@@ -40,7 +41,7 @@ def integer(name: str, value: object, wanted: str = "an int") -> int:
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
     number = int(value)
-    if not torch.compiler.is_compiling() and number.bit_length() > 64:
+    if not -(2**64) < number < 2**64:
         got = str(number) if number.bit_length() < 200 else f"one of {number.bit_length()} bits"
         raise ValueError(f"{name} must fit in 64 bits, got {got}")
     return number
@@ -218,7 +219,7 @@ def count(name: str, value: object) -> int:
     number = integer(name, value)
     if number < 0:
         raise ValueError(f"{name} must not be negative, got {number}")
-    if not torch.compiler.is_compiling() and number >= 2**63:
+    if number >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {number}")
     return number
 
@@ -235,8 +236,8 @@ def check_values(name: str, value: float | Tensor) -> None:
 def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> tuple[Tensor | None, int]:
     """`row_ids` as int64 of shape (N,) or None, and `row_offset`."""
     first, rows = integer("row_offset", row_offset), x.shape[:-1]
-    if not torch.compiler.is_compiling():  # a comparison would fix the number; the operator looks again
-        check_row_offset(first, math.prod(rows))
+    # The operator looks again: under a compiler a comparison could fix the number of rows.
+    check_row_offset(first, 0 if torch.compiler.is_compiling() else math.prod(rows))
     if row_ids is None:
         return None, first
     row_ids = _small("row_ids", row_ids, "an int64 tensor")

@@ -344,6 +344,18 @@ def test_large_seeds_under_a_compiler(x, table):
         torch.testing.assert_close(compiled(x, seed), fused_smoothie_step(x, table, 0.05, 0.9, seed=seed).lse)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"mu": 10**400}, {"row_offset": 2**63}, {"workspace": 2**64}, {"topk": 10**30}],
+    ids=["mu", "row_offset", "workspace", "topk"],
+)
+def test_huge_numbers_under_a_compiler(x, table, change):
+    call = {"mu": 0.05, "std": 0.9} | change
+    compiled = torch.compile(lambda x: fused_smoothie_step(x, table, **call).lse, backend="eager")
+    with pytest.raises(ValueError, match=f"^{next(iter(change))} must "):
+        compiled(x)
+
+
 def test_a_dynamic_batch_is_exported(table):
     class Step(torch.nn.Module):
         def forward(self, x):

@@ -120,8 +120,8 @@ def test_each_instruction_set_has_its_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a compiler")
-def test_names_with_spaces_and_dollars(tmp_path):
-    folder = tmp_path / "a $b: c"
+def test_names_with_spaces_dollars_and_quotes(tmp_path):
+    folder = tmp_path / "a $b: c's"
     folder.mkdir()
     source = folder / "one.cpp"
     source.write_text('extern "C" const char* text() { return TEXT; }')
