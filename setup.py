@@ -46,9 +46,8 @@ if platform.machine() == "x86_64":
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
     KERNEL_SOURCES["csrc/cpu/step_avx512.cpp"] += ["-mfma", "-mf16c", "-ffp-contract=off"]
 
-TREE = (
-    "tree"  # in a build's folder, a link to ROOT: nvcc hands names to a shell, where ROOT's may have a quote or dollar
-)
+# In a build's folder, a link to ROOT: nvcc hands names to a shell, where ROOT's may have a quote or dollar.
+TREE = "tree"
 MIN_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 # Messages of the assembler are kept next to the object: tests/cuda/check.py reads registers, spills and warnings there.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-Xptxas=-v"]

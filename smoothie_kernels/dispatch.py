@@ -14,6 +14,7 @@ BY_NAME = ("cuda",)  # never for "auto": compiled, but no GPU has run it yet
 logger = logging.getLogger("smoothie_kernels")
 
 
+@cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"smoothie_kernels.backends.{name}")
 
