@@ -79,13 +79,12 @@ class SampleFile:
 
     def finish(self) -> None:
         """All lines are written: moves them."""
-        if self.finished:
-            return
-        self._begin()
-        sync(self.texts)
-        os.replace(self.texts, self.path)
-        os.replace(self.options, self.notes)
-        sync(self.path.parent)
+        if not self.finished:
+            self._begin()
+            sync(self.texts)
+            os.replace(self.texts, self.path)
+            os.replace(self.options, self.notes)
+            sync(self.path.parent)
         shutil.rmtree(self.folder)
 
     def _begin(self) -> None:
