@@ -42,7 +42,7 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 
 # --- Checks
 
-.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check cuda-check lint format
+.PHONY: test test-cpp pytest prove sanitize sanitize-thread abi-check kernels-check cuda-check lint format
 test: test-cpp pytest  ## all tests
 
 test-cpp: venv  ## the CPU kernel against double precision, and the emulator of Hopper, without torch
@@ -51,6 +51,9 @@ test-cpp: venv  ## the CPU kernel against double precision, and the emulator of 
 
 pytest: build  ## the Python tests
 	$(BIN)/python -m pytest
+
+prove: build  ## what takes too long for CI: kills at random moments, torchrun as the docs write it
+	$(BIN)/python tests/kills.py
 
 sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/compiled.py cpu address,undefined

@@ -36,7 +36,12 @@ def locked(folder: Path) -> Iterator[None]:
             if identity in _held:
                 yield
                 return
-            _lock(descriptor, folder)
+            try:
+                _lock(descriptor, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"output must be written by one process at a time, got {str(folder)!r} in use"
+                ) from None
             if not (folder.exists() and os.path.samestat(status, folder.stat())):
                 continue  # its last owner removed it before the lock was taken
             _held[identity] = descriptor
@@ -52,13 +57,21 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+@contextmanager
+def in_turn(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    """The open file; other processes that open it in turn wait for the end of the block."""
+    with named(path), path.open(mode) as file:
+        _lock(file.fileno(), path, fcntl.LOCK_EX)
+        yield file
+
+
+def _lock(descriptor: int, path: Path, how: int) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how)
     except BlockingIOError:
-        raise ValueError(f"output must be written by one process at a time, got {str(folder)!r} in use") from None
+        raise
     except OSError as error:  # network file systems that lock no folders
-        logger.warning("%s cannot be locked (%s): start no second process that writes to it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): start no second process that writes to it", path, error.strerror)
 
 
 def _release_in_child() -> None:

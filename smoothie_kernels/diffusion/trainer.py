@@ -212,8 +212,8 @@ class Trainer:
         if ranks.any_rank(step != _NEVER or not finite):
             kept = "there is no checkpoint" if last is None else f"the last checkpoint is {last}"
             raise FloatingPointError(
-                f"loss, gradient and weights must be finite, got NaN or infinity at step {min(step, self.done):,}: training "
-                f"stops, {kept}; a lower learning_rate or more warmup_steps may help"
+                f"loss, gradient and weights must be finite, got NaN or infinity at step {min(step, self.done):,}: "
+                f"training stops, {kept}; a lower learning_rate or more warmup_steps may help"
             )
 
     def _scale(self, batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("accelerate", reason="comes with the extra `train`")
 import forks
 
 from smoothie_kernels.diffusion import checkpoint, sample_file
-from smoothie_kernels.diffusion.files import locked, named, replaced
+from smoothie_kernels.diffusion.files import in_turn, locked, named, replaced
 from smoothie_kernels.diffusion.metrics import Table
 
 
@@ -87,6 +88,21 @@ def test_file_systems_without_locks_are_told_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path):
         assert "cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_processes_write_in_turn(tmp_path):
+    """Lines that are written in two halves, each flushed, stay whole."""
+
+    def write():
+        for _ in range(50):
+            with in_turn(tmp_path / "x", "ab") as file:
+                for half in (b"12", b"34\n"):
+                    file.write(half)
+                    file.flush()
+                    time.sleep(0)
+
+    assert [forks.end(process) for process in [forks.start(write) for _ in range(3)]] == [0, 0, 0]
+    assert (tmp_path / "x").read_bytes() == b"1234\n" * 150
 
 
 def test_errors_name_the_file(tmp_path):
