@@ -45,13 +45,16 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 FAST := not (emulator or interpreter or compilers or slow)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: test test-slow sanitize sanitize-thread abi-check kernels-check cuda-check lint format
+.PHONY: test test-slow prove sanitize sanitize-thread abi-check kernels-check cuda-check lint format
 test: build  ## the C++ and Python tests, in minutes
 	$(BIN)/python tests/compiled.py cpu
 	$(PYTEST) -m "$(FAST)"
 
 test-slow: build  ## the other ones: the emulator of Hopper, Triton's interpreter, compilers, whole runs
 	$(PYTEST) -m "not ($(FAST))"
+
+prove: build  ## what takes too long for CI: kills at random moments, torchrun as the docs write it
+	$(BIN)/python tests/kills.py
 
 sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/compiled.py cpu address,undefined

@@ -31,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command in COMMANDS:
-        return run(arguments.command, rest)
+        try:
+            return run(arguments.command, rest)
+        except KeyboardInterrupt:
+            print(f"\nsmoothie-kernels {arguments.command}: interrupted", file=sys.stderr)
+            return 130
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(doctor())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import smoothie_kernels
+from smoothie_kernels.diffusion.files import in_turn
 from smoothie_kernels.diffusion.scores import METRICS, missing, package_version, signature
 
 DESCRIPTION = """\
@@ -106,8 +107,8 @@ def evaluate(samples: Sequence[Path | str], out: Path | str, options: ScoreOptio
         if line is None:
             line = _scores(file, keywords) | {"left_out": left_out}
             known.append(line)
-            with Path(out).open("a", encoding="utf-8") as results:
-                results.write(json.dumps(line, allow_nan=False) + "\n")
+            with in_turn(Path(out), "ab") as results:
+                results.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         lines.append(line)
     return lines
 
@@ -153,11 +154,11 @@ def _results(path: Path) -> list[dict[str, Any]]:
         return []
     if not path.is_file():
         raise ValueError(f"out must be a file in a folder that exists, got {str(path)!r}")
-    *whole, half = path.read_bytes().split(b"\n")
-    for number, line in enumerate([*whole, half], 1):
-        if line[: len(START)] != START[: len(line)]:  # before anything of another file is cut off
-            raise ValueError(f"out must hold results of this command, got another line {number} of {str(path)!r}")
-    with path.open("r+b") as file:
+    with in_turn(path, "r+b") as file:  # else the half line may be another process's, which is writing it
+        *whole, half = file.read().split(b"\n")
+        for number, line in enumerate([*whole, half], 1):
+            if line[: len(START)] != START[: len(line)]:  # before anything of another file is cut off
+                raise ValueError(f"out must hold results of this command, got another line {number} of {str(path)!r}")
         file.truncate(sum(len(line) + 1 for line in whole))
     try:
         return [json.loads(line) for line in whole]

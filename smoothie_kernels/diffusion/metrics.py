@@ -11,33 +11,35 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from smoothie_kernels.diffusion.files import named, replaced
+
 
 class Table:
     """A CSV file of one row per logged step; rows of steps that a resumed run makes again are dropped."""
 
     def __init__(self, path: Path, done: int) -> None:
         self.path = path
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
-            kept = path.with_suffix(".part")  # moved when it is whole, so that a kill in between loses no row
-            kept.unlink(missing_ok=True)
-            for row in rows:
-                if int(row["step"]) <= done:
-                    _append(kept, row)
-            kept.replace(path) if kept.exists() else path.unlink()
+        if not path.exists():
+            return
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # without a row that a kill cut off
+        rows = [row for row in csv.DictReader(whole.splitlines()) if (row.get("step") or "").isdigit()]
+        kept = [row for row in rows if int(row["step"]) <= done]
+        if not kept:
+            path.unlink()
+        elif len(kept) < len(rows) or whole != text:
+            with replaced(path) as file:
+                writer = csv.DictWriter(file, list(kept[0]), extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(kept)
 
     def add(self, row: Mapping[str, object]) -> None:
-        _append(self.path, {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def _append(path: Path, row: Mapping[str, object]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+        new = not self.path.exists()
+        with named(self.path), self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 class Clock:

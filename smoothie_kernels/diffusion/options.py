@@ -196,10 +196,11 @@ class SampleOptions:
         return DELTAS[has_source] if self.delta is None else self.delta
 
 
-# What may differ between a checkpoint and the run that goes on from it.
+# What may differ between a checkpoint and the run that goes on from it. Data and tokenizer are known by fingerprints,
+# not by the folder they are in.
 FREE = {
-    "step", "steps", "micro_batch_size", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "log_every",
-    "workers", "compile", "cpu", "report_to",
+    "data", "tokenizer", "step", "steps", "micro_batch_size", "eval_every", "eval_samples", "save_every",
+    "keep_checkpoints", "log_every", "workers", "compile", "cpu", "report_to",
 }  # fmt: skip
 
 

@@ -66,6 +66,9 @@ class SmoothiePipeline:
             model, about = SmoothieModel.from_pretrained(folder, output_loading_info=True)
             if about["missing_keys"]:
                 raise ValueError(f"it has no {min(about['missing_keys'])}")
+            for name, weights in model.named_parameters():
+                if not weights.isfinite().all():  # of a training that diverged: every text would be empty
+                    raise ValueError(f"its {name} has values that are not finite")
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{wanted}, got {str(checkpoint)!r}: {error}") from error
@@ -85,6 +88,7 @@ class SmoothiePipeline:
         prefixes: str | Sequence[str] | None = None,
         first_id: int = 0,
         batch_size: int = 16,
+        part: tuple[int, int] = (0, 1),
         truncate: bool = False,
         progress: bool = False,
         options: SampleOptions | None = None,
@@ -100,6 +104,8 @@ class SmoothiePipeline:
             prefixes: how texts begin, likewise.
             first_id: the first sample to make: to go on where another call ended.
             batch_size: samples at once.
+            part: (k, n): every n-th batch from batch k on, so that n processes share them; all n yield as many, and
+                empty ones at the end.
             truncate: cut sources that are longer than the model's, as training does, instead of refusing them.
             progress: show a bar of samples, and of steps in the batch, on stderr.
             options, choices: a `SampleOptions`, or its fields by name: solver, steps, delta, guidance, seed, ...
@@ -122,8 +128,13 @@ class SmoothiePipeline:
         def stepped(step: int, steps: int) -> None:
             bar.set_postfix(step=f"{step}/{steps}")
 
-        for first in range(first_id, total, batch_size):
-            ids = range(first, min(first + batch_size, total))
+        rank, ranks = part
+        for first in range(first_id, total, batch_size * ranks):
+            start = first + rank * batch_size
+            ids = range(start, min(start + batch_size, total))
+            if not ids:
+                yield []
+                continue
             batch: dict[str, Tensor] = {}
             if given is not None:
                 batch = collate([{"source": given[i // samples]} for i in ids])
@@ -135,7 +146,7 @@ class SmoothiePipeline:
             )  # fmt: skip
             tokens = [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
             steps = result.steps.tolist()
-            bar.update(len(ids))
+            bar.update(min(batch_size * ranks, total - first))
             yield [Generated(i, self.decode(row), row, n) for i, row, n in zip(ids, tokens, steps, strict=True)]
         bar.close()
 

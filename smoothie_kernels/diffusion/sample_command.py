@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
 
-import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from smoothie_kernels.diffusion.checkpoint import differences
+from smoothie_kernels.diffusion import fingerprints, ranks
 from smoothie_kernels.diffusion.data import load_text
 from smoothie_kernels.diffusion.flags import Help, from_config
 from smoothie_kernels.diffusion.options import SampleOptions, check_range, option
 from smoothie_kernels.diffusion.pipeline import SmoothiePipeline, newest_checkpoint
+from smoothie_kernels.diffusion.sample_file import SampleFile
 
 USAGE = "smoothie-kernels sample CHECKPOINT OUTPUT [options]"
 DESCRIPTION = """\
@@ -32,7 +30,6 @@ EPILOG = """\
   smoothie-kernels sample runs/questions - --source "Copper conducts electricity better than iron." --samples 4
   smoothie-kernels sample runs/questions - --source "..." --template "what does [MASK] [MASK] better than iron ?"
 """
-RECORD = ".options.json"  # behind the name of OUTPUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,36 +62,50 @@ class TextOptions:
             raise ValueError(f"source must be None where there are data, got {self.source!r}")
 
 
-# What may differ between an interrupted run and the one that goes on from it.
-FREE = {"overwrite", "limit", "count"}
-
-
 def sample(checkpoint: Path | str, output: str, text: TextOptions, options: SampleOptions) -> int:
-    """Writes samples to a file, or on to its end; returns how many are in it.
+    """Writes samples to a file, or on to its end; returns how many are in it. Several processes share the batches.
 
     Raises:
         ValueError: options that are wrong, or do not fit the model, the data, or the samples that are there.
+        OSError: a file that cannot be written.
     """
-    folder = newest_checkpoint(checkpoint)
-    device = "cuda" if torch.cuda.is_available() and not text.cpu else "cpu"
-    pipeline = SmoothiePipeline.from_pretrained(folder, device=device)
-    rows = _rows(text, bool(pipeline.model.config.condition_layers))
-    sources = [row["source"] for row in rows] if rows and "source" in rows[0] else None
-    total = (len(rows) or text.count or 1) * text.samples
-    record = asdict(text) | asdict(options) | {"checkpoint": _fingerprint(folder)}
-    with _opened(output, record, text, total) as (file, done):
+    state = ranks.join(text.cpu)
+    with ExitStack() as stack:
+        stack.callback(state.destroy_process_group)
+        file = None if output == "-" else SampleFile(output)
+        if file is not None:
+            ranks.on_main(lambda: stack.enter_context(file.locked()))
+        folder = ranks.on_main(lambda: newest_checkpoint(checkpoint))
+        device = state.device if state.device.type == "cuda" else "cpu"
+        pipeline = SmoothiePipeline.from_pretrained(folder, device=device)
+        rows = _rows(text, bool(pipeline.model.config.condition_layers))
+        sources = [row["source"] for row in rows] if rows and "source" in rows[0] else None
+        count = len(rows) or text.count or 1
+        total, done = count * text.samples, 0
+        if file is not None:
+            made_by = fingerprints.of_model(pipeline.model, pipeline.tokenizer)
+            record = asdict(text) | asdict(options) | {"checkpoint": made_by}
+            begin = partial(file.start, batch_size=text.batch_size, overwrite=text.overwrite)
+            done = ranks.on_main(lambda: begin(record, rows, text.samples, total))
         batches = pipeline.stream(
-            sources, count=len(rows) or text.count or 1, samples=text.samples, templates=text.template,
-            prefixes=text.prefix, first_id=done, batch_size=text.batch_size, truncate=text.truncate,
-            progress=sys.stderr.isatty(), options=options,
+            sources, count=count, samples=text.samples, templates=text.template, prefixes=text.prefix, first_id=done,
+            batch_size=text.batch_size, part=(state.process_index, state.num_processes), truncate=text.truncate,
+            progress=sys.stderr.isatty() and state.is_main_process, options=options,
         )  # fmt: skip
         for batch in batches:
-            for each in batch:
-                row = rows[each.id // text.samples] if rows else {}
-                line = {"id": each.id, "text": each.text, "steps": each.steps} | row
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-    return total
+            told = [rows[each.id // text.samples] if rows else {} for each in batch]
+            made = [
+                {"id": each.id, "text": each.text, "steps": each.steps} | row
+                for each, row in zip(batch, told, strict=True)
+            ]
+            lines = [line for part in ranks.gathered(made) for line in part]
+            if file is not None:
+                ranks.on_main(partial(file.write, lines))
+            elif state.is_main_process:
+                print(*(json.dumps(line, ensure_ascii=False) for line in lines), sep="\n", flush=True)
+        if file is not None:
+            ranks.on_main(file.finish)
+    return max(total, done)
 
 
 def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
@@ -113,39 +124,6 @@ def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
     return [{names[column]: row[column] for column in names if column in row} for row in data]
 
 
-def _fingerprint(folder: Path | str) -> str:
-    """What tells a checkpoint from another: its weights, or its name on the hub."""
-    weights = Path(folder) / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else str(folder)
-
-
-@contextmanager
-def _opened(output: str, record: Mapping[str, Any], text: TextOptions, total: int) -> Iterator[tuple[IO[str], int]]:
-    """The file to write on, and how many samples are in it: whole batches, so that a run goes on as it would have."""
-    if output == "-":
-        yield sys.stdout, 0
-        return
-    path, notes = Path(output), Path(output + RECORD)
-    if not path.parent.is_dir():
-        raise ValueError(f"output must be a file in a folder that exists, got {output!r}")
-    done = 0
-    if path.exists() and not text.overwrite:
-        if not notes.is_file():
-            raise ValueError(
-                f"output must be one of this command, or be overwritten, got {output!r} without {notes.name}"
-            )
-        if other := differences(json.loads(notes.read_text()), record, FREE):
-            raise ValueError(
-                f"options must be those of {output}, or overwrite must be given: it has {'; '.join(other)}"
-            )
-        lines = path.read_bytes().split(b"\n")[:-1]
-        done = len(lines) if len(lines) >= total else len(lines) // text.batch_size * text.batch_size
-        os.truncate(path, sum(len(line) + 1 for line in lines[:done]))
-    notes.write_text(json.dumps(record, indent=2) + "\n")
-    with path.open("a" if done else "w", encoding="utf-8") as file:
-        yield file, done
-
-
 def arguments_parser() -> HfArgumentParser:
     groups = (TextOptions, SampleOptions)
     parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
@@ -156,7 +134,7 @@ def arguments_parser() -> HfArgumentParser:
 
 
 def command(arguments: list[str]) -> int:
-    """`smoothie-kernels sample`: what is wrong with its options is one line on stderr, and exit status 2."""
+    """`smoothie-kernels sample`: an error is one line on stderr; exit status 2 where options are wrong, 1 later."""
     parser = arguments_parser()
     try:
         text, options, rest, unknown = parser.parse_args_into_dataclasses(
@@ -167,7 +145,7 @@ def command(arguments: list[str]) -> int:
         total = sample(rest.checkpoint, rest.output, text, options)
     except (OSError, TypeError, ValueError) as error:
         print(f"smoothie-kernels sample: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if rest.output != "-":
+        return 2 if isinstance(error, TypeError | ValueError) else 1
+    if rest.output != "-" and PartialState().is_main_process:
         print(f"sampled: {rest.output}, {total:,} texts")
     return 0

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
+from smoothie_kernels.diffusion import fingerprints, ranks
 from smoothie_kernels.diffusion.batches import Collate
-from smoothie_kernels.diffusion.checkpoint import newest
+from smoothie_kernels.diffusion.checkpoint import Resume, start
 from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
 from smoothie_kernels.diffusion.embeddings import load_embeddings
+from smoothie_kernels.diffusion.files import locked
 from smoothie_kernels.diffusion.flags import Help, from_config
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
@@ -33,7 +37,8 @@ A small model, for a CPU:
       --source-length 64 --target-length 32 --batch-size 32 --learning-rate 5e-4 --warmup-steps 200 --ema 0.999 \\
       --steps 2000
 
-More steps later: the same with a larger --steps, and --resume. Several processes, the same run:
+More steps later: the same with a larger --steps, and --resume. With --resume auto one command begins and goes on, as
+jobs that are killed and started again need it; SIGTERM saves a checkpoint first. Several processes, the same run:
 
   torchrun --nproc-per-node 2 -m smoothie_kernels.cli train runs/questions ...
 """
@@ -41,15 +46,27 @@ More steps later: the same with a larger --steps, and --resume. Several processe
 
 def train(
     output: Path | str, data: DataOptions, model: ModelOptions, loss: LossOptions, run: RunOptions, *,
-    resume: bool = False,
+    resume: Resume = False,
 ) -> Path:  # fmt: skip
     """Trains a model from nothing, or on from its newest checkpoint; returns the last checkpoint.
 
     Raises:
         ValueError: options that are wrong, or do not fit each other, the data, the tokenizer or the checkpoint.
+        FloatingPointError, OSError, SystemExit: as `Trainer.run`.
     """
-    if resume:
-        newest(Path(output))  # said before anything is read
+    output = Path(output)
+    ranks.join(run.cpu)
+    with ExitStack() as stack:
+        stack.callback(PartialState().destroy_process_group)  # its threads must not outlive the interpreter
+        # What the folder refuses is said before anything is read.
+        ranks.on_main(lambda: stack.enter_context(locked(output)))
+        ranks.on_main(lambda: start(output, resume, run.steps))
+        return _trained(output, data, model, loss, run, resume)
+
+
+def _trained(
+    output: Path, data: DataOptions, model: ModelOptions, loss: LossOptions, run: RunOptions, resume: Resume
+) -> Path:
     tokenizer = _tokenizer(model)
     try:
         table = load_embeddings(model.embeddings, tokenizer, normalisation=model.normalisation, seed=loss.seed)
@@ -57,14 +74,12 @@ def train(
         raise ValueError(f"embeddings: {error}") from error
     torch.manual_seed(loss.seed)
     network = SmoothieModel(_config(data, model, table, tokenizer), table)
-    with PartialState(cpu=run.cpu).main_process_first():
+    with PartialState().main_process_first():
         texts = _texts(data, tokenizer)
-    trainer = Trainer(
-        network, texts, output, loss=loss, run=run, record=as_record(data, model), tokenizer=tokenizer
-    )  # fmt: skip
-    last = trainer.run(resume=resume)
-    PartialState().destroy_process_group()  # its threads must not outlive the interpreter
-    return last
+    record = as_record(data, model)
+    record["data_fingerprint"] = fingerprints.of_tokens(texts.train)
+    record["tokenizer_fingerprint"] = fingerprints.of_tokenizer(tokenizer)
+    return Trainer(network, texts, output, loss=loss, run=run, record=record, tokenizer=tokenizer).run(resume=resume)
 
 
 def _tokenizer(model: ModelOptions) -> Any:
@@ -128,16 +143,24 @@ def arguments_parser() -> HfArgumentParser:
     parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
     parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=False, type=_resume, metavar="auto",
+        help="go on from the newest checkpoint in OUTPUT; auto: where there is one",
+    )  # fmt: skip
     return parser
 
 
+def _resume(text: str) -> Resume:
+    return "auto" if text == "auto" else bool(string_to_bool(text))
+
+
 def command(arguments: list[str]) -> int:
-    """`smoothie-kernels train`: what is wrong with its options is one line on stderr, and exit status 2."""
+    """`smoothie-kernels train`: an error is one line on stderr; exit status 2 where options are wrong, 1 later."""
     # Gradients of cross-entropy are full of denormals, over which processors crawl. PyTorch's threads take this over
     # from the one that starts them, so it has to come before all work.
     torch.set_flush_denormal(True)
     parser = arguments_parser()
+    arguments = _alone(arguments)
     try:
         data, model, loss, run, rest, unknown = parser.parse_args_into_dataclasses(
             from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
@@ -145,9 +168,18 @@ def command(arguments: list[str]) -> int:
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         last = train(rest.output, data, model, loss, run, resume=rest.resume)
-    except (TypeError, ValueError) as error:
+    except (FloatingPointError, OSError, TypeError, ValueError) as error:
         print(f"smoothie-kernels train: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, TypeError | ValueError) else 1
     if PartialState().is_main_process:
         print(f"trained: {last}")
     return 0
+
+
+def _alone(arguments: list[str]) -> list[str]:
+    """--resume takes "auto" alone for a value: anything else behind it may be OUTPUT."""
+    following = [*arguments[1:], ""]
+    return [
+        "--resume=true" if argument == "--resume" and after != "auto" else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from transformers import get_constant_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from smoothie_kernels import noise
-from smoothie_kernels.diffusion import checkpoint
+from smoothie_kernels.diffusion import checkpoint, fingerprints, ranks
 from smoothie_kernels.diffusion.batches import Stream
 from smoothie_kernels.diffusion.ema import MovingAverage
 from smoothie_kernels.diffusion.evaluation import evaluate
+from smoothie_kernels.diffusion.files import locked
 from smoothie_kernels.diffusion.loss import Losses, Place, TrainingLoss
 from smoothie_kernels.diffusion.metrics import Clock, Screen, Table
 from smoothie_kernels.diffusion.model import SmoothieModel
@@ -53,7 +55,7 @@ class Trainer:
         tokenizer: saved beside the model.
 
     Raises:
-        ValueError: options that do not fit each other, or, by `run`, the checkpoint.
+        ValueError: options that do not fit each other, or processes that cannot reach each other.
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class Trainer:
         self.output, self.texts, self.tokenizer = Path(output), texts, tokenizer
         self.loss_options, self.options = loss, run
         training_loss = TrainingLoss(model, loss)
+        state = ranks.join(run.cpu)
         self.accelerator = Accelerator(
-            cpu=run.cpu, log_with=run.report_to, project_dir=str(output) if run.report_to else None
+            cpu=state.device.type == "cpu", log_with=run.report_to, project_dir=str(output) if run.report_to else None
         )
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if run.batch_size % self.processes:
@@ -94,30 +97,55 @@ class Trainer:
         self.average = MovingAverage(model, run.ema) if run.ema else None
         self.training_loss = self.accelerator.prepare(training_loss)
         self.done = 0
+        # The first step whose loss or gradient was not finite: looked for on the device, read where it waits anyway.
+        self.diverged = torch.full((), _NEVER, device=self.accelerator.device)
 
-    def run(self, *, resume: bool = False) -> Path:
+    def run(self, *, resume: checkpoint.Resume = False) -> Path:
         """Trains up to `steps` and returns the last checkpoint, a folder for `SmoothieModel.from_pretrained`.
 
-        resume goes on from the newest checkpoint in the output folder; without it the folder must hold none.
+        resume goes on from the newest checkpoint in the output folder, which must hold one unless it is "auto"; without
+        resume it must hold none. The folder is locked meanwhile. SIGTERM saves a checkpoint after the step and exits.
+
+        Raises:
+            ValueError: a checkpoint that is missing, in the way, damaged or another run's; a folder in use.
+            FloatingPointError: the loss or the gradient is not finite. The last checkpoint is from before.
+            OSError: a file could not be written.
+            SystemExit: 143, after SIGTERM.
         """
-        if resume:
-            self._load(checkpoint.newest(self.output))
-        elif there := checkpoint.found(self.output):
-            raise ValueError(f"output must hold no checkpoint, or resume must be given, got {there[-1]}")
-        options, last = self.options, None
-        self.output.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            ranks.on_main(lambda: stack.enter_context(locked(self.output)))
+            last = ranks.on_main(lambda: checkpoint.start(self.output, resume, self.options.steps))
+            if last is not None:
+                self._load(last)
+            if self.accelerator.is_main_process:
+                checkpoint.clean(self.output)
+            terminated = stack.enter_context(_sigterm())
+            return self._train(last, terminated)
+
+    def _train(self, last: Path | None, terminated: threading.Event) -> Path:
+        options = self.options
         reporter = _Reporter(self)
         batches = self._batches()
         self.training_loss.train()
         while self.done < options.steps:
-            reporter.trained(*self._step(next(batches)))
+            losses, norm = self._step(next(batches))
+            done, at_end = self.done, self.done == options.steps
+            validates, saves = (at_end or done % every == 0 for every in (options.eval_every, options.save_every))
+            stops = ranks.any_rank(terminated.is_set())
+            if validates or saves or stops or at_end or done % options.log_every == 0:
+                self._check_finite(last)
+            reporter.trained(losses, norm)
             with reporter.clock.paused():
-                if self.done % options.eval_every == 0 or self.done == options.steps:
+                if validates:
                     reporter.validated(self.validate())
-                if self.done % options.save_every == 0 or self.done == options.steps:
+                if saves or stops:
                     last = self._save()
+            if stops and not at_end:
+                reporter.close()
+                reporter.screen.say(f"step {done:,}: stopped by SIGTERM; resume goes on from {last}")
+                raise SystemExit(128 + signal.SIGTERM)
         reporter.close()
-        return last or checkpoint.found(self.output)[-1]
+        return last or checkpoint.newest(self.output)
 
     def validate(self) -> dict[str, float]:
         """`evaluate`'s metrics of the averaged weights; nothing where there is no validation set."""
@@ -174,7 +202,20 @@ class Trainer:
         if self.average:
             self.average.update()
         self.done += 1
+        finite = torch.cat((losses, norm.reshape(1))).isfinite().all()
+        self.diverged = torch.where(finite, self.diverged, self.diverged.clamp(max=self.done))
         return losses, norm
+
+    def _check_finite(self, last: Path | None) -> None:
+        """Of the steps so far; and of the weights, which a last step may have spoilt."""
+        step = int(self.diverged)
+        finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
+        if ranks.any_rank(step != _NEVER or not finite):
+            kept = "there is no checkpoint" if last is None else f"the last checkpoint is {last}"
+            raise FloatingPointError(
+                f"loss, gradient and weights must be finite, got NaN or infinity at step {min(step, self.done):,}: "
+                f"training stops, {kept}; a lower learning_rate or more warmup_steps may help"
+            )
 
     def _scale(self, batch: Batch) -> Tensor:
         """1 / positions that count in the whole batch, times the processes over which gradients are averaged."""
@@ -219,11 +260,33 @@ class Trainer:
         self.done = state["step"]
 
 
+_NEVER = 2**62  # no step
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Set by the first SIGTERM; the second ends the process, as do all where the program handles them already."""
+    event = threading.Event()
+
+    def handle(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    handles = threading.current_thread() is threading.main_thread()
+    if handles and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, handle)
+    try:
+        yield event
+    finally:
+        if handles and signal.getsignal(signal.SIGTERM) is handle:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _identity(model: SmoothieModel) -> dict[str, Any]:
     """What must be the same in a checkpoint: the config, and the table where it does not train."""
     config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
     table = model.embeddings.weight
-    frozen = None if table.requires_grad else hashlib.sha256(table.detach().cpu().numpy().data).hexdigest()
+    frozen = None if table.requires_grad else fingerprints.of_tensor(table)
     return {"model": config, "embeddings_sha256": frozen}
 
 

@@ -19,8 +19,8 @@ LAYERS = ["dispatch", "words", "checks", "recall", "library", "noise", "vocabula
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names and `vocabulary`.
 DIFFUSION = [
     "schedules", "noising", "solvers", "options", "states", "live", "sampling", "generation", "layers", "model",
-    "embeddings", "batches", "data", "loss", "evaluation", "ema", "checkpoint", "metrics", "trainer", "flags", "train",
-    "pipeline", "sample_command", "scores", "evaluate",
+    "embeddings", "batches", "data", "loss", "evaluation", "ema", "files", "ranks", "fingerprints", "checkpoint",
+    "metrics", "trainer", "flags", "train", "pipeline", "sample_file", "sample_command", "scores", "evaluate",
 ]  # fmt: skip
 # The same in smoothie_kernels.check, which uses whatever it checks.
 CHECK = ["findings", "isolate", "probes", "cuda_kernels", "plan", "machine", "run", "command"]
