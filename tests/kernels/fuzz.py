@@ -45,7 +45,7 @@ def results(call, args):
     """The function's outputs, flat."""
     args = dict(args)
     if call.function == "recall":
-        return [expected_recall(**args)]
+        return [torch.tensor(expected_recall(**args), dtype=torch.float64, device="cpu")]
     if call.function == "gaussian":
         return [noise.gaussian(args.pop("rows"), args.pop("cols"), **args)]
     if call.function == "vocabulary":
@@ -111,7 +111,7 @@ def run(call):
             stack.enter_context(AROUND[name]())
         outputs = outputs_of(call, args)
         incoming, grads = gradients_of(call, outputs, leaves) if leaves else ({}, [])
-    return [torch.as_tensor(output).detach().clone() for output in outputs], incoming, grads
+    return [output.detach().clone() for output in outputs], incoming, grads
 
 
 def memory(t):
