@@ -254,9 +254,10 @@ def _backward(ctx: Any, grad_smoothed: Tensor | None, *rest: Tensor | None) -> t
     tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
     inputs = [next(tensors) if is_tensor else next(numbers) for is_tensor in ctx.is_tensor]
     needs_x, needs_embeddings = ctx.needs_input_grad[:2]
-    grad_x, grad_embeddings = step_bwd(
-        *inputs, *tensors, grad_smoothed, rest[2], rest[5], needs_x, needs_embeddings
-    )  # fmt: skip
+    with torch.autocast(inputs[0].device.type, enabled=False):  # in which vmap's own stack may fail
+        grad_x, grad_embeddings = step_bwd(
+            *inputs, *tensors, grad_smoothed, rest[2], rest[5], needs_x, needs_embeddings
+        )  # fmt: skip
     return (
         grad_x if needs_x else None,
         grad_embeddings if needs_embeddings else None,
@@ -379,7 +380,8 @@ def _save_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _average_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_weights, _, needs_embeddings = ctx.needs_input_grad[:3]
-    grad_weights, grad_embeddings = average_bwd(grad, *ctx.saved_tensors, needs_weights, needs_embeddings)
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_weights, grad_embeddings = average_bwd(grad, *ctx.saved_tensors, needs_weights, needs_embeddings)
     return grad_weights if needs_weights else None, None, grad_embeddings if needs_embeddings else None, None, None
 
 

@@ -38,8 +38,8 @@ def expected_recall(V: int, K: int, buckets: int, keep: int) -> float:
     Raises:
         TypeError, ValueError: a bad argument, by name.
 
-    Exact, but for rounding, where the winners lie at random. Token ids do not: neighbours are alike, and contiguous
-    buckets find less. Strided ones find as much as by chance: docs/topk.md has both.
+    Exact, but for rounding (1e-12 V, relatively), where the winners lie at random. Token ids do not: neighbours are
+    alike, and contiguous buckets find less. Strided ones find as much as by chance: docs/topk.md has both.
 
     arXiv 2206.14286 (keep = 1), arXiv 2506.04165 (any).
     """

@@ -45,7 +45,7 @@ def results(call, args):
     """The function's outputs, flat."""
     args = dict(args)
     if call.function == "recall":
-        return [expected_recall(**args)]
+        return [torch.tensor(expected_recall(**args), dtype=torch.float64, device="cpu")]
     if call.function == "gaussian":
         return [noise.gaussian(args.pop("rows"), args.pop("cols"), **args)]
     if call.function == "vocabulary":
@@ -84,11 +84,11 @@ def gradients_of(call, outputs, leaves):
     plain = call.args.get("smooth") == "topk+mean"
     with torch.autocast("cpu", enabled=False):
         incoming = {i: laid_out(r, torch.randn_like(outputs[i].detach())) for i in chosen}
+        several = [torch.stack((-g, g)) for g in incoming.values()]
     with torch.autocast("cpu", enabled=False) if plain else contextlib.nullcontext():
         used, into = [outputs[i] for i in chosen], list(incoming.values())
         if call.how == "batched gradients":
-            several = torch.autograd.grad(used, leaves, [torch.stack((-g, g)) for g in into], is_grads_batched=True)
-            return incoming, [grad[1] for grad in several]
+            return incoming, [g[1] for g in torch.autograd.grad(used, leaves, several, is_grads_batched=True)]
         grads = torch.autograd.grad(used, leaves, into, create_graph=call.how == "twice")
         if call.how == "twice":
             torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
@@ -111,7 +111,7 @@ def run(call):
             stack.enter_context(AROUND[name]())
         outputs = outputs_of(call, args)
         incoming, grads = gradients_of(call, outputs, leaves) if leaves else ({}, [])
-    return [torch.as_tensor(output).detach().clone() for output in outputs], incoming, grads
+    return [output.detach().clone() for output in outputs], incoming, grads
 
 
 def memory(t):

@@ -159,7 +159,7 @@ def what_is_wrong(call, outputs, incoming, grads):
     args, samples = call.args, 1
     if call.function == "recall":
         exact = exact_recall(**{name: int(value) for name, value in args.items()})
-        return differs("recall", outputs[0], exact, 1e-4 * exact)
+        return differs("recall", outputs[0], exact, 1e-12 * int(args["V"]) * exact)
     if call.function == "gaussian":
         eps, loud = field(args, int(args["rows"]), int(args["cols"]))
         return differs("the field", outputs[0], eps, 5e-5 * loud)

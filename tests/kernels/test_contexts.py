@@ -190,6 +190,17 @@ def test_autocast_changes_nothing(x, table, dtype):
     assert torch.equal(step.smoothed, expected[4])
 
 
+def test_several_gradients_at_once_under_autocast(x, table):
+    """PyTorch puts them together, and stacks no float16 under autocast to bfloat16."""
+    leaf = x.half().requires_grad_()
+    step = fused_smoothie_step(leaf, table, 0.05, 0.9, seed=3)
+    incoming = torch.randn(2, N, D).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(step.smoothed, leaf, incoming, is_grads_batched=True, retain_graph=True)
+    for grad, given in zip(found, incoming, strict=True):
+        assert torch.equal(grad, *torch.autograd.grad(step.smoothed, leaf, given, retain_graph=True))
+
+
 @pytest.mark.parametrize("trains", ["x", "table"])
 def test_a_vocabulary_made_in_inference_mode_serves_training(x, table, trains):
     with torch.inference_mode():
