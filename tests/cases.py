@@ -38,6 +38,10 @@ def loudness(field_weights):
     return sum(map(abs, field_weights))
 
 
+def words_of(seed: int, offset: int, device: str) -> list[torch.Tensor]:
+    return [torch.tensor(word, dtype=torch.int64, device=device) for word in (seed, offset)]
+
+
 def inputs(n, v, d, scale, device, dtype=torch.float32):
     table = torch.randn(v, d)
     x = table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d)

@@ -43,6 +43,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@pytest.fixture
+def triton_runs() -> None:
+    reason = dispatch.load("triton").supports(DEVICE, torch.float32)
+    if reason:
+        pytest.skip(f"triton: {reason}")
+
+
 def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" else DEVICE
 

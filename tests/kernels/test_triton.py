@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import words_of
+from conftest import DEVICE
 
 from smoothie_kernels import fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import StepInputs, reference
@@ -23,22 +25,7 @@ from smoothie_kernels.backends.triton import forward, launch  # noqa: E402  (the
 from smoothie_kernels.backends.triton.merge import Parts, merge  # noqa: E402
 from smoothie_kernels.backends.triton.tiles import FAMILIES, TILES, Tile, pick_splits, pick_tile  # noqa: E402
 
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def runs_here():
-    reason = backend.supports(device(), torch.float32)
-    if reason:
-        pytest.skip(f"triton: {reason}")
-
-
-def words_of(seed: int, offset: int) -> list[torch.Tensor]:
-    return [torch.tensor(word, dtype=torch.int64, device=device()) for word in (seed, offset)]
-
-
+pytestmark = pytest.mark.usefixtures("triton_runs")
 # --- tiles and parts of the vocabulary
 
 
@@ -56,7 +43,7 @@ class Step(NamedTuple):
 
 def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0, field_weights=None):
     rows = torch.ones(len(x), device=x.device)
-    seed, offset = words_of(3, 1)
+    seed, offset = words_of(3, 1, DEVICE)
     offsets = offset.reshape(1)
     if field_weights is not None:
         offsets = offset - 2**40 * torch.arange(len(field_weights), device=x.device)
@@ -85,7 +72,7 @@ def exact_step(x, table, **how):
 def inputs(n, v, d, dtype=torch.float32):
     table = torch.randn(v, d)
     x = table[torch.randint(v, (n,))] + 0.3 * torch.randn(n, d)
-    return x.to(device(), dtype), table.to(device(), dtype)
+    return x.to(DEVICE, dtype), table.to(DEVICE, dtype)
 
 
 def relative_error(found, exact):
@@ -166,7 +153,7 @@ def test_rows_far_from_the_origin(tile, splits, far):
 @pytest.mark.parametrize("splits", [1, 4])
 def test_near_tokens_far_from_the_origin(splits):
     """Scores of 65,536 and a little, all exact in float32: what they differ by must come through whole."""
-    x, table = (torch.randint(-8, 9, (rows, 16), device=device()) / 8 for rows in (18, 75))
+    x, table = (torch.randint(-8, 9, (rows, 16), device=DEVICE) / 8 for rows in (18, 75))
     x[:, 0], table[:, 0] = 2.0**16, 1.0
     found, exact = step(x, table, SHORT, splits, mu=0.684), exact_step(x, table, mu=0.684)
     assert_same_step(found, exact)
@@ -401,17 +388,17 @@ def test_non_finite_rows_stay_alone_in_parts(bad, mu):
 @pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (1, 17, 5), (33, 129, 65)])
 def test_reads_and_writes_stay_inside(n, v, d):
     """NaN around x, the table and the noise reaches no output, and what lies around the noise stays."""
-    around = torch.full((v + 2, d + 3), torch.nan, device=device())
-    table, x_around = around[1:-1, 1:-2], torch.full((n + 2, d), torch.nan, device=device())
+    around = torch.full((v + 2, d + 3), torch.nan, device=DEVICE)
+    table, x_around = around[1:-1, 1:-2], torch.full((n + 2, d), torch.nan, device=DEVICE)
     table.copy_(torch.randn(v, d))
     x = x_around[1:-1].copy_(torch.randn(n, d))
     assert all(bool(t.isfinite().all()) for t in step(x, table))
     found, expected = nearest_token(x, table, backend="triton"), nearest_token(x, table.clone(), backend="reference")
     assert torch.equal(found.tokens, expected.tokens)
 
-    field = torch.full((n + 2, v + 3), torch.nan, device=device())
-    forward.gaussian(field[1:-1, 1:-2], None, 2**32 - n, *words_of(5, 6))
-    inside = noise.normals(torch.arange(2**32 - n, 2**32, device=device()), 0, v, 5, 6)
+    field = torch.full((n + 2, v + 3), torch.nan, device=DEVICE)
+    forward.gaussian(field[1:-1, 1:-2], None, 2**32 - n, *words_of(5, 6, DEVICE))
+    inside = noise.normals(torch.arange(2**32 - n, 2**32, device=DEVICE), 0, v, 5, 6)
     assert (field[1:-1, 1:-2] - inside).abs().max() <= 5e-5
     assert int(field.isnan().sum()) == field.numel() - n * v
 
@@ -419,7 +406,7 @@ def test_reads_and_writes_stay_inside(n, v, d):
 def test_seed_and_offset_may_be_on_the_device():
     x, table = inputs(5, 60, 16)
     numbers = fused_smoothie_step(x, table, 0.05, 0.99, seed=-7, offset=2**40, backend="triton")
-    seed, offset = words_of(-7, 2**40)
+    seed, offset = words_of(-7, 2**40, DEVICE)
     tensors = fused_smoothie_step(x, table, 0.05, 0.99, seed=seed, offset=offset, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(numbers[:4], tensors[:4], strict=True))
 

@@ -6,12 +6,12 @@ workspaces of which every loop goes round.
 
 import pytest
 import torch
+from conftest import DEVICE
 from test_backward import CASES
 from test_triton import Step
 
 from smoothie_kernels import fused_smoothie_step, noise
 from smoothie_kernels.backends import Grads, Saved, StepInputs, reference
-from smoothie_kernels.backends import triton as backend
 from smoothie_kernels.ops import SmoothieStep
 from smoothie_kernels.testing import check_gradients, check_step, relative_error
 
@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from smoothie_kernels.backends.triton import chunked, forward, topk
 from smoothie_kernels.backends.triton.chunked import Tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("triton_runs")
 SMALL = Tile(16, 64, 16, 1, 1)
 TINY = 2**14  # bytes: a few small tiles
 OTHERS = ((SMALL, 0), (SMALL, 2**28), (Tile(32, 64, 32, 4, 2), 3 * TINY))
@@ -28,13 +28,6 @@ DEFAULT = 2**28
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 ROW_OFFSET = 2**32 - 300
-
-
-@pytest.fixture(autouse=True)
-def runs_here():
-    reason = backend.supports(DEVICE, torch.float32)
-    if reason:
-        pytest.skip(f"triton: {reason}")
 
 
 def inputs(

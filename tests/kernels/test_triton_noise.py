@@ -7,32 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import words_of
+from conftest import DEVICE
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import triton as backend
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
 from smoothie_kernels.backends.triton import parts  # noqa: E402  (they import triton)
 
+pytestmark = pytest.mark.usefixtures("triton_runs")
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = [(0, 0), (1, 2), (-1, -1), (2**63 - 1, -(2**63)), (0x0123456789ABCDEF, 1 << 40)]  # (seed, offset)
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def runs_here():
-    reason = backend.supports(device(), torch.float32)
-    if reason:
-        pytest.skip(f"triton: {reason}")
-
-
-def words_of(seed: int, offset: int) -> list[torch.Tensor]:
-    return [torch.tensor(word, dtype=torch.int64, device=device()) for word in (seed, offset)]
 
 
 @triton.jit
@@ -63,17 +50,17 @@ def _box_muller_kernel(r0_ptr, r1_ptr, even_ptr, odd_ptr, N: tl.constexpr):
 
 @pytest.mark.parametrize(("seed", "offset"), KEYS)
 def test_key_is_that_of_the_host(seed, offset):
-    out = torch.zeros(2, dtype=torch.int64, device=device())
-    _key_kernel[(1,)](*words_of(seed, offset), out)
+    out = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    _key_kernel[(1,)](*words_of(seed, offset, DEVICE), out)
     assert tuple(out.tolist()) == noise.noise_key(seed, offset)
 
 
 @pytest.mark.parametrize("first", [0, 30_464, 2**31 - 128])
 @pytest.mark.parametrize(("seed", "offset"), KEYS)
 def test_words_are_the_fields(seed, offset, first):
-    row_ids = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 12_345, 77], device=device())
-    out = torch.zeros(8, 64, dtype=torch.int64, device=device())
-    _words_kernel[(1,)](*words_of(seed, offset), row_ids, out, first, N=8, V=64)
+    row_ids = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 12_345, 77], device=DEVICE)
+    out = torch.zeros(8, 64, dtype=torch.int64, device=DEVICE)
+    _words_kernel[(1,)](*words_of(seed, offset, DEVICE), row_ids, out, first, N=8, V=64)
     assert torch.equal(out, noise.words(row_ids, first, 64, seed, offset))
 
 
@@ -82,8 +69,8 @@ def test_normals_of_hard_words():
     edges = [0, 1, 2, 3, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 3, 2**32 - 2, 2**32 - 1, 2**24, 2**24 + 1]
     edges += [2**30 - 1, 2**30, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 2**9]
     r0, r1 = (t.flatten() for t in torch.meshgrid(torch.tensor(edges), torch.tensor(edges), indexing="ij"))
-    r0, r1 = (torch.cat((t, torch.randint(2**32, (1024 - len(t),)))).to(device()) for t in (r0, r1))
-    even, odd = (torch.zeros(1024, device=device()) for _ in range(2))
+    r0, r1 = (torch.cat((t, torch.randint(2**32, (1024 - len(t),)))).to(DEVICE) for t in (r0, r1))
+    even, odd = (torch.zeros(1024, device=DEVICE) for _ in range(2))
     _box_muller_kernel[(1,)](r0, r1, even, odd, N=1024)
     radius = (-2 * ((r0.double() + 0.5) * 2.0**-32).log()).sqrt()
     angle = 2 * torch.pi * (r1.double() + 0.5) * 2.0**-32

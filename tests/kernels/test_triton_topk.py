@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 from test_triton import tiles_of
 
 from smoothie_kernels import noise
@@ -17,17 +18,10 @@ from smoothie_kernels.backends.triton import chunked, forward, launch, parts, to
 from smoothie_kernels.backends.triton.chunked import Tile as BlockTile  # noqa: E402
 from smoothie_kernels.backends.triton.tiles import Tile, pick_bucket_splits  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("triton_runs")
 SHORT = Tile(16, 64, 16, 16, 4, 2)
 BLOCKS = BlockTile(16, 64, 16, 1, 1)
 SOME_BUCKETS = [Buckets(128, 1), Buckets(256, 1), Buckets(128, 2), Buckets(384, 2), Buckets(128, 4)]
-
-
-@pytest.fixture(autouse=True)
-def runs_here():
-    reason = backend.supports(DEVICE, torch.float32)
-    if reason:
-        pytest.skip(f"triton: {reason}")
 
 
 @pytest.fixture(autouse=True)
