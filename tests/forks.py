@@ -1,14 +1,18 @@
 """Processes for tests, forked from one that has imported everything: they start at once."""
 
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
-from pathlib import Path
 
 DEATH = 9
-CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")  # audit events
+CHANGES = {
+    "open", "write", "writelines", "flush", "fsync", "truncate", "mkdir", "remove", "rename", "replace", "rmdir",
+    "unlink",
+}  # fmt: skip
 
 
 def start(function: Callable[[], object]) -> int:
@@ -29,23 +33,28 @@ def start(function: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def end(process: int) -> int:
-    """Exit status, or the signal's negative number."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def end(process: int, seconds: float = 120) -> int:
+    """Exit status, or the signal's negative number; that of SIGKILL for one that hangs."""
+    late = time.monotonic() + seconds
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > late:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
-def deaths(function: Callable[[], object], folder: Path) -> Iterator[int]:
-    """Runs it until it dies before its first, second, ... file operation in the folder; ends when it survives."""
+def deaths(function: Callable[[], object]) -> Iterator[int]:
+    """Runs it until it dies before its first, second, ... call that changes a file; ends when it survives."""
     for moment in count(1):
 
         def dying(moment: int = moment) -> None:
             seen = count(1)
 
-            def hook(event: str, arguments: tuple) -> None:
-                if event in CHANGES and str(arguments[0]).startswith(str(folder)) and next(seen) == moment:
+            def watch(_: object, event: str, what: object) -> None:
+                if event == "c_call" and what.__name__ in CHANGES and next(seen) == moment:
                     os._exit(DEATH)
 
-            sys.addaudithook(hook)
+            sys.setprofile(watch)
             function()
 
         status = end(start(dying))

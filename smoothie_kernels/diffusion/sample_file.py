@@ -94,7 +94,6 @@ class SampleFile:
         if self.goes_on:
             os.truncate(self.texts, len(self.kept))
         else:
-            self.options.unlink(missing_ok=True)
             with named(self.texts):
                 self.texts.write_bytes(self.kept)
         with replaced(self.options) as file:
