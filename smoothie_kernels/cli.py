@@ -1,6 +1,6 @@
 """The `smoothie-kernels` command."""
 
-import argparse
+import io
 import platform
 import sys
 from importlib import import_module
@@ -9,6 +9,7 @@ import torch
 
 import smoothie_kernels
 from smoothie_kernels import dispatch
+from smoothie_kernels.arguments import Parser
 
 COMMANDS = {  # their modules, the extras that these need, and what they do
     "check": ("check.command", None, "check every kernel on this machine against float64"),
@@ -19,17 +20,16 @@ COMMANDS = {  # their modules, the extras that these need, and what they do
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="smoothie-kernels", description=smoothie_kernels.__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return run(argv[0], argv[1:])
+    parser = Parser(prog="smoothie-kernels", description=smoothie_kernels.__doc__)
     parser.add_argument("--version", action="version", version=smoothie_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backends can run here, and why the others cannot")
     for name, (_, _, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in COMMANDS:
-        return run(arguments.command, rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parser.parse_args(argv)
     print(doctor())
     return 0
 
@@ -43,10 +43,13 @@ def run(name: str, arguments: list[str]) -> int:
         if extra is None:
             raise
         print(
-            f"smoothie-kernels {name} needs the package {error.name}: pip install 'smoothie-kernels[{extra}]'",
+            f"smoothie-kernels {name} needs the package {error.name}: pip install '.[{extra}]' in a clone of smoothie-kernels",
             file=sys.stderr,
         )
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status: int = module.command(arguments)
     return status
 

@@ -1,6 +1,6 @@
 """The reference trainer and sampler and their parts, made of the package's public functions.
 
-Schedules, noising and `sample` need torch alone. All else needs what `pip install 'smoothie-kernels[train]'` brings,
+Schedules, noising and `sample` need torch alone. All else needs what `pip install '.[train]'` brings,
 and is imported when it is asked for.
 """
 

@@ -63,7 +63,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         sizes = {
-            "vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size,
+            "intermediate_size": 1 if intermediate_size is None else intermediate_size, "vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers, "num_attention_heads": num_attention_heads,
             "target_length": target_length, "source_length": source_length,
         }  # fmt: skip
@@ -79,13 +79,13 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(f"hidden_size must be even and a multiple of {heads}, got {hidden_size}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if sigma_min <= 0:
-            raise ValueError(f"sigma_min must be positive, got {sigma_min}")
+        if not 0 < sigma_min < math.inf:
+            raise ValueError(f"sigma_min must be positive and finite, got {sigma_min}")
         make_schedule(noise_schedule, **(noise_options or {}))
         self.vocab_size, self.embedding_size = vocab_size, embedding_size
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads, self.dropout, self.norm_first = num_attention_heads, dropout, norm_first
-        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.condition_layers, self.self_condition_layers = condition_layers, self_condition_layers
         self.target_length, self.source_length = target_length, source_length
         self.trainable_embeddings, self.token_head = trainable_embeddings, token_head

@@ -8,16 +8,15 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from transformers import HfArgumentParser
 
 from smoothie_kernels.diffusion.checkpoint import differences
 from smoothie_kernels.diffusion.data import load_text
-from smoothie_kernels.diffusion.flags import Help, from_config
+from smoothie_kernels.diffusion.flags import Parser, Several
 from smoothie_kernels.diffusion.options import SampleOptions, check_range, option
 from smoothie_kernels.diffusion.pipeline import SmoothiePipeline, newest_checkpoint
 
@@ -46,7 +45,9 @@ class TextOptions:
     source_column: str | None = option(None, "column of the source; default: looked for by the usual names")
     target_column: str | None = option(None, "column of the reference; default: looked for by the usual names")
     limit: int | None = option(None, "only the first rows of --data")
-    source: list[str] | None = option(None, "sources themselves, instead of --data")  # noqa: RUF009
+    source: list[str] | None = field(
+        default=None, metadata={"help": "sources themselves, instead of --data; may be given again", "action": Several}
+    )
     count: int | None = option(None, "how many texts, where nothing else says it")
     samples: int = option(1, "of each source")
     template: str | None = option(None, "a whole text in which [MASK] stands for every token to fill in")
@@ -57,12 +58,14 @@ class TextOptions:
     overwrite: bool = option(False, "begin OUTPUT again where it is there")
 
     def __post_init__(self) -> None:
-        check_range(self, 1, float("inf"), "samples", "batch_size")
-        for name in ("limit", "count"):
-            if getattr(self, name) is not None:
-                check_range(self, 1, float("inf"), name)
+        check_range(self, 1, float("inf"), "samples", "batch_size", "limit", "count")
         if self.data is not None and self.source is not None:
             raise ValueError(f"source must be None where there are data, got {self.source!r}")
+        if self.count is not None and (self.data is not None or self.source is not None):
+            raise ValueError(f"count must be None where data or source say how many texts, got {self.count}")
+        for name in ("limit", "source_column", "target_column"):  # else they would be lost
+            if self.data is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} must be None without data, got {getattr(self, name)!r}")
 
 
 # What may differ between an interrupted run and the one that goes on from it.
@@ -146,12 +149,11 @@ def _opened(output: str, record: Mapping[str, Any], text: TextOptions, total: in
         yield file, done
 
 
-def arguments_parser() -> HfArgumentParser:
+def arguments_parser() -> Parser:
     groups = (TextOptions, SampleOptions)
-    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
+    parser = Parser(*groups, prog="smoothie-kernels sample", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, or Hugging Face name")
     parser.add_argument("output", metavar="OUTPUT", help="file of JSON lines, or -")
-    parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
     return parser
 
 
@@ -159,11 +161,7 @@ def command(arguments: list[str]) -> int:
     """`smoothie-kernels sample`: what is wrong with its options is one line on stderr, and exit status 2."""
     parser = arguments_parser()
     try:
-        text, options, rest, unknown = parser.parse_args_into_dataclasses(
-            from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        text, options, rest = parser.read(arguments)
         total = sample(rest.checkpoint, rest.output, text, options)
     except (OSError, TypeError, ValueError) as error:
         print(f"smoothie-kernels sample: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from smoothie_kernels.diffusion.batches import Collate
 from smoothie_kernels.diffusion.checkpoint import newest
 from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
 from smoothie_kernels.diffusion.embeddings import load_embeddings
-from smoothie_kernels.diffusion.flags import Help, from_config
+from smoothie_kernels.diffusion.flags import Parser
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
 from smoothie_kernels.diffusion.trainer import Texts, Trainer
@@ -81,7 +81,7 @@ def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokeniz
     source_length, target_length = data.lengths
     return SmoothieConfig(
         *table.shape,
-        hidden_size=model.hidden_size or table.shape[1],
+        hidden_size=table.shape[1] if model.hidden_size is None else model.hidden_size,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
         dropout=model.dropout,
@@ -123,11 +123,10 @@ def _json(text: str) -> dict[str, Any]:
     return options
 
 
-def arguments_parser() -> HfArgumentParser:
+def arguments_parser() -> Parser:
     groups = (DataOptions, ModelOptions, LossOptions, RunOptions)
-    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
+    parser = Parser(*groups, prog="smoothie-kernels train", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
-    parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT")
     return parser
 
@@ -139,11 +138,7 @@ def command(arguments: list[str]) -> int:
     torch.set_flush_denormal(True)
     parser = arguments_parser()
     try:
-        data, model, loss, run, rest, unknown = parser.parse_args_into_dataclasses(
-            from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        data, model, loss, run, rest = parser.read(arguments)
         last = train(rest.output, data, model, loss, run, resume=rest.resume)
     except (TypeError, ValueError) as error:
         print(f"smoothie-kernels train: {' '.join(str(error).split())}", file=sys.stderr)

@@ -176,6 +176,6 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert run("x", "-") == 2
     assert (
-        "smoothie-kernels sample needs the package tqdm: pip install 'smoothie-kernels[train]'"
+        "smoothie-kernels sample needs the package tqdm: pip install '.[train]' in a clone of smoothie-kernels"
         in capsys.readouterr().err
     )

@@ -137,7 +137,7 @@ def test_embeddings_of_a_file(tmp_path, town, words):
         ({"report-to": "pigeon"}, "pigeon"),
         ({"tokenizer": None}, "tokenizer must be given where embeddings are no model, got embeddings = 'random:8'"),
         ({"tokenizer": "not/there"}, "tokenizer must be a Hugging Face name or a folder, got 'not/there'"),
-        ({"layers": "0"}, "num_hidden_layers must be at least 1, got 0"),
+        ({"layers": "0"}, "layers must be at least 1, got 0"),
         ({"hidden-size": "9"}, "hidden_size must be even and a multiple of num_attention_heads = 2, got 9"),
         ({"steps": "0"}, "steps must be at least 1, got 0"),
         ({"noise-options": "{"}, "noise_options must be JSON, got '{'"),
@@ -203,4 +203,4 @@ def test_without_its_packages_it_says_what_to_install():
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
-    assert "smoothie-kernels train needs the package datasets: pip install 'smoothie-kernels[train]'" in done.stderr
+    assert "smoothie-kernels train needs the package datasets: pip install '.[train]' in a clone of smoothie-kernels" in done.stderr
