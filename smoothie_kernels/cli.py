@@ -42,10 +42,8 @@ def run(name: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if extra is None:
             raise
-        print(
-            f"smoothie-kernels {name} needs the package {error.name}: pip install '.[{extra}]' in a clone of smoothie-kernels",
-            file=sys.stderr,
-        )
+        install = f"pip install '.[{extra}]' in a clone of smoothie-kernels"
+        print(f"smoothie-kernels {name} needs the package {error.name}: {install}", file=sys.stderr)
         return 2
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
         if isinstance(stream, io.TextIOWrapper):

@@ -91,7 +91,7 @@ def _options(path: Path) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def _default(action: argparse.Action, node: yaml.Node) -> Any:
-    """What a flag with this value would give. Words and numbers are taken as they are written, as a shell gives them."""
+    """What a flag with this value would give. Words and numbers are taken as they are written."""
     if isinstance(node, yaml.SequenceNode):
         if action.nargs != "+":
             raise ValueError("it must be one value, got a list")

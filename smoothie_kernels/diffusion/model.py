@@ -63,7 +63,8 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         sizes = {
-            "intermediate_size": 1 if intermediate_size is None else intermediate_size, "vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size,
+            "intermediate_size": 1 if intermediate_size is None else intermediate_size,
+            "vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers, "num_attention_heads": num_attention_heads,
             "target_length": target_length, "source_length": source_length,
         }  # fmt: skip

@@ -271,7 +271,11 @@ METRICS = {
     "bertscore": Metric(bertscore, ("references", "model"), "bert_score", ("layers",)),
     "mauve": Metric(mauve, ("references", "model"), "mauve"),
 }
-INSTALL = {"transformers": "'.[train]' in a clone of smoothie-kernels", "bert_score": "bert_score", "mauve": "mauve-text"}
+INSTALL = {
+    "transformers": "'.[train]' in a clone of smoothie-kernels",
+    "bert_score": "bert_score",
+    "mauve": "mauve-text",
+}
 
 
 def missing(name: str) -> str | None:

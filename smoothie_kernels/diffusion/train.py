@@ -107,7 +107,7 @@ def _texts(data: DataOptions, tokenizer: Any) -> Texts:
             data.data, name, source_column=data.source_column, target_column=data.target_column,
             unconditional=data.without_source,
         )  # fmt: skip
-        return tokenize(rows, tokenizer, target_length=target_length, source_length=source_length)
+        return tokenize(rows, tokenizer, target_length=target_length, source_length=source_length)[0]
 
     validation = split("validation") if has_split(data.data, "validation") else None
     return Texts(split("train"), validation, Collate(pad_token(tokenizer), target_length, source_length))

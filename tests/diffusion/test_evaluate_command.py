@@ -177,7 +177,10 @@ def test_packages_that_are_not_here_are_left_out(here, monkeypatch, calls):
         monkeypatch.setitem(sys.modules, module, None)
     assert run("a.jsonl", "--out", "r.jsonl") == 0
     assert calls == ["distinct"]
-    assert lines()[0]["left_out"]["sari"] == "it needs the package sacrebleu: pip install '.[evaluate]' in a clone of smoothie-kernels"
+    assert (
+        lines()[0]["left_out"]["sari"]
+        == "it needs the package sacrebleu: pip install '.[evaluate]' in a clone of smoothie-kernels"
+    )
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert run("a.jsonl", "--out", "r.jsonl") == 0  # once they are installed, it is another set of metrics

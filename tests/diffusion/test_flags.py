@@ -32,7 +32,12 @@ def test_several_sources(config):
     def sources(*given):
         return options_of(sample_command, "run", "-", *given)["source"]
 
-    assert sources("--source", "the cat", "--source", "a dog", "it", "--source=- ?") == ["the cat", "a dog", "it", "- ?"]
+    assert sources("--source", "the cat", "--source", "a dog", "it", "--source=- ?") == [
+        "the cat",
+        "a dog",
+        "it",
+        "- ?",
+    ]
     both = config("source: [the cat, '-a dog']")
     assert sources(both) == ["the cat", "-a dog"]
     assert sources(both, "--source", "it") == ["it"]

@@ -203,4 +203,7 @@ def test_without_its_packages_it_says_what_to_install():
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
-    assert "smoothie-kernels train needs the package datasets: pip install '.[train]' in a clone of smoothie-kernels" in done.stderr
+    assert (
+        "smoothie-kernels train needs the package datasets: pip install '.[train]' in a clone of smoothie-kernels"
+        in done.stderr
+    )
