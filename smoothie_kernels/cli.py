@@ -1,6 +1,8 @@
 """The `smoothie-kernels` command."""
 
+import codecs
 import io
+import json
 import platform
 import sys
 from importlib import import_module
@@ -45,11 +47,19 @@ def run(name: str, arguments: list[str]) -> int:
         install = f"pip install '.[{extra}]' in a clone of smoothie-kernels"
         print(f"smoothie-kernels {name} needs the package {error.name}: {install}", file=sys.stderr)
         return 2
+    codecs.register_error("json", _escaped)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="json")
     status: int = module.command(arguments)
     return status
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Letters that an encoding lacks, as JSON writes them: lines of JSON stay what they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def doctor() -> str:

@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from smoothie_kernels.diffusion.batches import check_positive
 from smoothie_kernels.diffusion.reading import PACKED, READERS, ending, read_rows
+from smoothie_kernels.diffusion.tokens import begin_tokens, end_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,31 +113,6 @@ def has_split(data: str, split: str) -> bool:
     return bool(_files(folder, split))
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text: the one with which the tokenizer ends it, or else its end or separator token.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    ends = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
-    if not ends:
-        raise ValueError(f"tokenizer must have an end or separator token, got {type(tokenizer).__name__} without")
-    added = tokenizer("")["input_ids"]
-    return int(added[-1] if added and added[-1] in ends else ends[0])
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token behind the end of a text, which is the end token where there is none for it.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError(f"tokenizer must have a padding or end token, got {type(tokenizer).__name__} without")
-
-
 def tokenize(
     text: Dataset, tokenizer: PreTrainedTokenizerBase, *, target_length: int, source_length: int
 ) -> tuple[Dataset, dict[str, Counts]]:
@@ -171,23 +147,16 @@ def tokenize(
         return columns
 
     rows = text.map(encode, batched=True, remove_columns=text.column_names, desc="tokens")
+    return rows.select_columns(text.column_names), {column: _counts(rows, column) for column in text.column_names}
+
+
+def _counts(rows: Dataset, column: str) -> Counts:
     table = rows.with_format("arrow")[:]  # mapped, not read
-    counts = {}
-    for column in text.column_names:
-        lists = pyarrow.compute.list_value_length(table[column])
-        sums = [
-            int(pyarrow.compute.sum(values).as_py() or 0)
-            for values in (lists, *(table[f"{column} {what}"] for what in ("cut", "unknown", "ended")))
-        ]
-        there = pyarrow.compute.unique(pyarrow.compute.list_flatten(table[f"{column} special"])).to_pylist()
-        counts[column] = Counts(*sums, sorted(there))
-    return rows.select_columns(text.column_names), counts
-
-
-def begin_tokens(tokenizer: PreTrainedTokenizerBase, text: str = "") -> list[int]:
-    """A text's tokens as the tokenizer begins them, without its end token."""
-    ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == end_token(tokenizer) else ids
+    of_rows = [pyarrow.compute.list_value_length(table[column])]
+    of_rows += [table[f"{column} {what}"] for what in ("cut", "unknown", "ended")]
+    tokens, cut, unknown, ended = (pyarrow.compute.sum(values).as_py() for values in of_rows)
+    special = pyarrow.compute.unique(pyarrow.compute.list_flatten(table[f"{column} special"]))
+    return Counts(tokens, cut, unknown, ended, sorted(special.to_pylist()))
 
 
 def _from_files(

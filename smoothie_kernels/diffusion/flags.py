@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from smoothie_kernels import arguments
 
 TRUTH = "tag:yaml.org,2002:bool"
 NOTHING = "tag:yaml.org,2002:null"
+
+
+@contextmanager
+def named(argument: str, option: str) -> Iterator[None]:
+    """Calls an argument by its option's name in what is refused inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(rf"\b{argument}\b", option, str(error))) from error
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

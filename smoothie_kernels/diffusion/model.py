@@ -35,6 +35,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         token_head: predict tokens, by a linear layer to all of them, instead of embeddings.
         initializer_range: standard deviation of initial weights.
         noise_schedule, noise_options, sigma_min: the forward process (`make_schedule`).
+        unseen_token_ids: special tokens that no target had in training: no text is decoded to them. None: not known.
     """
 
     model_type = "smoothie"
@@ -60,6 +61,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         noise_schedule: str = "arctan",
         noise_options: dict[str, Any] | None = None,
         sigma_min: float = 1.5,
+        unseen_token_ids: list[int] | None = None,
         **others: Any,
     ) -> None:
         sizes = {
@@ -92,6 +94,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         self.trainable_embeddings, self.token_head = trainable_embeddings, token_head
         self.initializer_range = initializer_range
         self.noise_schedule, self.noise_options, self.sigma_min = noise_schedule, noise_options or {}, sigma_min
+        self.unseen_token_ids = unseen_token_ids
         super().__init__(**others)
 
 

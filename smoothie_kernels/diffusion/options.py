@@ -191,6 +191,7 @@ class SampleOptions:
     accumulate: Literal["bridge", "sum"] = option(
         "bridge", "noise of ddpm and sde: the field of every step in a sum, or a few fields with the law of that sum"
     )
+    keep_special: bool = option(False, "let texts have special tokens that no training text had, such as [MASK]")
     step: Literal["fused", "eager"] = option("fused", "the package's kernels, or the authors' dense arithmetic")
     bf16: bool = option(False, "run the network in bfloat16; the step stays in float32")
 

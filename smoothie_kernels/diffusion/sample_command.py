@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,8 @@ from typing import IO, Any
 import torch
 
 from smoothie_kernels.diffusion.checkpoint import differences
-from smoothie_kernels.diffusion.data import load_text
-from smoothie_kernels.diffusion.flags import Parser, Several
+from smoothie_kernels.diffusion.data import read_text
+from smoothie_kernels.diffusion.flags import Parser, Several, named
 from smoothie_kernels.diffusion.options import SampleOptions, check_range, option
 from smoothie_kernels.diffusion.pipeline import SmoothiePipeline, newest_checkpoint
 
@@ -91,28 +92,42 @@ def sample(checkpoint: Path | str, output: str, text: TextOptions, options: Samp
             prefixes=text.prefix, first_id=done, batch_size=text.batch_size, truncate=text.truncate,
             progress=sys.stderr.isatty(), options=options,
         )  # fmt: skip
+        made, empty = 0, Counter[str]()
         for batch in batches:
+            made += len(batch)
+            empty.update(pipeline.names(each.tokens) for each in batch if not each.text)
             for each in batch:
                 row = rows[each.id // text.samples] if rows else {}
                 line = {"id": each.id, "text": each.text, "steps": each.steps} | row
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+    if empty:
+        seen = "; ".join(f"{count:,} times {names}" for names, count in empty.most_common(3))
+        print(f"{empty.total():,} of {made:,} texts are empty, their tokens are: {seen}", file=sys.stderr)
     return total
 
 
 def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
     """Source and reference of every text, as far as there are such."""
+    names = {"source": "source", "target": "reference"}
+    if conditional and text.source is None and text.data is None:
+        raise ValueError("data or source must be given for a model with a source, got neither")
+    if not conditional and text.source is not None:
+        raise ValueError(f"source must be None for a model without one, got {text.source!r}")
     if text.source is not None:
         return [{"source": source} for source in text.source]
     if text.data is None:
         return []
-    data = load_text(
+    read = read_text(
         text.data, text.split, source_column=text.source_column if conditional else None,
         target_column=text.target_column, unconditional=not conditional,
     )  # fmt: skip
+    if read.dropped:
+        left_out = ", ".join(f"{count:,} without {names[column]}" for column, count in read.dropped.items())
+        print(f"{text.data}: {len(read.rows):,} of {read.read:,} rows, left out are {left_out}", file=sys.stderr)
+    data = read.rows
     if text.limit is not None:
         data = data.select(range(min(text.limit, len(data))))
-    names = {"source": "source", "target": "reference"}
     return [{names[column]: row[column] for column in names if column in row} for row in data]
 
 
@@ -162,7 +177,8 @@ def command(arguments: list[str]) -> int:
     parser = arguments_parser()
     try:
         text, options, rest = parser.read(arguments)
-        total = sample(rest.checkpoint, rest.output, text, options)
+        with named("sources", "source"), named("templates", "template"), named("prefixes", "prefix"):
+            total = sample(rest.checkpoint, rest.output, text, options)
     except (OSError, TypeError, ValueError) as error:
         print(f"smoothie-kernels sample: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
+from smoothie_kernels.diffusion import summary
 from smoothie_kernels.diffusion.batches import Collate
 from smoothie_kernels.diffusion.checkpoint import newest
-from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
+from smoothie_kernels.diffusion.data import has_split, read_text, tokenize
 from smoothie_kernels.diffusion.embeddings import load_embeddings
-from smoothie_kernels.diffusion.flags import Parser
+from smoothie_kernels.diffusion.flags import Parser, named
+from smoothie_kernels.diffusion.loss import TrainingLoss
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
+from smoothie_kernels.diffusion.surroundings import check_surroundings
+from smoothie_kernels.diffusion.tokens import check_tokens, end_token, load_tokenizer, pad_token
 from smoothie_kernels.diffusion.trainer import Texts, Trainer
 
 USAGE = "smoothie-kernels train OUTPUT --data DATA [options]"
@@ -50,18 +53,25 @@ def train(
     """
     if resume:
         newest(Path(output))  # said before anything is read
+    state = PartialState(cpu=run.cpu)
+    check_surroundings(run, state.num_processes)
     tokenizer = _tokenizer(model)
-    try:
+    doubt = check_tokens(tokenizer, model.embeddings) if model.tokenizer not in (None, model.embeddings) else None
+    with named("source", "embeddings"):
         table = load_embeddings(model.embeddings, tokenizer, normalisation=model.normalisation, seed=loss.seed)
-    except ValueError as error:
-        raise ValueError(f"embeddings: {error}") from error
     torch.manual_seed(loss.seed)
-    network = SmoothieModel(_config(data, model, table, tokenizer), table)
-    with PartialState(cpu=run.cpu).main_process_first():
-        texts = _texts(data, tokenizer)
+    with named("num_attention_heads", "heads"):
+        network = SmoothieModel(_config(data, model, table, tokenizer), table)
+    TrainingLoss(network, loss)  # refuses options that do not fit the model before text is read
+    with state.main_process_first():
+        texts, splits = _texts(data, tokenizer)
+    network.config.unseen_token_ids = _unseen(splits["train"].counts["target"].special, tokenizer)
     trainer = Trainer(
         network, texts, output, loss=loss, run=run, record=as_record(data, model), tokenizer=tokenizer
     )  # fmt: skip
+    if state.is_main_process:
+        doubts = [] if doubt is None else [f"warning: {doubt}"]
+        print(*summary.of_text(splits, data, tokenizer), *doubts, summary.of_model(network, loss.step), sep="\n")
     last = trainer.run(resume=resume)
     PartialState().destroy_process_group()  # its threads must not outlive the interpreter
     return last
@@ -71,10 +81,12 @@ def _tokenizer(model: ModelOptions) -> Any:
     name = model.tokenizer or model.embeddings
     if model.tokenizer is None and (name.startswith("random:") or Path(name).is_file()):
         raise ValueError(f"tokenizer must be given where embeddings are no model, got embeddings = {name!r}")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer must be a Hugging Face name or a folder, got {name!r}: {error}") from error
+    return load_tokenizer(name, "embeddings" if model.tokenizer is None else "tokenizer")
+
+
+def _unseen(seen: list[int], tokenizer: Any) -> list[int]:
+    """Special tokens that no target has."""
+    return sorted({*tokenizer.all_special_ids} - {*seen, pad_token(tokenizer)})
 
 
 def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokenizer: Any) -> SmoothieConfig:
@@ -99,18 +111,22 @@ def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokeniz
     )
 
 
-def _texts(data: DataOptions, tokenizer: Any) -> Texts:
+def _texts(data: DataOptions, tokenizer: Any) -> tuple[Texts, dict[str, summary.Split]]:
     source_length, target_length = data.lengths
-
-    def split(name: str) -> Any:
-        rows = load_text(
+    names = [name for name in ("train", "validation") if name == "train" or has_split(data.data, name)]
+    texts = {
+        name: read_text(
             data.data, name, source_column=data.source_column, target_column=data.target_column,
             unconditional=data.without_source,
-        )  # fmt: skip
-        return tokenize(rows, tokenizer, target_length=target_length, source_length=source_length)[0]
-
-    validation = split("validation") if has_split(data.data, "validation") else None
-    return Texts(split("train"), validation, Collate(pad_token(tokenizer), target_length, source_length))
+        )
+        for name in names
+    }  # fmt: skip
+    tokens, splits = {}, {}
+    for name, text in texts.items():  # when both have been read: what is wrong with them is said first
+        tokens[name], counts = tokenize(text.rows, tokenizer, target_length=target_length, source_length=source_length)
+        splits[name] = summary.Split(text, counts)
+    collate = Collate(pad_token(tokenizer), target_length, source_length)
+    return Texts(tokens["train"], tokens.get("validation"), collate), splits
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from small import WORDS, tokenizer
 
 from smoothie_kernels.diffusion import data
 from smoothie_kernels.diffusion.batches import Collate, Stream
-from smoothie_kernels.diffusion.data import Counts, end_token, has_split, load_text, pad_token, read_text, tokenize
+from smoothie_kernels.diffusion.data import Counts, has_split, load_text, read_text, tokenize
+from smoothie_kernels.diffusion.tokens import end_token, pad_token
 
 PAIRS = [{"source": "a cat", "target": "the cat"}, {"source": "a dog", "target": "the dog is old"}]
 PAD, UNK, CLS, SEP = range(4)
