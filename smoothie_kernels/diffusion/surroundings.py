@@ -29,7 +29,8 @@ def check_surroundings(run: RunOptions, processes: int) -> None:
     here = [str(tracker) for tracker in get_available_trackers()]
     if run.report_to not in (None, "all", *here):
         known = run.report_to in LOGGER_TYPE_TO_CLASS
-        missing = "which is not installed" if known else f"known are {', '.join(LOGGER_TYPE_TO_CLASS)}"
-        raise ValueError(f"report_to must be a tracker that is here, {here}, got {run.report_to!r}; {missing}")
+        missing = "it is not installed" if known else f"known are {', '.join(LOGGER_TYPE_TO_CLASS)}"
+        installed = ", ".join(here) or "none is"
+        raise ValueError(f"report_to must be an installed tracker ({installed}), got {run.report_to!r}: {missing}")
     if run.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {run.batch_size}")
