@@ -42,7 +42,7 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 
 # --- Checks
 
-.PHONY: test test-cpp pytest sanitize sanitize-thread abi-check kernels-check cuda-check lint format
+.PHONY: test test-cpp pytest fuzz-commands sanitize sanitize-thread abi-check kernels-check cuda-check lint format
 test: test-cpp pytest  ## all tests
 
 test-cpp: venv  ## the CPU kernel against double precision, and the emulator of Hopper, without torch
@@ -51,6 +51,9 @@ test-cpp: venv  ## the CPU kernel against double precision, and the emulator of 
 
 pytest: build  ## the Python tests
 	$(BIN)/python -m pytest
+
+fuzz-commands: build  ## 500 random command lines and damaged files for train, sample and evaluate
+	$(BIN)/python tests/diffusion/fuzz_commands.py
 
 sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/compiled.py cpu address,undefined

@@ -134,7 +134,8 @@ def test_all_that_the_columns_allow(here, calls, capsys):
 def test_chosen_metrics_and_lower_case(here, calls):
     assert run("a.jsonl", "--out", "r.jsonl", "--metrics", "distinct,bleu", "--lowercase") == 0
     assert calls == ["bleu", "distinct"]
-    (line,) = lines()
+    assert run("a.jsonl", "--out", "r.jsonl", "--metrics", "bleu", "--metrics", "distinct", "--lowercase") == 0
+    (line,) = lines()  # the same
     assert line["left_out"] == {}
     assert line["options"] == {"bleu": {"lowercase": True}, "distinct": {}}
     assert "case:lc" in line["signatures"]["bleu"]
