@@ -279,8 +279,11 @@ def outputs(given: Call, said: str) -> list[str]:
     if command == "train":
         last = Path(said.splitlines()[-1].removeprefix("trained: "))
         return [] if (last / "model.safetensors").is_file() and last.is_relative_to(output) else [f"no {last}"]
-    lines = (said if given.output == "-" else output.read_text(encoding="utf-8")).splitlines()
-    rows = [json.loads(line) for line in lines]
+    text = said if given.output == "-" else output.read_text(encoding="utf-8")
+    try:
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    except ValueError as error:
+        return [f"a line is no JSON: {error}"]
     if command == "sample" and [row["id"] for row in rows] != [*range(len(rows))]:
         return [f"ids are {[row['id'] for row in rows]}"]
     return [] if rows else ["no lines"]
