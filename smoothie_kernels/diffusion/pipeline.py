@@ -115,7 +115,8 @@ class SmoothiePipeline:
         """
         check_positive("samples", samples)
         check_positive("batch_size", batch_size)
-        texts, templates, prefixes = _listed(sources), _listed(templates), _listed(prefixes)
+        texts, templates = _listed("sources", sources), _listed("templates", templates)
+        prefixes = _listed("prefixes", prefixes)
         if templates is not None and prefixes is not None:
             raise ValueError("prefixes must be None where there are templates, got both")
         total = _count({"sources": texts, "templates": templates, "prefixes": prefixes}, count) * samples
@@ -197,8 +198,16 @@ def newest_checkpoint(checkpoint: Path | str) -> Path | str:
     return checkpoints[-1] if checkpoints else checkpoint
 
 
-def _listed(texts: str | Sequence[str] | None) -> list[str] | None:
-    return [texts] if isinstance(texts, str) else None if texts is None else list(texts)
+def _listed(name: str, texts: str | Sequence[str] | None) -> list[str] | None:
+    if texts is None:
+        return None
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    for text in listed:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be strings, got {type(text).__name__}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # as a terminal gives what is no UTF-8
+            raise ValueError(f"{name} must be Unicode, got {text[:60]!r}")
+    return listed
 
 
 def _count(texts: dict[str, list[str] | None], count: int | None) -> int:

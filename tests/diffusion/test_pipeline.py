@@ -152,6 +152,9 @@ def test_progress(capsys):
         ((None, {}), r"count must be given where there are no sources, templates or prefixes, got None"),
         ((None, {"count": 2}), r"source must be int64 tokens \[B, S\] for a model with condition_layers > 0, got None"),
         ((SOURCES, {"samples": 0}), r"samples must be positive, got 0"),
+        ((["a", "caf\udce9"],), r"sources must be Unicode, got 'caf"),
+        (([3],), r"sources must be strings, got int"),
+        ((SOURCES, {"prefixes": "\udcff"}), r"prefixes must be Unicode, got"),
         ((SOURCES, {"batch_size": 0}), r"batch_size must be positive, got 0"),
         ((SOURCES, {"solver": "euler"}), r"solver must be one of 're-noise', 'ddim', 'ddpm', 'sde', got 'euler'"),
     ],
@@ -159,7 +162,7 @@ def test_progress(capsys):
 )
 def test_wrong_arguments(arguments, message):
     sources, options = (*arguments, {})[:2]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         pipeline()(sources, **options)
 
 
