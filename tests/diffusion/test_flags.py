@@ -90,7 +90,7 @@ def test_what_is_true_can_be_made_false(config):
         ("steps: true", "steps is wrong in '.*options.yaml': invalid literal for int"),
         ("step: quick", "step is wrong in '.*options.yaml': it must be one of fused, eager, got 'quick'"),
         ("cpu: perhaps", "cpu is wrong in '.*options.yaml': Truthy value expected"),
-        ("resume: perhaps", "resume is wrong in '.*options.yaml': it must be true or false, got 'perhaps'"),
+        ("resume: perhaps", "resume is wrong in '.*options.yaml': .*perhaps"),
         ("", "config must hold options by name, got nothing in '.*options.yaml'"),
         ("steps", "config must hold options by name, got scalar in '.*options.yaml'"),
         ("a: [1", "config must be YAML or JSON, got '.*options.yaml'"),
