@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 from typing import Any, NoReturn
 
 
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         """The error of arguments that no option takes, if there are any."""
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], known)}")
+            self.error(f"unrecognized arguments: {shlex.join(unknown)}{nearest(unknown[0].partition('=')[0], known)}")
 
 
 def nearest(name: str, known: list[str]) -> str:

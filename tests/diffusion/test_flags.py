@@ -112,6 +112,7 @@ def test_a_file_that_is_no_text(tmp_path):
     ("given", "message"),
     [
         (["--data=x", "--stepps", "3"], r"unrecognized arguments: --stepps 3; did you mean --steps\?"),
+        (["--data=x", ""], "unrecognized arguments: ''$"),
         (["--data=x", "--learn=3"], "unrecognized arguments: --learn=3"),  # no part of a name is one
         (["--data=x", "--conf=y"], r"unrecognized arguments: --conf=y; did you mean --config\?"),
         ([], "the following arguments are required: --data"),
