@@ -45,7 +45,7 @@ build: venv  ## compile the CPU library in place, and the CUDA library where nvc
 FAST := not (emulator or interpreter or compilers or slow)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: test test-slow prove sanitize sanitize-thread abi-check kernels-check cuda-check lint format
+.PHONY: test test-slow prove fuzz sanitize sanitize-thread abi-check kernels-check cuda-check lint format
 test: build  ## the C++ and Python tests, in minutes
 	$(BIN)/python tests/compiled.py cpu
 	$(PYTEST) -m "$(FAST)"
@@ -55,6 +55,10 @@ test-slow: build  ## the other ones: the emulator of Hopper, Triton's interprete
 
 prove: build  ## what takes too long for CI: kills at random moments, torchrun as the docs write it
 	$(BIN)/python tests/kills.py
+
+fuzz: build  ## 2,000 random calls against float64, 500 random command lines; SEED= repeats a run
+	$(BIN)/python tests/kernels/fuzz.py $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/diffusion/fuzz_commands.py $(if $(SEED),--seed $(SEED))
 
 sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/compiled.py cpu address,undefined
@@ -83,10 +87,6 @@ format: venv  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
-
-.PHONY: fuzz
-fuzz: build  ## 2,000 random calls of every public function, against float64; SEED= repeats a run
-	$(BIN)/python tests/kernels/fuzz.py $(if $(SEED),--seed $(SEED))
 
 # --- Benchmarks and the rest
 

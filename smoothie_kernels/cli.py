@@ -1,6 +1,8 @@
 """The `smoothie-kernels` command."""
 
-import argparse
+import codecs
+import io
+import json
 import platform
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 
 import smoothie_kernels
 from smoothie_kernels import dispatch
+from smoothie_kernels.arguments import Parser
 from smoothie_kernels.check.isolate import signal_name
 
 ROOT = Path(smoothie_kernels.__file__).parents[1]
@@ -23,21 +26,20 @@ COMMANDS = {  # their modules, the extras that these need, and what they do
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="smoothie-kernels", description=smoothie_kernels.__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        try:
+            return run(argv[0], argv[1:])
+        except KeyboardInterrupt:
+            print(f"\nsmoothie-kernels {argv[0]}: interrupted", file=sys.stderr)
+            return 130
+    parser = Parser(prog="smoothie-kernels", description=smoothie_kernels.__doc__)
     parser.add_argument("--version", action="version", version=smoothie_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say which backends can run here, and why the others cannot")
     for name, (_, _, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in COMMANDS:
-        try:
-            return run(arguments.command, rest)
-        except KeyboardInterrupt:
-            print(f"\nsmoothie-kernels {arguments.command}: interrupted", file=sys.stderr)
-            return 130
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parser.parse_args(argv)
     print(doctor())
     return 0
 
@@ -50,13 +52,22 @@ def run(name: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if extra is None:
             raise
-        print(
-            f"smoothie-kernels {name} needs the package {error.name}: pip install 'smoothie-kernels[{extra}]'",
-            file=sys.stderr,
-        )
+        install = f"pip install '.[{extra}]' in a clone of smoothie-kernels"
+        print(f"smoothie-kernels {name} needs the package {error.name}: {install}", file=sys.stderr)
         return 2
+    codecs.register_error("json", _escaped)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="json")
     status: int = module.command(arguments)
     return status
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Letters that an encoding lacks, as JSON writes them: lines of JSON stay what they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def doctor() -> str:

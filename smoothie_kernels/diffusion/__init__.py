@@ -1,10 +1,15 @@
 """The reference trainer and sampler and their parts, made of the package's public functions.
 
-Schedules, noising and `sample` need torch alone. All else needs what `pip install 'smoothie-kernels[train]'` brings,
+Schedules, noising and `sample` need torch alone. All else needs what `pip install '.[train]'` brings,
 and is imported when it is asked for.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from smoothie_kernels.diffusion.noising import noise_tokens, smooth
@@ -34,6 +39,33 @@ __all__ = [
     "SampleOptions", "Samples", "Schedule", "SmoothieConfig", "SmoothieModel", "SmoothiePipeline", "Texts",
     "Trainer", "TrainingLoss", "load_embeddings", "make_schedule", "noise_tokens", "sample", "smooth",
 ]  # fmt: skip
+
+
+class _Registration(MetaPathFinder):
+    """Makes the model known to transformers' auto classes when they are imported, and imports nothing before."""
+
+    AUTO = "transformers.models.auto.modeling_auto"
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                import_module(f"{__name__}.model")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _Registration.AUTO in sys.modules:
+    import_module(f"{__name__}.model")
+else:
+    sys.meta_path.insert(0, _Registration())
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import smoothie_kernels
+from smoothie_kernels.arguments import Parser
 from smoothie_kernels.diffusion.files import in_turn
 from smoothie_kernels.diffusion.scores import METRICS, missing, package_version, signature
 
@@ -28,7 +28,7 @@ START = b'{"samples": '  # of a line of RESULTS
 class ScoreOptions:
     """Which metrics. A model that is given asks for its metric."""
 
-    metrics: tuple[str, ...] | None = None  # None: all that can run
+    metrics: Sequence[str] | None = None  # None: all that can run
     lowercase: bool = False
     perplexity_model: str | None = None
     bertscore_model: str | None = None
@@ -179,12 +179,14 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smoothie-kernels evaluate", description=DESCRIPTION)
+def arguments_parser() -> Parser:
+    parser = Parser(prog="smoothie-kernels evaluate", description=DESCRIPTION)
     parser.add_argument("samples", nargs="+", metavar="SAMPLES", help="as the sampler writes them")
     parser.add_argument("--out", required=True, metavar="RESULTS", help="JSON lines; appended to where it is there")
     names = ",".join(METRICS)
-    parser.add_argument("--metrics", type=lambda text: tuple(text.split(",")), help=f"of {names}; default: all it can")
+    parser.add_argument(
+        "--metrics", type=lambda text: text.split(","), action="extend", help=f"of {names}; default: all it can"
+    )
     parser.add_argument("--lowercase", action="store_true", help="BLEU and chrF take no notice of case")
     parser.add_argument("--perplexity-model", metavar="MODEL", help="causal model: a folder, or a name in the cache")
     parser.add_argument("--bertscore-model", metavar="FOLDER", help="encoder for BERTScore")
@@ -195,7 +197,10 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def command(arguments: list[str]) -> int:
     """`smoothie-kernels evaluate`: what is wrong with its options or files is one line on stderr, and exit status 2."""
-    given = vars(arguments_parser().parse_args(arguments))
+    parser = arguments_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    parser.refuse(unknown)
+    given = vars(known)
     try:
         print(table(evaluate(given.pop("samples"), given.pop("out"), ScoreOptions(**given))))
     except (OSError, ValueError) as error:

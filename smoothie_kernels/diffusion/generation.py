@@ -30,6 +30,7 @@ class Generation:
         times: Sequence[float] | None = None,
         guide: Guide | None = None,
         output_history: bool = False,
+        excluded: Sequence[int] | None = None,
         progress: Progress | None = None,
         options: SampleOptions | None = None,
         **choices: Any,
@@ -44,6 +45,7 @@ class Generation:
             seeds: (B,), instead of the options' one seed.
             length: positions of every sample, at most and by default the config's target_length.
             lengths, fixed, times, guide, output_history, progress: as `sample` takes them.
+            excluded: as `sample` takes it; None: the config's unseen_token_ids, or none with keep_special.
             options, choices: a `SampleOptions`, or its fields by name: solver, steps, delta, guidance, seed, ...
 
         Returns:
@@ -63,6 +65,8 @@ class Generation:
             raise ValueError(f"length must be in [1, {config.target_length}] as the model does, got {length}")
         if options.guidance and not conditional:
             raise ValueError(f"guidance must be 0 for a model with condition_layers = 0, got {options.guidance}")
+        if excluded is None:
+            excluded = config.unseen_token_ids or ()
         end, pad = (getattr(config, name, None) for name in ("eos_token_id", "pad_token_id"))
         training = self.training
         self.eval()
@@ -84,6 +88,7 @@ class Generation:
                 empty_condition=empty, guidance=options.guidance, guide=guide,
                 self_conditioning=options.self_conditioning and config.self_condition_layers > 0, clamp=options.clamp,
                 fixed=fixed, lengths=lengths, end=end, pad=pad or 0,
+                excluded=() if options.keep_special else excluded,
                 stop_after=options.stop_after, shrink_after=options.shrink_after, output_history=output_history,
                 progress=progress, step=options.step,
             )  # fmt: skip

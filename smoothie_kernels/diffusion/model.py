@@ -36,6 +36,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         token_head: predict tokens, by a linear layer to all of them, instead of embeddings.
         initializer_range: standard deviation of initial weights.
         noise_schedule, noise_options, sigma_min: the forward process (`make_schedule`).
+        unseen_token_ids: special tokens that no target had in training: no text is decoded to them. None: not known.
     """
 
     model_type = "smoothie"
@@ -61,9 +62,11 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         noise_schedule: str = "arctan",
         noise_options: dict[str, Any] | None = None,
         sigma_min: float = 1.5,
+        unseen_token_ids: list[int] | None = None,
         **others: Any,
     ) -> None:
         sizes = {
+            "intermediate_size": 1 if intermediate_size is None else intermediate_size,
             "vocab_size": vocab_size, "embedding_size": embedding_size, "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers, "num_attention_heads": num_attention_heads,
             "target_length": target_length, "source_length": source_length,
@@ -80,18 +83,19 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(f"hidden_size must be even and a multiple of {heads}, got {hidden_size}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if sigma_min <= 0:
-            raise ValueError(f"sigma_min must be positive, got {sigma_min}")
+        if not 0 < sigma_min < math.inf:
+            raise ValueError(f"sigma_min must be positive and finite, got {sigma_min}")
         make_schedule(noise_schedule, **(noise_options or {}))
         self.vocab_size, self.embedding_size = vocab_size, embedding_size
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads, self.dropout, self.norm_first = num_attention_heads, dropout, norm_first
-        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.condition_layers, self.self_condition_layers = condition_layers, self_condition_layers
         self.target_length, self.source_length = target_length, source_length
         self.trainable_embeddings, self.token_head = trainable_embeddings, token_head
         self.initializer_range = initializer_range
         self.noise_schedule, self.noise_options, self.sigma_min = noise_schedule, noise_options or {}, sigma_min
+        self.unseen_token_ids = unseen_token_ids
         super().__init__(**others)
 
 

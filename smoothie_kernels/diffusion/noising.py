@@ -154,7 +154,8 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
         raise TypeError(f"tokens must be an int64 tensor, got {kind}")
     if tokens.dim() == 0:
         raise ValueError("tokens must have shape [..., L], got []")
-    if tokens.device.type == "cpu" and tokens.numel():
+    # Values cannot be looked at in a graph; there torch's own embedding refuses them on a CPU.
+    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"tokens must be in [0, V) with V = {vocabulary}, got {low if low < 0 else high}")

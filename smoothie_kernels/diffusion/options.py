@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from smoothie_kernels.diffusion.noising import STEPS
 from smoothie_kernels.diffusion.solvers import ACCUMULATE, SOLVERS
+
+MAX_SEED = 2**63 - 1
 
 
 def option(default: Any, text: str) -> Any:
@@ -19,11 +22,13 @@ def required(text: str) -> Any:
 
 
 def check_range(options: object, low: float, high: float, *names: str) -> None:
+    """Options that are given must be finite numbers in [low, high]."""
     for name in names:
         value = getattr(options, name)
-        if not low <= value <= high:
-            upper = f" and at most {high}" if high < float("inf") else ""
-            raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
+        if value is not None and not (low <= value <= high and abs(value) < math.inf):
+            upper = f" and at most {high}" if high < math.inf else ""
+            lower = f"at least {low}{upper}" if low > -math.inf else "finite"
+            raise ValueError(f"{name} must be {lower}, got {value}")
 
 
 # Most tokens of source and target, as for the paper's data set of the same task.
@@ -46,6 +51,9 @@ class DataOptions:
     source_length: int | None = option(None, "most tokens of a source; default: the paper's for the task, else 64")
     target_length: int | None = option(None, "most tokens of a target; default: the paper's for the task, else 64")
 
+    def __post_init__(self) -> None:
+        check_range(self, 1, float("inf"), "source_length", "target_length")
+
     @property
     def without_source(self) -> bool:
         return self.unconditional or self.data == "unconditional"
@@ -54,7 +62,8 @@ class DataOptions:
     def lengths(self) -> tuple[int, int]:
         """Of source and target."""
         source, target = PAPER_LENGTHS.get(self.data, (64, 80 if self.without_source else 64))
-        return self.source_length or source, self.target_length or target
+        given = self.source_length, self.target_length
+        return source if given[0] is None else given[0], target if given[1] is None else given[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,9 @@ class ModelOptions:
     noise_options: str = option("{}", 'options of the schedule as JSON, such as \'{"sharpness": 9, "delta": 1}\'')
     sigma_min: float = option(1.5, "width of the distances' kernel at time 0")
 
+    def __post_init__(self) -> None:
+        check_range(self, 1, float("inf"), "layers", "heads", "hidden_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
@@ -112,7 +124,8 @@ class LossOptions:
         if self.torch_noise and self.step != "eager":
             raise ValueError(f"torch_noise must be False with step {self.step!r}, got True")
         check_range(self, 0, 1, "self_conditioning", "guidance_dropout")
-        check_range(self, 0, float("inf"), "x_0_variance", "seed")
+        check_range(self, 0, float("inf"), "x_0_variance")
+        check_range(self, 0, MAX_SEED, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +154,15 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         infinity = float("inf")
-        counts = ("steps", "batch_size", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "log_every")
+        counts = (
+            "steps", "batch_size", "micro_batch_size", "eval_every", "eval_samples", "save_every", "keep_checkpoints",
+            "log_every",
+        )  # fmt: skip
         check_range(self, 1, infinity, *counts)
         check_range(self, 0, infinity, "warmup_steps", "learning_rate", "weight_decay", "workers")
         check_range(self, 0, 1, "ema")
-        if self.clip <= 0:
+        if not self.clip > 0:  # infinity clips nothing
             raise ValueError(f"clip must be positive, got {self.clip}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
 
 
 # Of the sampler's noise, as the paper found best: with a source, and without.
@@ -177,6 +191,7 @@ class SampleOptions:
     accumulate: Literal["bridge", "sum"] = option(
         "bridge", "noise of ddpm and sde: the field of every step in a sum, or a few fields with the law of that sum"
     )
+    keep_special: bool = option(False, "let texts have special tokens that no training text had, such as [MASK]")
     step: Literal["fused", "eager"] = option("fused", "the package's kernels, or the authors' dense arithmetic")
     bf16: bool = option(False, "run the network in bfloat16; the step stays in float32")
 
@@ -185,12 +200,10 @@ class SampleOptions:
             if getattr(self, name) not in choices:
                 wanted = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} must be one of {wanted}, got {getattr(self, name)!r}")
-        check_range(self, 1, float("inf"), "steps")
-        for name in ("stop_after", "shrink_after"):
-            if getattr(self, name) is not None:
-                check_range(self, 1, float("inf"), name)
-        if self.delta is not None:
-            check_range(self, 0, float("inf"), "delta")
+        check_range(self, 1, float("inf"), "steps", "stop_after", "shrink_after")
+        check_range(self, 0, float("inf"), "delta")
+        check_range(self, -MAX_SEED - 1, MAX_SEED, "seed")
+        check_range(self, -float("inf"), float("inf"), "guidance")
 
     def loudness(self, has_source: bool) -> float:
         return DELTAS[has_source] if self.delta is None else self.delta

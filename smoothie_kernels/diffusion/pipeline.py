@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from smoothie_kernels.diffusion.batches import Collate, check_positive
 from smoothie_kernels.diffusion.checkpoint import found
-from smoothie_kernels.diffusion.data import end_token, pad_token
 from smoothie_kernels.diffusion.live import FREE
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import SampleOptions
+from smoothie_kernels.diffusion.tokens import begin_tokens, end_token, pad_token
 
 MASK = "[MASK]"
+logger = logging.getLogger("smoothie_kernels")
 
 
 class Generated(NamedTuple):
@@ -49,6 +51,10 @@ class SmoothiePipeline:
             raise ValueError(f"tokenizer must be the model's, of at most {rows} tokens, got one of {size}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.end, self.pad = end_token(tokenizer), pad_token(tokenizer)
+        self.excluded = self.model.config.unseen_token_ids
+        if self.excluded is None:  # not known: then those that no text has of itself
+            known = {self.end, self.pad, tokenizer.unk_token_id, *begin_tokens(tokenizer)}
+            self.excluded = sorted({*tokenizer.all_special_ids} - known)
 
     @classmethod
     def from_pretrained(cls, checkpoint: Path | str, *, device: torch.device | str = "cpu") -> SmoothiePipeline:
@@ -115,12 +121,13 @@ class SmoothiePipeline:
         """
         check_positive("samples", samples)
         check_positive("batch_size", batch_size)
-        texts, templates, prefixes = _listed(sources), _listed(templates), _listed(prefixes)
+        texts, templates = _listed("sources", sources), _listed("templates", templates)
+        prefixes = _listed("prefixes", prefixes)
         if templates is not None and prefixes is not None:
             raise ValueError("prefixes must be None where there are templates, got both")
         total = _count({"sources": texts, "templates": templates, "prefixes": prefixes}, count) * samples
         config = self.model.config
-        given = None if texts is None else [self._source(text, truncate) for text in texts]
+        given = None if texts is None else self._sources(texts, truncate)
         fixed = [self._fixed(text, whole=templates is not None) for text in templates or prefixes or ()]
         collate = Collate(self.pad, config.target_length, config.source_length)
         bar = tqdm(total=total, initial=first_id, unit="text", disable=not progress)
@@ -142,13 +149,17 @@ class SmoothiePipeline:
             result = self.model.generate(
                 batch.get("source"), batch.get("source_mask"), sample_ids=ids,
                 fixed=None if rows is None else torch.tensor(rows, dtype=torch.int64, device="cpu"),
-                progress=stepped, options=options, **choices,
+                excluded=self.excluded, progress=stepped, options=options, **choices,
             )  # fmt: skip
             tokens = [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
             steps = result.steps.tolist()
             bar.update(min(batch_size * ranks, total - first))
             yield [Generated(i, self.decode(row), row, n) for i, row, n in zip(ids, tokens, steps, strict=True)]
         bar.close()
+
+    def names(self, tokens: Sequence[int]) -> str:
+        """Some tokens as the vocabulary has them, special ones too."""
+        return " ".join(map(str, self.tokenizer.convert_ids_to_tokens(tokens)))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens, without special and unused ones."""
@@ -157,18 +168,31 @@ class SmoothiePipeline:
         text: str = self.tokenizer.decode(words, skip_special_tokens=True)
         return text.strip()
 
-    def _source(self, text: str, truncate: bool) -> list[int]:
-        ids = [*self._begun(text), self.end]
-        most = self.model.config.source_length
-        if len(ids) <= most:
-            return ids
-        if not truncate:
-            raise ValueError(f"sources must have at most {most} tokens, or be truncated, got {len(ids)}: {text[:60]!r}")
-        return [*ids[: most - 1], self.end]
+    def _sources(self, texts: list[str], truncate: bool) -> list[list[int]]:
+        """The tokens of all sources; what they lose is logged."""
+        most, kept = self.model.config.source_length, []
+        nothing = {self.end, self.tokenizer.unk_token_id, *begin_tokens(self.tokenizer)}
+        unknown = []
+        cut = 0
+        for text in texts:
+            ids = begin_tokens(self.tokenizer, text)
+            if len(ids) >= most and not truncate:
+                got = f"{len(ids) + 1}: {text[:60]!r}"
+                raise ValueError(f"sources must have at most {most} tokens, or be truncated, got {got}")
+            if nothing.issuperset(ids):
+                unknown.append(text)
+            cut += len(ids) >= most
+            kept.append([*ids[: most - 1], self.end])
+        if cut:
+            logger.warning("%d of %d sources are cut at %d tokens", cut, len(texts), most)
+        if unknown:
+            example = f"{unknown[0][:60]!r}"
+            logger.warning("%d of %d sources have no token that the model knows: %s", len(unknown), len(texts), example)
+        return kept
 
     def _fixed(self, text: str, *, whole: bool) -> list[int]:
         """Tokens that are given, FREE elsewhere; behind a whole text there is nothing but padding."""
-        begun: list[int] = self._begun("")
+        begun = begin_tokens(self.tokenizer)
         for i, part in enumerate(text.split(MASK) if whole else [text]):
             words = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
             begun += [FREE, *words] if i else words
@@ -178,11 +202,6 @@ class SmoothiePipeline:
             raise ValueError(f"{name} must have at most {most} tokens, got {len(ids)}: {text[:60]!r}")
         return ids + [self.pad if whole else FREE] * (most - len(ids))
 
-    def _begun(self, text: str) -> list[int]:
-        """As training texts begin, without their end."""
-        ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self.end else ids
-
 
 def newest_checkpoint(checkpoint: Path | str) -> Path | str:
     """The newest checkpoint of a training run's folder; anything else as it is."""
@@ -190,8 +209,16 @@ def newest_checkpoint(checkpoint: Path | str) -> Path | str:
     return checkpoints[-1] if checkpoints else checkpoint
 
 
-def _listed(texts: str | Sequence[str] | None) -> list[str] | None:
-    return [texts] if isinstance(texts, str) else None if texts is None else list(texts)
+def _listed(name: str, texts: str | Sequence[str] | None) -> list[str] | None:
+    if texts is None:
+        return None
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    for text in listed:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be strings, got {type(text).__name__}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # as a terminal gives what is no UTF-8
+            raise ValueError(f"{name} must be Unicode, got {text[:60]!r}")
+    return listed
 
 
 def _count(texts: dict[str, list[str] | None], count: int | None) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import HfArgumentParser
 
 from smoothie_kernels.diffusion import fingerprints, ranks
-from smoothie_kernels.diffusion.data import load_text
-from smoothie_kernels.diffusion.flags import Help, from_config
+from smoothie_kernels.diffusion.data import read_text
+from smoothie_kernels.diffusion.flags import Parser, Several, named
 from smoothie_kernels.diffusion.options import SampleOptions, check_range, option
 from smoothie_kernels.diffusion.pipeline import SmoothiePipeline, newest_checkpoint
 from smoothie_kernels.diffusion.sample_file import SampleFile
@@ -43,7 +43,9 @@ class TextOptions:
     source_column: str | None = option(None, "column of the source; default: looked for by the usual names")
     target_column: str | None = option(None, "column of the reference; default: looked for by the usual names")
     limit: int | None = option(None, "only the first rows of --data")
-    source: list[str] | None = option(None, "sources themselves, instead of --data")  # noqa: RUF009
+    source: list[str] | None = field(
+        default=None, metadata={"help": "sources themselves, instead of --data; may be given again", "action": Several}
+    )
     count: int | None = option(None, "how many texts, where nothing else says it")
     samples: int = option(1, "of each source")
     template: str | None = option(None, "a whole text in which [MASK] stands for every token to fill in")
@@ -54,12 +56,14 @@ class TextOptions:
     overwrite: bool = option(False, "begin OUTPUT again where it is there")
 
     def __post_init__(self) -> None:
-        check_range(self, 1, float("inf"), "samples", "batch_size")
-        for name in ("limit", "count"):
-            if getattr(self, name) is not None:
-                check_range(self, 1, float("inf"), name)
+        check_range(self, 1, float("inf"), "samples", "batch_size", "limit", "count")
         if self.data is not None and self.source is not None:
             raise ValueError(f"source must be None where there are data, got {self.source!r}")
+        if self.count is not None and (self.data is not None or self.source is not None):
+            raise ValueError(f"count must be None where data or source say how many texts, got {self.count}")
+        for name in ("limit", "source_column", "target_column"):  # else they would be lost
+            if self.data is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} must be None without data, got {getattr(self, name)!r}")
 
 
 def sample(checkpoint: Path | str, output: str, text: TextOptions, options: SampleOptions) -> int:
@@ -92,44 +96,58 @@ def sample(checkpoint: Path | str, output: str, text: TextOptions, options: Samp
             batch_size=text.batch_size, part=(state.process_index, state.num_processes), truncate=text.truncate,
             progress=sys.stderr.isatty() and state.is_main_process, options=options,
         )  # fmt: skip
+        written, empty = 0, Counter[str]()
         for batch in batches:
             told = [rows[each.id // text.samples] if rows else {} for each in batch]
             made = [
                 {"id": each.id, "text": each.text, "steps": each.steps} | row
                 for each, row in zip(batch, told, strict=True)
             ]
-            lines = [line for part in ranks.gathered(made) for line in part]
+            parts = ranks.gathered((made, [pipeline.names(each.tokens) for each in batch if not each.text]))
+            lines = [line for part, _ in parts for line in part]
+            written += len(lines)
+            empty.update(names for _, part in parts for names in part)
             if file is not None:
                 ranks.on_main(partial(file.write, lines))
             elif state.is_main_process:
                 print(*(json.dumps(line, ensure_ascii=False) for line in lines), sep="\n", flush=True)
         if file is not None:
             ranks.on_main(file.finish)
+        if empty and state.is_main_process:
+            seen = "; ".join(f"{count:,} times {names}" for names, count in empty.most_common(3))
+            print(f"{empty.total():,} of {written:,} texts are empty, their tokens are: {seen}", file=sys.stderr)
     return max(total, done)
 
 
 def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
     """Source and reference of every text, as far as there are such."""
+    names = {"source": "source", "target": "reference"}
+    if conditional and text.source is None and text.data is None:
+        raise ValueError("data or source must be given for a model with a source, got neither")
+    if not conditional and text.source is not None:
+        raise ValueError(f"source must be None for a model without one, got {text.source!r}")
     if text.source is not None:
         return [{"source": source} for source in text.source]
     if text.data is None:
         return []
-    data = load_text(
+    read = read_text(
         text.data, text.split, source_column=text.source_column if conditional else None,
         target_column=text.target_column, unconditional=not conditional,
     )  # fmt: skip
+    if read.dropped:
+        left_out = ", ".join(f"{count:,} without {names[column]}" for column, count in read.dropped.items())
+        print(f"{text.data}: {len(read.rows):,} of {read.read:,} rows, left out are {left_out}", file=sys.stderr)
+    data = read.rows
     if text.limit is not None:
         data = data.select(range(min(text.limit, len(data))))
-    names = {"source": "source", "target": "reference"}
     return [{names[column]: row[column] for column in names if column in row} for row in data]
 
 
-def arguments_parser() -> HfArgumentParser:
+def arguments_parser() -> Parser:
     groups = (TextOptions, SampleOptions)
-    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
+    parser = Parser(*groups, prog="smoothie-kernels sample", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, or Hugging Face name")
     parser.add_argument("output", metavar="OUTPUT", help="file of JSON lines, or -")
-    parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
     return parser
 
 
@@ -137,12 +155,9 @@ def command(arguments: list[str]) -> int:
     """`smoothie-kernels sample`: an error is one line on stderr; exit status 2 where options are wrong, 1 later."""
     parser = arguments_parser()
     try:
-        text, options, rest, unknown = parser.parse_args_into_dataclasses(
-            from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        total = sample(rest.checkpoint, rest.output, text, options)
+        text, options, rest = parser.read(arguments)
+        with named("sources", "source"), named("templates", "template"), named("prefixes", "prefix"):
+            total = sample(rest.checkpoint, rest.output, text, options)
     except (OSError, TypeError, ValueError) as error:
         print(f"smoothie-kernels sample: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, TypeError | ValueError) else 1

@@ -62,6 +62,7 @@ def sample(
     lengths: Tensor | Sequence[int] | None = None,
     end: int | None = None,
     pad: int = 0,
+    excluded: Sequence[int] = (),
     stop_after: int | None = None,
     shrink_after: int | None = None,
     output_history: bool = False,
@@ -111,6 +112,7 @@ def sample(
         lengths: (B,): positions from there on take no part, neither in the step nor in the model's attention.
         end: the token that ends a text: the first one that has nothing fixed behind it but padding.
         pad: the token behind the end.
+        excluded: tokens that no text gets, but where they are fixed: each of its positions gets the nearest other one.
         stop_after: a sample is done when its text, up to its end token, was the same for so many steps; None: never
             before the last. A text without an end token is not done: at first answers are next to the mean embedding.
         shrink_after: positions behind the end token leave when it was where it is for so many steps; None: never.
@@ -145,6 +147,7 @@ def sample(
         raise ValueError(f"empty_condition must be given with guidance = {guidance}, got None")
     live, seeds = _begin(table, length, max_length, sample_ids, seed, condition, empty_condition, fixed, lengths)
     ending = _Ending(end, pad, None if fixed is None else fixed.to(table.device))
+    forbidden = _forbidden(excluded, vocabulary)
     finished = Finished(len(live.index), length, live.answer, len(route.times) if output_history else 0)
 
     def answered(smoothed: Tensor, time: float) -> Tensor:
@@ -163,6 +166,9 @@ def sample(
             given = functional.embedding(live.fixed.clamp(min=0), table)
             answer = given.to(answer).where((live.fixed != FREE)[..., None], answer)
         return answer
+
+    def decoded(answer: Tensor) -> Tensor:
+        return _nearest_of_others(answer, vocabulary, forbidden, backend)
 
     (carried,) = live.on_rows(state.begin, seeds)
     live = replace(live, carried=carried)
@@ -185,16 +191,38 @@ def sample(
             live = replace(live, carried=carried)
         live = replace(live, answer=answer)
         if output_history:
-            finished.remember(i, live, nearest_token(answer, vocabulary, backend=backend).tokens)
+            finished.remember(i, live, decoded(answer))
         if progress is not None:
             progress(i + 1, len(route.times))
     finished.put(live, len(route.times))
-    last = nearest_token(finished.embeddings, vocabulary, backend=backend).tokens
+    last = decoded(finished.embeddings)
     history = [ending.finish(then, finished.lengths)[0] for then in finished.history.unbind(1)]
     return Samples(
         *ending.finish(last, finished.lengths), finished.embeddings, finished.steps,
         torch.stack(history, 1) if output_history else None,
     )  # fmt: skip
+
+
+def _forbidden(excluded: Sequence[int], vocabulary: Vocabulary) -> Tensor:
+    """(V,) bool."""
+    v, forbidden = len(vocabulary), torch.zeros(len(vocabulary), dtype=torch.bool)
+    for token in excluded:
+        if not 0 <= token < v:
+            raise ValueError(f"excluded must be tokens in [0, V) with V = {v}, got {token}")
+        forbidden[token] = True
+    if bool(forbidden.all()):
+        raise ValueError(f"excluded must leave a token, got all {v}")
+    return forbidden.to(vocabulary.embeddings.device)
+
+
+def _nearest_of_others(x: Tensor, vocabulary: Vocabulary, forbidden: Tensor, backend: str) -> Tensor:
+    """The nearest tokens that are not forbidden. Only where one is found does its position cost a second look."""
+    tokens = nearest_token(x, vocabulary, backend=backend).tokens
+    wrong = forbidden[tokens]
+    if bool(wrong.any()):
+        others = (~forbidden).nonzero()[:, 0]
+        tokens[wrong] = others[nearest_token(x[wrong], vocabulary.embeddings[others], backend=backend).tokens]
+    return tokens
 
 
 class _Ending:

@@ -275,7 +275,11 @@ METRICS = {
     "bertscore": Metric(bertscore, ("references", "model"), "bert_score", ("layers",)),
     "mauve": Metric(mauve, ("references", "model"), "mauve"),
 }
-INSTALL = {"transformers": "'smoothie-kernels[train]'", "bert_score": "bert_score", "mauve": "mauve-text"}
+INSTALL = {
+    "transformers": "'.[train]' in a clone of smoothie-kernels",
+    "bert_score": "bert_score",
+    "mauve": "mauve-text",
+}
 
 
 def missing(name: str) -> str | None:
@@ -284,7 +288,7 @@ def missing(name: str) -> str | None:
     try:
         import_module(package or __name__)
     except ImportError as error:
-        install = INSTALL.get(str(package), "'smoothie-kernels[evaluate]'")
+        install = INSTALL.get(str(package), "'.[evaluate]' in a clone of smoothie-kernels")
         return f"it needs the package {error.name or package}: pip install {install}"
     return None
 

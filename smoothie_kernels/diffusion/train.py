@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from smoothie_kernels.diffusion import fingerprints, ranks
+from smoothie_kernels.diffusion import fingerprints, ranks, summary
 from smoothie_kernels.diffusion.batches import Collate
 from smoothie_kernels.diffusion.checkpoint import Resume, start
-from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
+from smoothie_kernels.diffusion.data import has_split, read_text, tokenize
 from smoothie_kernels.diffusion.embeddings import load_embeddings
 from smoothie_kernels.diffusion.files import locked
-from smoothie_kernels.diffusion.flags import Help, from_config
+from smoothie_kernels.diffusion.flags import Parser, named
+from smoothie_kernels.diffusion.loss import TrainingLoss
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
+from smoothie_kernels.diffusion.surroundings import check_surroundings
+from smoothie_kernels.diffusion.tokens import check_tokens, end_token, load_tokenizer, pad_token
 from smoothie_kernels.diffusion.trainer import Texts, Trainer
 
 USAGE = "smoothie-kernels train OUTPUT --data DATA [options]"
@@ -55,10 +57,11 @@ def train(
         FloatingPointError, OSError, SystemExit: as `Trainer.run`.
     """
     output = Path(output)
-    ranks.join(run.cpu)
+    state = ranks.join(run.cpu)
     with ExitStack() as stack:
-        stack.callback(PartialState().destroy_process_group)  # its threads must not outlive the interpreter
-        # What the folder refuses is said before anything is read.
+        stack.callback(state.destroy_process_group)  # its threads must not outlive the interpreter
+        # What the folder and the process refuse is said before anything is read.
+        check_surroundings(run, state.num_processes)
         ranks.on_main(lambda: stack.enter_context(locked(output)))
         ranks.on_main(lambda: start(output, resume, run.steps))
         return _trained(output, data, model, loss, run, resume)
@@ -68,35 +71,44 @@ def _trained(
     output: Path, data: DataOptions, model: ModelOptions, loss: LossOptions, run: RunOptions, resume: Resume
 ) -> Path:
     tokenizer = _tokenizer(model)
-    try:
+    doubt = check_tokens(tokenizer, model.embeddings) if model.tokenizer not in (None, model.embeddings) else None
+    with named("source", "embeddings"):
         table = load_embeddings(model.embeddings, tokenizer, normalisation=model.normalisation, seed=loss.seed)
-    except ValueError as error:
-        raise ValueError(f"embeddings: {error}") from error
     torch.manual_seed(loss.seed)
-    network = SmoothieModel(_config(data, model, table, tokenizer), table)
-    with PartialState().main_process_first():
-        texts = _texts(data, tokenizer)
+    with named("num_attention_heads", "heads"):
+        network = SmoothieModel(_config(data, model, table, tokenizer), table)
+    TrainingLoss(network, loss)  # refuses options that do not fit the model before text is read
+    state = PartialState()
+    with state.main_process_first():
+        texts, splits = _texts(data, tokenizer)
+    network.config.unseen_token_ids = _unseen(splits["train"].counts["target"].special, tokenizer)
     record = as_record(data, model)
     record["data_fingerprint"] = fingerprints.of_tokens(texts.train)
     record["tokenizer_fingerprint"] = fingerprints.of_tokenizer(tokenizer)
-    return Trainer(network, texts, output, loss=loss, run=run, record=record, tokenizer=tokenizer).run(resume=resume)
+    trainer = Trainer(network, texts, output, loss=loss, run=run, record=record, tokenizer=tokenizer)
+    if state.is_main_process:
+        doubts = [] if doubt is None else [f"warning: {doubt}"]
+        print(*summary.of_text(splits, data, tokenizer), *doubts, summary.of_model(network, loss.step), sep="\n")
+    return trainer.run(resume=resume)
 
 
 def _tokenizer(model: ModelOptions) -> Any:
     name = model.tokenizer or model.embeddings
     if model.tokenizer is None and (name.startswith("random:") or Path(name).is_file()):
         raise ValueError(f"tokenizer must be given where embeddings are no model, got embeddings = {name!r}")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer must be a Hugging Face name or a folder, got {name!r}: {error}") from error
+    return load_tokenizer(name, "embeddings" if model.tokenizer is None else "tokenizer")
+
+
+def _unseen(seen: list[int], tokenizer: Any) -> list[int]:
+    """Special tokens that no target has."""
+    return sorted({*tokenizer.all_special_ids} - {*seen, pad_token(tokenizer)})
 
 
 def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokenizer: Any) -> SmoothieConfig:
     source_length, target_length = data.lengths
     return SmoothieConfig(
         *table.shape,
-        hidden_size=model.hidden_size or table.shape[1],
+        hidden_size=table.shape[1] if model.hidden_size is None else model.hidden_size,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
         dropout=model.dropout,
@@ -114,18 +126,22 @@ def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokeniz
     )
 
 
-def _texts(data: DataOptions, tokenizer: Any) -> Texts:
+def _texts(data: DataOptions, tokenizer: Any) -> tuple[Texts, dict[str, summary.Split]]:
     source_length, target_length = data.lengths
-
-    def split(name: str) -> Any:
-        rows = load_text(
+    names = [name for name in ("train", "validation") if name == "train" or has_split(data.data, name)]
+    texts = {
+        name: read_text(
             data.data, name, source_column=data.source_column, target_column=data.target_column,
             unconditional=data.without_source,
-        )  # fmt: skip
-        return tokenize(rows, tokenizer, target_length=target_length, source_length=source_length)
-
-    validation = split("validation") if has_split(data.data, "validation") else None
-    return Texts(split("train"), validation, Collate(pad_token(tokenizer), target_length, source_length))
+        )
+        for name in names
+    }  # fmt: skip
+    tokens, splits = {}, {}
+    for name, text in texts.items():  # when both have been read: what is wrong with them is said first
+        tokens[name], counts = tokenize(text.rows, tokenizer, target_length=target_length, source_length=source_length)
+        splits[name] = summary.Split(text, counts)
+    collate = Collate(pad_token(tokenizer), target_length, source_length)
+    return Texts(tokens["train"], tokens.get("validation"), collate), splits
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -138,11 +154,10 @@ def _json(text: str) -> dict[str, Any]:
     return options
 
 
-def arguments_parser() -> HfArgumentParser:
+def arguments_parser() -> Parser:
     groups = (DataOptions, ModelOptions, LossOptions, RunOptions)
-    parser = HfArgumentParser(groups, usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
+    parser = Parser(*groups, prog="smoothie-kernels train", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
-    parser.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
     parser.add_argument(
         "--resume", nargs="?", const=True, default=False, type=_resume, metavar="auto",
         help="go on from the newest checkpoint in OUTPUT; auto: where there is one",
@@ -162,11 +177,7 @@ def command(arguments: list[str]) -> int:
     parser = arguments_parser()
     arguments = _alone(arguments)
     try:
-        data, model, loss, run, rest, unknown = parser.parse_args_into_dataclasses(
-            from_config(arguments) + arguments, look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        data, model, loss, run, rest = parser.read(arguments)
         last = train(rest.output, data, model, loss, run, resume=rest.resume)
     except (FloatingPointError, OSError, TypeError, ValueError) as error:
         print(f"smoothie-kernels train: {' '.join(str(error).split())}", file=sys.stderr)

@@ -26,6 +26,7 @@ from smoothie_kernels.diffusion.loss import Losses, Place, TrainingLoss
 from smoothie_kernels.diffusion.metrics import Clock, Screen, Table
 from smoothie_kernels.diffusion.model import SmoothieModel
 from smoothie_kernels.diffusion.options import FREE, LossOptions, RunOptions, as_record
+from smoothie_kernels.diffusion.surroundings import check_surroundings
 
 Batch = dict[str, Tensor]
 BETAS, EPS = (0.9, 0.98), 1e-6
@@ -73,12 +74,11 @@ class Trainer:
         self.loss_options, self.options = loss, run
         training_loss = TrainingLoss(model, loss)
         state = ranks.join(run.cpu)
+        check_surroundings(run, state.num_processes)
         self.accelerator = Accelerator(
             cpu=state.device.type == "cpu", log_with=run.report_to, project_dir=str(output) if run.report_to else None
         )
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if run.batch_size % self.processes:
-            raise ValueError(f"batch_size must be a multiple of the {self.processes} processes, got {run.batch_size}")
         if not len(texts.train):  # type: ignore[arg-type]
             raise ValueError("texts.train must hold a sample or more, got none")
         self.share = run.batch_size // self.processes

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import logging
 import pickle
 import re
 from itertools import chain, islice
@@ -22,7 +21,8 @@ from small import WORDS, tokenizer
 
 from smoothie_kernels.diffusion import data
 from smoothie_kernels.diffusion.batches import Collate, Stream
-from smoothie_kernels.diffusion.data import end_token, has_split, load_text, pad_token, tokenize
+from smoothie_kernels.diffusion.data import Counts, has_split, load_text, read_text, tokenize
+from smoothie_kernels.diffusion.tokens import end_token, pad_token
 
 PAIRS = [{"source": "a cat", "target": "the cat"}, {"source": "a dog", "target": "the dog is old"}]
 PAD, UNK, CLS, SEP = range(4)
@@ -135,12 +135,13 @@ def test_text_alone(tmp_path, column):
     assert listed(load_text(file, "train", unconditional=True)) == [{"target": "a cat"}]
 
 
-def test_rows_without_text_are_dropped_and_counted(tmp_path, caplog):
+def test_rows_without_text_are_dropped_and_counted(tmp_path):
     empty = [{"source": "", "target": "x"}, {"source": "x", "target": " \n"}, {"source": "x", "target": None}]
     file = write(tmp_path / "x.jsonl", [PAIRS[0], *empty, PAIRS[1]])
-    with caplog.at_level(logging.INFO, "smoothie_kernels"):
-        assert listed(load_text(file, "train")) == PAIRS
-    assert "3 of 5 rows are dropped" in caplog.text
+    text = read_text(file, "train")
+    assert listed(text.rows) == PAIRS
+    assert text[1:] == ({"target": "target", "source": "source"}, 5, {"target": 2, "source": 1})
+    assert read_text(write(tmp_path / "y.jsonl", PAIRS), "train")[2:] == (2, {})
     words = write(tmp_path / "x.csv", [{"text": word} for word in ("NA", "null", "", "7 up")])
     assert listed(load_text(words, "train", unconditional=True)) == [{"target": w} for w in ("NA", "null", "7 up")]
 
@@ -171,7 +172,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
         ({}, {"data": "none.jsonl.gz"}, "data must be a folder or file that exists, got 'none.jsonl.gz'"),
         ({"a.txt": PAIRS}, {"data": "a.txt"}, "must be a file that ends in '.jsonl', .* or .gz, got 'a.txt'"),
         ({"a.parquet.gz": PAIRS}, {"data": "a.parquet.gz"}, "must be a file that ends in .* got 'a.parquet.gz'"),
-        ({"a.parquet": b"none"}, {"data": "a.parquet"}, "data must be .* that can be read, got 'a.parquet': "),
+        ({"a.parquet": b"none"}, {"data": "a.parquet"}, "data must be Parquet, got 'a.parquet' behind row 0: "),
         ({"a.jsonl.gz": b"none"}, {"data": "a.jsonl.gz"}, "data must be .* that can be read, got 'a.jsonl.gz': "),
         ({"m/dev.csv": PAIRS}, {"data": "m"}, "data must have a split 'train', got 'm' with 'validation'"),
         ({"m/x.csv": PAIRS}, {"data": "m"}, "data must have a split 'train', got 'm' with none"),
@@ -207,12 +208,12 @@ def test_a_data_set_of_the_hub(monkeypatch):
             "source_column must be None where there is no source, got 'x'",
         ),
         (
-            {"a.csv": [{"source": "x", "target": 7}]}, {"data": "a.csv"},
-            "column 'target' of 'a.csv' must hold strings, got int64",
+            {"a.jsonl": [*PAIRS, {"source": "x", "target": 7}]}, {"data": "a.jsonl"},
+            "column 'target' must hold strings, got int in line 3 of a.jsonl",
         ),
         (
             {"a.jsonl": [{"source": ["x"], "target": "y"}]}, {"data": "a.jsonl"},
-            "column 'source' of 'a.jsonl' must hold strings, got List",
+            "column 'source' must hold strings, got list in line 1 of a.jsonl",
         ),
         (
             {"a.jsonl": [{"source": " ", "target": "y"}]}, {"data": "a.jsonl"},
@@ -236,12 +237,12 @@ def test_messages(tmp_path, monkeypatch, files, call, message):
 
 def tokens_of(texts, words=None, length=6):
     rows = datasets.Dataset.from_dict({"target": texts})
-    return tokenize(rows, words or tokenizer(), target_length=length, source_length=1)["target"][:]
+    return tokenize(rows, words or tokenizer(), target_length=length, source_length=1)[0]["target"][:]
 
 
 def test_texts_begin_and_end_as_the_tokenizer_has_them():
     cat, dog, the, is_, old = (IDS[word] for word in ("cat", "dog", "the", "is", "old"))
-    rows = tokenize(datasets.Dataset.from_list(PAIRS), tokenizer(), target_length=5, source_length=9)
+    rows, _ = tokenize(datasets.Dataset.from_list(PAIRS), tokenizer(), target_length=5, source_length=9)
     assert set(rows.column_names) == {"source", "target"}
     assert rows["source"][1] == [CLS, IDS["a"], dog, SEP]
     assert rows["target"][:] == [[CLS, the, cat, SEP], [CLS, the, dog, is_, SEP]]  # the second is cut
@@ -276,6 +277,27 @@ def test_which_token_ends_and_which_pads():
         end_token(tokenizer(sep_token=None))
     with pytest.raises(ValueError, match=r"must have a padding or end token, got .* without"):
         pad_token(tokenizer(pad_token=None))
+
+
+def test_what_texts_lose_is_counted():
+    words = tokenizer()
+    rows = datasets.Dataset.from_list(
+        [
+            {"source": "a cat", "target": "the rook"},
+            {"source": "the old dog is at home", "target": "a [SEP] the"},
+            {"source": "rook rook rook", "target": "it [PAD]"},
+        ]
+    )
+    lengths = {"target_length": 5, "source_length": 4}
+    _, counts = tokenize(rows, words, **lengths)
+    assert counts == {
+        "source": Counts(tokens=12, cut=2, unknown=2, ended=0, special=[UNK, CLS, SEP]),
+        "target": Counts(tokens=13, cut=0, unknown=1, ended=2, special=[PAD, UNK, CLS, SEP]),
+    }
+    again, cached = tokenize(rows, words, **lengths)
+    assert (again.column_names, cached) == (["source", "target"], counts)
+    _, counts = tokenize(rows.select([0]), tokenizer(special=False, eos_token="end", sep_token=None), **lengths)
+    assert counts["source"] == Counts(tokens=3, cut=0, unknown=0, ended=0, special=[IDS["end"]])
 
 
 @pytest.mark.parametrize("column", ["target", "source"])
@@ -370,7 +392,7 @@ def test_rows_are_padded_and_masked():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_from_a_sample_to_batches(workers):
     rows = load_text("simplification", "validation").select(range(50))
-    ids = tokenize(rows, tokenizer(), target_length=20, source_length=30)
+    ids, _ = tokenize(rows, tokenizer(), target_length=20, source_length=30)
     loader = torch.utils.data.DataLoader(
         ids, batch_sampler=Stream(len(ids), 64, 0, start=3, first=10, count=4),
         collate_fn=Collate(PAD, 20, 30), num_workers=workers,

@@ -311,13 +311,14 @@ def test_every_option_reaches_the_sampler(trained, monkeypatch):
     choices = {
         "solver": "sde", "steps": 9, "delta": 0.4, "seed": 5, "guidance": 0.3, "clamp": True,
         "self_conditioning": False, "stop_after": 3, "shrink_after": 4, "accumulate": "sum", "step": "fused",
-        "bf16": False,
+        "bf16": False, "keep_special": True,
     }  # fmt: skip
     assert {field.name for field in fields(SampleOptions)} == set(choices)
     trained.generate(*sources(), **choices)
     schedule, given = calls[0]
     assert schedule.delta == choices.pop("delta")
     choices.pop("bf16")
+    choices.pop("keep_special")
     assert {name: given[name] for name in choices} == choices
     assert (given["end"], given["pad"], given["max_length"]) == (END, PAD, L)
 

@@ -256,7 +256,7 @@ def test_times_are_told_apart():
         ({"condition_layers": -1}, "condition_layers must be at least 0, got -1"),
         ({"self_condition_layers": -2}, "self_condition_layers must be at least 0, got -2"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"sigma_min": 0}, "sigma_min must be positive, got 0"),
+        ({"sigma_min": 0}, "sigma_min must be positive and finite, got 0"),
         ({"noise_schedule": "linear"}, "schedule must be one of 'arctan', .* got 'linear'"),
     ],
 )

@@ -41,6 +41,18 @@ def test_positions_that_are_left_out(backend):
     assert torch.equal(none, torch.zeros_like(everything))
 
 
+@pytest.mark.parametrize("bare", [True, False], ids=["table", "vocabulary"])
+def test_compiles_to_one_graph(bare):
+    tokens, table, t = material()
+    embeddings = table if bare else Vocabulary(table)
+
+    def smoothed(tokens, t):
+        return noise_tokens(tokens, embeddings, ARCTAN, t, **KEY)
+
+    compiled = torch.compile(smoothed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, t), smoothed(tokens, t))
+
+
 def test_one_time_for_all_and_other_arguments():
     tokens, table, _ = material()
     smoothed = noise_tokens(tokens, table, make_schedule("arctan", delta=0.25), 0.3, sigma_min=2.0, **KEY)

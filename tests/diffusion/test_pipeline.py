@@ -78,6 +78,40 @@ def test_special_and_unused_tokens_are_not_text():
     assert pipe.decode([79, *tokens]) == "a king"  # a row of the table that is no token
 
 
+def test_special_tokens_that_no_training_text_had_are_no_text():
+    """Every answer is nearest to [MASK], then to "a": by default texts are "a", not empty."""
+    words = small.tokenizer(words=("a", "king", "[MASK]"), mask_token="[MASK]")
+    mask, king = words.convert_tokens_to_ids(["[MASK]", "king"])
+    model = training.model(eos_token_id=END, pad_token_id=PAD, condition_layers=0)
+    with torch.no_grad():
+        model.embeddings.weight[:] = torch.linspace(-9, 9, 80)[:, None].roll(mask, 0) + torch.zeros(12)
+        model.output.weight.zero_()
+        model.output.bias[:] = model.embeddings.weight[mask] + 0.01
+    nearest = {
+        "none": (SmoothiePipeline(model, small.tokenizer(words=("a", "king"))), {}, mask),
+        "mask": (SmoothiePipeline(model, words), {}, mask + 1),
+        "kept": (SmoothiePipeline(model, words), {"keep_special": True}, mask),
+    }
+    for pipe, choices, token in nearest.values():
+        (made,) = pipe(count=1, steps=2, **choices)
+        assert made.tokens == [token] * 8
+    assert pipe.names([mask, king]) == "[MASK] king"
+    model.config.unseen_token_ids = [mask, mask + 1]  # which training knows better than the tokenizer
+    assert SmoothiePipeline(model, words)(count=1, steps=2)[0].tokens == [mask + 2] * 8
+    assert SmoothiePipeline(model, words)(count=1, steps=2, prefixes="[MASK]")[0].tokens[1] == mask  # which is given
+    for excluded, message in (([80], r"excluded must be tokens in \[0, V\) .* got 80"), (range(80), "leave a token")):
+        with pytest.raises(ValueError, match=message):
+            model.generate(count=1, steps=1, excluded=excluded)
+
+
+def test_what_sources_lose_is_logged(caplog):
+    pipeline()([*SOURCES, "xyz ?", "xyz qrs"], steps=1)
+    assert caplog.messages == ["1 of 5 sources have no token that the model knows: 'xyz qrs'"]
+    caplog.clear()
+    pipeline()(["the baker made bread at home", "a", "a cat and dog eat"], steps=1, truncate=True)
+    assert caplog.messages == ["2 of 3 sources are cut at 6 tokens"]
+
+
 def test_from_a_checkpoint_and_from_a_run(tmp_path):
     pipe = pipeline()
     for step in (5, 10):
@@ -118,6 +152,9 @@ def test_progress(capsys):
         ((None, {}), r"count must be given where there are no sources, templates or prefixes, got None"),
         ((None, {"count": 2}), r"source must be int64 tokens \[B, S\] for a model with condition_layers > 0, got None"),
         ((SOURCES, {"samples": 0}), r"samples must be positive, got 0"),
+        ((["a", "caf\udce9"],), r"sources must be Unicode, got 'caf"),
+        (([3],), r"sources must be strings, got int"),
+        ((SOURCES, {"prefixes": "\udcff"}), r"prefixes must be Unicode, got"),
         ((SOURCES, {"batch_size": 0}), r"batch_size must be positive, got 0"),
         ((SOURCES, {"solver": "euler"}), r"solver must be one of 're-noise', 'ddim', 'ddpm', 'sde', got 'euler'"),
     ],
@@ -125,7 +162,7 @@ def test_progress(capsys):
 )
 def test_wrong_arguments(arguments, message):
     sources, options = (*arguments, {})[:2]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         pipeline()(sources, **options)
 
 

@@ -1,5 +1,6 @@
 """`smoothie-kernels sample`: from a checkpoint to a file that a killed run goes on with."""
 
+import io
 import json
 import re
 import sys
@@ -127,6 +128,35 @@ def test_options_from_a_file(checkpoint, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
+def test_a_terminal_that_lacks_letters(checkpoint, monkeypatch):
+    """Every line is the JSON that it is elsewhere."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    sources = ["a cat \u00e9t\u00e9", "\u4e2d \U0001f600"]
+    assert run(checkpoint, "-", "--source", *sources, *FAST) == 0
+    sys.stdout.flush()
+    assert [json.loads(line)["source"] for line in raw.getvalue().decode("ascii").splitlines()] == sources
+
+
+def test_what_is_lost_is_said(tmp_path, capsys, caplog):
+    folder = saved(tmp_path / "run")
+    rows = [*ROWS, ("", "x"), ("xyz", "x"), ("x", None)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"src": s, "trg": t}) + "\n" for s, t in rows))
+    model = training.SmoothieModel.from_pretrained(folder / "checkpoint-7")
+    with torch.no_grad():  # [CLS], wherever it is
+        model.output.weight.zero_()
+        model.output.bias[:] = model.embeddings.weight[2]
+    model.save_pretrained(folder / "checkpoint-7")
+    assert run(folder, "-", "--data", tmp_path / "x.jsonl", "--split=train", "--samples=2", *FAST) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 8
+    assert [line for line in said.err.splitlines() if "texts" in line or "rows" in line] == [
+        f"{tmp_path / 'x.jsonl'}: 4 of 6 rows, left out are 1 without reference, 1 without source",
+        f"8 of 8 texts are empty, their tokens are: 8 times {' '.join(['[CLS]'] * 8)}",
+    ]
+    assert caplog.messages == ["1 of 4 sources have no token that the model knows: 'xyz'"]
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         run("--help")
@@ -146,8 +176,11 @@ def test_help(capsys):
         (["--source", "a cat", "--steps=0"], "steps must be at least 1, got 0"),
         (["--source", "a cat", "--stop-after=0"], "stop_after must be at least 1, got 0"),
         (["--source", "a cat", "--delta=-1"], "delta must be at least 0, got -1.0"),
-        (["--source", "a cat and a dog eat"], "sources must have at most 6 tokens, or be truncated, got 8"),
-        (["--count=2"], "source must be int64 tokens [B, S] for a model with condition_layers > 0, got None"),
+        (["--source", "a cat and a dog eat"], "source must have at most 6 tokens, or be truncated, got 8"),
+        (["--count=2"], "data or source must be given for a model with a source, got neither"),
+        (["--source", "a", "--source", "b", "--count=2"], "count must be None where data or source say how many"),
+        (["--source", "a", "--template", "a " * 9], "template must have at most 8 tokens, got 11"),
+        (["--source", "a", "--prefix", "a " * 9], "prefix must have at most 8 tokens, got 10"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
@@ -176,6 +209,6 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert run("x", "-") == 2
     assert (
-        "smoothie-kernels sample needs the package tqdm: pip install 'smoothie-kernels[train]'"
+        "smoothie-kernels sample needs the package tqdm: pip install '.[train]' in a clone of smoothie-kernels"
         in capsys.readouterr().err
     )

@@ -378,9 +378,11 @@ def test_what_is_missing(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     said = {name: scores.missing(name) for name in scores.METRICS}
     assert said.pop("distinct") is None
-    assert said["rouge"] == "it needs the package rouge_score: pip install 'smoothie-kernels[evaluate]'"
+    assert said["rouge"] == "it needs the package rouge_score: pip install '.[evaluate]' in a clone of smoothie-kernels"
     assert said["bleu"] == said["chrf"] == said["sari"]
-    assert said["perplexity"] == "it needs the package transformers: pip install 'smoothie-kernels[train]'"
+    assert (
+        said["perplexity"] == "it needs the package transformers: pip install '.[train]' in a clone of smoothie-kernels"
+    )
     assert said["bertscore"] == "it needs the package bert_score: pip install bert_score"
     assert said["mauve"] == "it needs the package mauve: pip install mauve-text"
     assert scores.package_version("no such package") == "unknown"

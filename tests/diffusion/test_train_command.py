@@ -131,14 +131,14 @@ def test_embeddings_of_a_file(tmp_path, town, words):
     [
         ({"data": "nowhere.jsonl"}, "data must be a folder or file that exists, got 'nowhere.jsonl'"),
         ({"source-column": "origin"}, r"source_column must be one of .*'src', 'trg', 'n', got 'origin'"),
-        ({"target-column": "n"}, "column 'n' of .* must hold strings, got int64"),
-        ({"embeddings": "small.safetensors"}, "embeddings: .* got the wrong vocabulary: 49 tokens for 20 rows"),
-        ({"embeddings": "none.safetensors"}, "embeddings: source must be a file that exists, got 'none.safetensors'"),
+        ({"target-column": "n"}, "column 'n' must hold strings, got int in line 1 of .*train.jsonl"),
+        ({"embeddings": "small.safetensors"}, "tokenizer must .* got the wrong vocabulary: 49 tokens for 20 rows"),
+        ({"embeddings": "none.safetensors"}, "embeddings must be a file that exists, got 'none.safetensors'"),
         ({"report-to": "pigeon"}, "pigeon"),
         ({"tokenizer": None}, "tokenizer must be given where embeddings are no model, got embeddings = 'random:8'"),
         ({"tokenizer": "not/there"}, "tokenizer must be a Hugging Face name or a folder, got 'not/there'"),
-        ({"layers": "0"}, "num_hidden_layers must be at least 1, got 0"),
-        ({"hidden-size": "9"}, "hidden_size must be even and a multiple of num_attention_heads = 2, got 9"),
+        ({"layers": "0"}, "layers must be at least 1, got 0"),
+        ({"hidden-size": "9"}, "hidden_size must be even and a multiple of heads = 2, got 9"),
         ({"steps": "0"}, "steps must be at least 1, got 0"),
         ({"noise-options": "{"}, "noise_options must be JSON, got '{'"),
         ({"noise-options": "[1]"}, r"noise_options must be a JSON object, got '\[1\]'"),
@@ -203,4 +203,7 @@ def test_without_its_packages_it_says_what_to_install():
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
-    assert "smoothie-kernels train needs the package datasets: pip install 'smoothie-kernels[train]'" in done.stderr
+    assert (
+        "smoothie-kernels train needs the package datasets: pip install '.[train]' in a clone of smoothie-kernels"
+        in done.stderr
+    )

@@ -238,6 +238,7 @@ def test_rates_and_files(tmp_path):
 
 def test_trackers_get_what_the_files_get_where_asked(tmp_path, monkeypatch):
     logged, begun = [], []
+    monkeypatch.setattr("smoothie_kernels.diffusion.surroundings.get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: logged.append((step, values)))
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda _, name, config: begun.append((name, config)))
     training.trainer(tmp_path / "silent", run={"steps": 6}).run()

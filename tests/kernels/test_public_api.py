@@ -15,12 +15,16 @@ from smoothie_kernels import cli, dispatch
 PACKAGE = Path(smoothie_kernels.__file__).parent
 # A module may import only what stands left of it here. Backends are loaded by name, when they are needed; what they
 # take and give is in backends/__init__.py.
-LAYERS = ["dispatch", "words", "checks", "recall", "library", "noise", "vocabulary", "topk", "ops", "testing", "cli"]
+LAYERS = [
+    "dispatch", "words", "checks", "recall", "library", "noise", "vocabulary", "topk", "ops", "testing",
+    "arguments", "cli",
+]  # fmt: skip
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names and `vocabulary`.
 DIFFUSION = [
     "schedules", "noising", "solvers", "options", "states", "live", "sampling", "generation", "layers", "model",
-    "embeddings", "batches", "data", "loss", "evaluation", "ema", "files", "ranks", "fingerprints", "checkpoint",
-    "metrics", "trainer", "flags", "train", "pipeline", "sample_file", "sample_command", "scores", "evaluate",
+    "embeddings", "tokens", "batches", "reading", "data", "loss", "evaluation", "ema", "files", "ranks",
+    "fingerprints", "checkpoint", "metrics", "surroundings", "trainer", "summary", "flags", "train", "pipeline",
+    "sample_file", "sample_command", "scores", "evaluate",
 ]  # fmt: skip
 # The same in smoothie_kernels.check, which uses whatever it checks.
 CHECK = ["findings", "isolate", "probes", "cuda_kernels", "plan", "machine", "run", "command"]
@@ -93,7 +97,8 @@ def test_imports_of_diffusion_go_downward():
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(DIFFUSION)
     for position, name in enumerate(DIFFUSION):
         path = folder / f"{name}.py"
-        assert imported(path) <= PUBLIC, name
+        private = {"summary": {"dispatch"}, "flags": {"arguments"}, "evaluate": {"arguments"}}
+        assert imported(path) <= PUBLIC | private.get(name, set()), name
         pattern = re.compile(r"^from smoothie_kernels\.diffusion(?:\.(\w+))? import (\w+)", re.MULTILINE)
         inside = {module or first for module, first in pattern.findall(path.read_text())}
         assert inside <= set(DIFFUSION[:position]), name
@@ -142,6 +147,19 @@ def test_triton_is_left_alone_until_it_is_asked_for():
     """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_transformers_auto_classes_know_the_model(tmp_path):
+    pytest.importorskip("transformers", reason="comes with the extra `train`")
+    (tmp_path / "config.json").write_text('{"model_type": "smoothie"}')
+    program = f"""if True:
+        import smoothie_kernels.diffusion
+        from transformers import AutoModel, AutoConfig
+        config = AutoConfig.from_pretrained({str(tmp_path)!r})
+        print(AutoModel._model_mapping[type(config)].__name__, AutoModel._model_mapping[type(config)].__module__)
+    """
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.stdout.split() == ["SmoothieModel", "smoothie_kernels.diffusion.model"], done.stderr
 
 
 def test_diffusion_s_names():
