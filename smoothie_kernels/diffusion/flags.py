@@ -107,10 +107,8 @@ def _default(action: argparse.Action, node: yaml.Node) -> Any:
         if action.nargs != "+":
             raise ValueError("it must be one value, got a list")
         return [_converted(action, each) for each in node.value]
-    if action.nargs in (0, "?") and node.tag == TRUTH:
+    if action.nargs == "?" and node.tag == TRUTH:
         return action.const if yaml.SafeLoader.bool_values[node.value.lower()] else False
-    if action.nargs == 0:
-        raise ValueError(f"it must be true or false, got {node.value!r}")
     value = _converted(action, node)
     return [value] if action.nargs == "+" else value
 

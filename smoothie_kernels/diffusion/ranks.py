@@ -36,7 +36,7 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process. All must ask."""
     if PartialState().num_processes == 1:
         return flag
-    flags = torch.tensor([int(flag)])
+    flags = torch.tensor([int(flag)], dtype=torch.int64, device="cpu")
     distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=_group())
     return bool(flags.item())
 

@@ -96,26 +96,25 @@ def sample(checkpoint: Path | str, output: str, text: TextOptions, options: Samp
             batch_size=text.batch_size, part=(state.process_index, state.num_processes), truncate=text.truncate,
             progress=sys.stderr.isatty() and state.is_main_process, options=options,
         )  # fmt: skip
-        written, empty = 0, Counter[str]()
+        empty = Counter[str]()
         for batch in batches:
+            empty.update(pipeline.names(each.tokens) for each in batch if not each.text)
             told = [rows[each.id // text.samples] if rows else {} for each in batch]
             made = [
                 {"id": each.id, "text": each.text, "steps": each.steps} | row
                 for each, row in zip(batch, told, strict=True)
             ]
-            parts = ranks.gathered((made, [pipeline.names(each.tokens) for each in batch if not each.text]))
-            lines = [line for part, _ in parts for line in part]
-            written += len(lines)
-            empty.update(names for _, part in parts for names in part)
+            lines = [line for part in ranks.gathered(made) for line in part]
             if file is not None:
                 ranks.on_main(partial(file.write, lines))
             elif state.is_main_process:
                 print(*(json.dumps(line, ensure_ascii=False) for line in lines), sep="\n", flush=True)
         if file is not None:
             ranks.on_main(file.finish)
-        if empty and state.is_main_process:
+        if empty := sum(ranks.gathered(empty), Counter[str]()):
             seen = "; ".join(f"{count:,} times {names}" for names, count in empty.most_common(3))
-            print(f"{empty.total():,} of {written:,} texts are empty, their tokens are: {seen}", file=sys.stderr)
+            made_now = f"{empty.total():,} of {total - done:,} texts are empty"
+            print(f"{made_now}, their tokens are: {seen}", file=sys.stderr)
     return max(total, done)
 
 

@@ -205,7 +205,7 @@ def sample(
 
 def _forbidden(excluded: Sequence[int], vocabulary: Vocabulary) -> Tensor:
     """(V,) bool."""
-    v, forbidden = len(vocabulary), torch.zeros(len(vocabulary), dtype=torch.bool)
+    v, forbidden = len(vocabulary), torch.zeros(len(vocabulary), dtype=torch.bool, device="cpu")
     for token in excluded:
         if not 0 <= token < v:
             raise ValueError(f"excluded must be tokens in [0, V) with V = {v}, got {token}")

@@ -276,7 +276,7 @@ def test_torch_noise_follows_the_default_generator():
         ({"self_conditioning": 1.5}, "self_conditioning must be at least 0 and at most 1, got 1.5"),
         ({"guidance_dropout": -0.1}, "guidance_dropout must be at least 0 and at most 1, got -0.1"),
         ({"x_0_variance": -1.0}, "x_0_variance must be at least 0, got -1.0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0 and at most 9223372036854775807, got -1"),
     ],
 )
 def test_option_messages(options, message):
