@@ -63,7 +63,10 @@ def test_says_what_is_wrong():
     good = {"target": "sm_80", "width": 768, "spilled": 0, "shared": 99 << 10, "tensor_cores": 8, "multiplies": True}
     assert faults(good) == []
     assert faults({**good, "spilled": 16}) == ["spills 16 bytes"]
+    assert faults({**good, "spilled": 8}) == ["spills 8 bytes"]
     assert faults({**good, "spilled": 16, "width": 1024}) == []
+    assert faults({**good, "spilled": 8, "multiplies": False}) == []
+    assert faults({**good, "spilled": 16, "multiplies": False}) == ["spills 16 bytes"]
     assert faults({**good, "shared": 100 << 10}) == ["takes 100 KiB of shared memory, sm_80 has 99"]
     assert faults({**good, "tensor_cores": 0}) == ["multiplies outside the tensor cores"]
     assert faults({**good, "tensor_cores": 0, "multiplies": False}) == []
