@@ -6,7 +6,6 @@ once per table (column norms, padded copies, compilation) may be done while maki
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -85,8 +84,6 @@ def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -
 
 def top_k(recall_target: float, smooth: str = "topk", backend: str = "auto") -> Mapping[str, Prepare]:
     def prepare(inputs: Inputs) -> Call:
-        # The benchmark's usual time has more weight in the tail than that, and the report is no place to say so.
-        warnings.filterwarnings("ignore", "smooth='topk' leaves out")
         table, std = sk.Vocabulary(inputs.table, backend=backend), inputs.std if inputs.noisy else 0
 
         def call() -> Outputs:

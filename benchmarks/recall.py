@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -148,8 +147,7 @@ def measure(
 ) -> Result:
     plan = plan or Plan()
     result = Result(machine, plan)
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "smooth='topk' leaves out")  # how much it leaves out is what is measured
+    with torch.inference_mode():
         for size in plan.sizes:
             sized = material.sized(size or len(material.table), material.table.shape[1])
             table = sk.Vocabulary(sized.table.to(device))

@@ -7,7 +7,6 @@ On a GPU they are not: reading them would make the host wait for the device.
 Autocast changes nothing here: a call takes its inputs in the types that they have, and sums in float32.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -95,8 +94,6 @@ def step_fwd(
         workspace, smooth, topk, recall_target,
     )  # fmt: skip
     outputs: StepOutputs = pick_backend(backend, x.device, x.dtype).step_fwd(inputs)
-    if smooth == "topk":
-        warn_of_tail(outputs)
     return outputs
 
 
@@ -126,32 +123,6 @@ def _inputs(
         None if field_weights is None else field_weights.contiguous(), float(sigma_min), workspace, smooth == "full",
         topk, recall_target,
     )  # fmt: skip
-
-
-MUCH = 0.1  # weight of what smooth="topk" leaves out, before it says so
-
-
-class _TailWarning:
-    """Says once what smooth="topk" leaves out. On a GPU only the first call looks, because looking waits for it."""
-
-    looks = True
-
-    def __call__(self, outputs: StepOutputs) -> None:
-        on_gpu = outputs.lse.is_cuda
-        if not self.looks or (on_gpu and torch.cuda.is_current_stream_capturing()):
-            return
-        kept = (outputs.top_logits - outputs.log_sum[:, None]).exp().sum(1)
-        tail = 1 - float(kept.nanmean())
-        if tail > MUCH:
-            warnings.warn(
-                f"smooth='topk' leaves out {tail:.0%} of the weight in the mean over rows: its smoothed embeddings are "
-                "far from those of smooth='full'. topk.tail_mass has it for every row",
-                stacklevel=2,
-            )
-        self.looks = not (tail > MUCH or on_gpu)
-
-
-warn_of_tail = _TailWarning()
 
 
 # --- its gradients

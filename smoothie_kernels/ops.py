@@ -79,8 +79,7 @@ def fused_smoothie_step(
             exact top-k makes the host wait, to ask which rows need another look, unless a CUDA graph is captured.
         smooth: what `smoothed` is a mean of; without the table's second product unless "full".
             "full": all tokens.
-            "topk": the top-k tokens, their weights adding up to 1. Warns once where they are less than 90 % of the
-            weight in the mean over rows (on a GPU only the first call looks).
+            "topk": the top-k tokens, their weights adding up to 1. What they leave out is `topk.tail_mass`.
             "topk+mean": the top-k tokens with their weights in the full softmax, and `tail_mass` times the mean of the
             table under the weights without noise, to first order in the logits l = mu * D::
 

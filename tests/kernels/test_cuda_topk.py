@@ -8,16 +8,15 @@ from cases import CASES, FIELDS, inputs, loudness
 from test_cuda import KEY, TYPES
 from test_cuda_edges import step_inputs
 
-from smoothie_kernels import expected_recall, fused_smoothie_step, library, nearest_token, noise
+from smoothie_kernels import expected_recall, fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import cuda, largest, reference, triton
 from smoothie_kernels.recall import Buckets, pick_buckets
 from smoothie_kernels.testing import check_step, check_topk, relative_error
 
 
 @pytest.fixture(autouse=True)
-def quick_and_silent(hopper, monkeypatch):
+def quick(hopper, monkeypatch):
     """Means of the largest are Triton's, whose interpreter takes its time."""
-    monkeypatch.setattr(library.warn_of_tail, "looks", False)
     if hopper == "cpu":
         monkeypatch.setattr(cuda, "average", reference.average)
 

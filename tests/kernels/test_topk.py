@@ -1,7 +1,6 @@
 """The largest noisy logits in every backend, what they leave out, means made of them, and their gradients."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -16,11 +15,6 @@ from smoothie_kernels.recall import pick_buckets
 from smoothie_kernels.testing import check_step, check_topk, dense_logits, relative_error
 
 KEY = {"seed": 3, "offset": 1}
-
-
-@pytest.fixture(autouse=True)
-def silent_about_tails(monkeypatch):
-    monkeypatch.setattr(library.warn_of_tail, "looks", False)
 
 
 def interpreted(backend):
@@ -439,37 +433,3 @@ def test_vmap(backend, smooth):
 
     for a, *b in zip(torch.func.vmap(step)(x), *(step(sample) for sample in x), strict=True):
         torch.testing.assert_close(a, torch.stack(b))
-
-
-# --- the warning
-
-
-def test_warns_once_of_much_that_is_left_out(backend, monkeypatch):
-    monkeypatch.setattr(library.warn_of_tail, "looks", True)
-    x, table = inputs(8, 200, 16, 1.0, device_of(backend))
-
-    def step(mu, smooth="topk", topk=5):
-        return fused_smoothie_step(x, table, mu, 0.9, **KEY, topk=topk, smooth=smooth, backend=backend)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        step(0.001, "full"), step(0.001, "topk+mean"), step(0.001, topk=200)
-        if device_of(backend) == "cpu":  # on a GPU only the first call looks
-            step(5.0)
-    monkeypatch.setattr(library.warn_of_tail, "looks", True)
-    tail = float(step(0.001, "full").topk.tail_mass.mean())
-    with pytest.warns(UserWarning, match=rf"smooth='topk' leaves out {tail:.0%} of the weight") as caught:
-        step(0.001)
-    assert sum(issubclass(w.category, UserWarning) for w in caught) == 1  # beside those of NumPy
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        step(0.001)
-
-
-@pytest.mark.compilers
-def test_warns_under_compile_as_well(monkeypatch):
-    monkeypatch.setattr(library.warn_of_tail, "looks", True)
-    x, table = inputs(8, 200, 16, 1.0, DEVICE)
-    compiled = torch.compile(lambda x: fused_smoothie_step(x, table, 0.001, 0.9, topk=5, smooth="topk").smoothed)
-    with pytest.warns(UserWarning, match="leaves out"):
-        compiled(x)

@@ -30,7 +30,7 @@ from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthet
 from benchmarks.machine import Machine
 from benchmarks.report import Report, Row
 from benchmarks.suite import Running, Suite
-from smoothie_kernels import library, noise
+from smoothie_kernels import noise
 from smoothie_kernels.recall import Buckets
 from smoothie_kernels.testing import dense_logits
 
@@ -78,12 +78,6 @@ TINY = recall.Plan(
 
 def small(name: str = "step", **changes) -> inputs.Inputs:
     return inputs.build(replace(registry.CASES[name], **SMALL, **changes), synthetic(301, 20))
-
-
-@pytest.fixture(autouse=True)
-def _warning_of_the_tail_is_kept(monkeypatch):
-    """The library gives it once in a process: not to a benchmark that silences it."""
-    monkeypatch.setattr(library.warn_of_tail, "looks", True)
 
 
 @pytest.fixture
