@@ -42,6 +42,7 @@ class Vocabulary:
     def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
         checks.check_backend(backend)
         checks.check_table(embeddings)
+        checks.check_bool("check_finite", check_finite)
         self.table, self._backend, self._kept = embeddings, backend, {}
         if check_finite or self._keeps:
             self._keep("bias", lambda: self._bias(check_finite))
