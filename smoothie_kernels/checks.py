@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.nn import UninitializedBuffer, UninitializedParameter
 
 from smoothie_kernels import words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REAL = (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
+# The square of sigma_min, and one over it, are float32's normal numbers.
+SIGMA_MIN = (2.0**-63, 2.0**63)
+# std sum(|field_weights|): logits then stay below 2**28, where float32 rounds one and its reference by 8 each at most;
+# the CPU kernel's last pass bears 20 (csrc/cpu/step_fwd.h).
+LOUDEST = 2.0**25
 DEVICES = ("cpu", "cuda")  # PyTorch calls AMD's GPUs "cuda" as well
 OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d int64 tensor"
 
@@ -48,18 +55,23 @@ def integer(name: str, value: object, wanted: str = "an int") -> int:
 
 
 def _kind(value: object) -> str:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or _is_lazy(value):
         return type(value).__name__
     if value.is_nested or value.is_quantized:
         return f"{'nested' if value.is_nested else 'quantized'} tensor"
     return f"{value.dtype} tensor" if value.layout == torch.strided else f"{value.dtype} tensor of {value.layout}"
 
 
+def _is_lazy(value: object) -> bool:
+    """Whether it has no shape yet; torch.nn.parameter.is_lazy does not compile."""
+    return isinstance(value, UninitializedParameter | UninitializedBuffer)
+
+
 def _plain(name: str, value: object, wanted: str = "a tensor") -> Tensor:
     """A dense tensor, no subclass that wraps others, on a device that backends know."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
-    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+    if value.layout != torch.strided or value.is_nested or value.is_quantized or _is_lazy(value):
         raise TypeError(f"{name} must be a dense tensor, got {_kind(value)}")
     if torch.compiler.is_compiling():
         return value
@@ -173,17 +185,20 @@ def one_to_v(name: str, value: object, vocabulary: int, wanted: str = "an int") 
     return number
 
 
-def positive(name: str, value: object) -> Tensor:
-    """`value` as a 0-d float64 tensor on the host."""
-    number = _number(name, value)
+def sigma_min_tensor(value: object) -> Tensor:
+    """sigma_min as a 0-d float64 tensor on the host."""
+    number = _number("sigma_min", value)
     if not torch.compiler.is_compiling():
-        check_positive(name, number)
+        check_sigma_min(number)
     return _filled((), number, torch.float64, "cpu")
 
 
-def check_positive(name: str, number: float) -> None:
+def check_sigma_min(number: float) -> None:
     if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {number}")
+        raise ValueError(f"sigma_min must be positive and finite, got {number}")
+    low, high = SIGMA_MIN
+    if not low <= number <= high:
+        raise ValueError(f"sigma_min must be in [2**-63, 2**63], got {number}")
 
 
 def _filled(shape: tuple[int, ...], number: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -198,7 +213,7 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
     rows = x.shape[:-1]
     if isinstance(value, Tensor):
         value = _small(name, value)
-        if value.is_complex() or value.dtype == torch.bool:
+        if value.dtype not in REAL:
             raise TypeError(f"{name} must be a real number or tensor, got {_kind(value)}")
         if value.requires_grad:
             raise ValueError(f"{name} must not require grad: the step has no gradient for it")
@@ -211,8 +226,13 @@ def per_row(name: str, value: object, x: Tensor) -> Tensor:
         return value.to(device=x.device, dtype=dtype).expand(rows).reshape(math.prod(rows))
     number = _number(name, value, "a number or a tensor")
     if not torch.compiler.is_compiling():  # a comparison would fix the number; on a CPU the operator looks again
-        check_values(name, number)
+        check_values(name, number, dtype)
     return _filled((math.prod(rows),), number, dtype, x.device)
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {_kind(value)}")
 
 
 def count(name: str, value: object) -> int:
@@ -224,13 +244,29 @@ def count(name: str, value: object) -> int:
     return number
 
 
-def check_values(name: str, value: float | Tensor) -> None:
-    """All finite; std not negative."""
+def check_values(name: str, value: float | Tensor, dtype: torch.dtype = torch.float64) -> float:
+    """The largest magnitude. All must be finite, also in `dtype`, and std not negative."""
     low, high = (float(value.min()), float(value.max())) if isinstance(value, Tensor) else (value, value)
     if not -math.inf < low <= high < math.inf:  # NaN compares false
         raise ValueError(f"{name} must be finite, got {high if -math.inf < low else low}")
     if name == "std" and low < 0:
         raise ValueError(f"std must not be negative, got {low}")
+    magnitude = max(-low, high)
+    if magnitude > torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be finite in {dtype}, got {low}")
+    return magnitude
+
+
+def check_logits(mu: Tensor, sigma_min: float, std: Tensor, field_weights: Tensor | None) -> None:
+    """The values of what makes logits, alone and together."""
+    if (scale := check_values("mu", mu) / sigma_min**2) > torch.finfo(mu.dtype).max:
+        raise ValueError(f"mu / sigma_min**2 must be finite in {mu.dtype}, got {scale:.3g}")
+    loudness, of_fields = check_values("std", std), ""
+    if field_weights is not None:
+        check_values("field_weights", field_weights)
+        loudness, of_fields = loudness * float(field_weights.abs().sum()), " times the sum of |field_weights|"
+    if loudness > LOUDEST and std.dtype == torch.float32:
+        raise ValueError(f"std{of_fields} must be at most 2**25 in float32, got {loudness:.3g}")
 
 
 def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> tuple[Tensor | None, int]:
@@ -356,5 +392,5 @@ def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
     weights = [_number("field_weights", each, "numbers") for each in value]
     if not torch.compiler.is_compiling():
         for weight in weights:
-            check_values("field_weights", weight)
+            check_values("field_weights", weight, dtype)
     return torch.stack([_filled((), weight, dtype, "cpu") for weight in weights])

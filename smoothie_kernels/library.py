@@ -79,16 +79,13 @@ def step_fwd(
     backend: str,
 ) -> Eight:
     checks.check_row_offset(row_offset, len(x))
-    checks.check_positive("sigma_min", float(sigma_min))
+    checks.check_sigma_min(float(sigma_min))
     if x.shape[0] == 0:
         return _empty_step(x, smooth, topk)
     if x.device.type == "cpu":
-        checks.check_values("mu", mu)
-        checks.check_values("std", std)
+        checks.check_logits(mu, float(sigma_min), std, field_weights)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
-        if field_weights is not None:
-            checks.check_values("field_weights", field_weights)
     inputs = _inputs(
         x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
         workspace, smooth, topk, recall_target,

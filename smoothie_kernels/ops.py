@@ -63,8 +63,9 @@ def fused_smoothie_step(
         embeddings: (V, D) table of any of these types on x's device, or a `Vocabulary` of it, which checks the table
             and computes what depends on it alone once.
         mu: weight of the distances; a number or a tensor that broadcasts to `x.shape[:-1]`.
-        std: standard deviation of the noise, not negative; likewise. The number 0 leaves the noise out.
-        sigma_min: scale of the distances, > 0.
+        std: standard deviation of the noise, not negative; likewise. The number 0 leaves the noise out. In float32 at
+            most 2**25, times the sum of |field_weights|: louder noise has no digits for the distances.
+        sigma_min: scale of the distances, in [2**-63, 2**63].
         seed: 64 bits that name the noise field. None draws one from torch's default generator, so that
             `torch.manual_seed` rules. An int, or a 0-d int64 tensor.
         offset: 64 bits, the caller's step counter: every offset has a fresh field. An int, or a 0-d int64 tensor.
@@ -124,7 +125,7 @@ def fused_smoothie_step(
     checks.check_x(x, vocabulary.embeddings)
     checks.check_can_be_saved(x, vocabulary.embeddings)
     k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
-    scale_of_distances = checks.positive("sigma_min", sigma_min)
+    scale_of_distances = checks.sigma_min_tensor(sigma_min)
     workspace = checks.count("workspace", workspace)
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
     flat, weights_of_distances = x.reshape(-1, x.shape[-1]), checks.per_row("mu", mu, x)

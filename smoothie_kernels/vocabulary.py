@@ -29,19 +29,22 @@ class Vocabulary:
         TypeError, ValueError: not such a tensor; V = 0 or D = 0; an entry that is not finite, or a row whose squared
             norm overflows float32.
 
-    A frozen table must not be written to afterwards: bias and copy would not follow, and no call looks. Build a new
-    Vocabulary then. Of a table that requires a gradient nothing is kept: every call computes the bias from the table as
-    it is, so one Vocabulary serves all steps of an optimizer.
+    Of a table that requires a gradient nothing is kept: every call computes the bias from the table as it is, so one
+    Vocabulary serves all steps of an optimizer. A frozen table may be written to as well (an average of weights,
+    load_state_dict): a call that sees it computes anew. It sees what PyTorch counts, so neither writes through `.data`
+    nor those to a tensor made in inference mode, and under torch.compile none: build a new Vocabulary then.
     """
 
     table: Tensor  # (V, D): as it was given
     _backend: str
     _kept: dict[str, Tensor]
+    _state: tuple[object, ...] | None = None  # of the table when it was read
     _follows = True  # whether nothing is kept of a table that requires a gradient
 
     def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
         checks.check_backend(backend)
         checks.check_table(embeddings)
+        checks.check_bool("check_finite", check_finite)
         self.table, self._backend, self._kept = embeddings, backend, {}
         if check_finite or self._keeps:
             self._keep("bias", lambda: self._bias(check_finite))
@@ -70,12 +73,19 @@ class Vocabulary:
         if not self._keeps:
             self._kept.clear()  # the table may be written to, and frozen afterwards
             return make()
-        if name not in self._kept:
-            # Autograd does not save tensors that are made in inference mode, and a later call may train.
-            leaves = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-            with torch.inference_mode(False) if leaves else nullcontext():
-                self._kept[name] = make()
-        return self._kept[name]
+        compiling = torch.compiler.is_compiling()
+        if self._follows and not compiling and self._state != (state := _state(self.table)):
+            self._kept, self._state = {}, state
+        # Autograd does not save tensors that are made in inference mode, and a later call may train. A compiled call
+        # can neither leave the mode nor ask for it: what it makes without gradients is for such calls alone.
+        if compiling and not torch.is_grad_enabled() and name not in self._kept:
+            name = f"{name} of compiled calls without gradients"
+        if (kept := self._kept.get(name)) is not None:
+            return kept
+        leaves = not compiling and torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if leaves else nullcontext():
+            kept = self._kept[name] = make()
+        return kept
 
     def to(self, device: torch.device | str) -> Vocabulary:
         """This vocabulary on another device; itself where it is there already."""
@@ -112,6 +122,11 @@ class Vocabulary:
     def __repr__(self) -> str:
         v, d = self.table.shape
         return f"Vocabulary(V={v}, D={d}, dtype={self.table.dtype}, device='{self.table.device}')"
+
+
+def _state(table: Tensor) -> tuple[object, ...]:
+    """Differs after a write that PyTorch counts, and where `.data` was set, as by Module.to."""
+    return None if table.is_inference() else table._version, table.untyped_storage()._cdata, table.dtype
 
 
 class OneStep(Vocabulary):

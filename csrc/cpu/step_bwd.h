@@ -54,7 +54,7 @@ class StepBackward {
         panels_(ceil_div(n_rows, kPanel)),
         padded_width_(ceil_div(params.width, kColumns) * kColumns),
         noise_(params),
-        layout_(n_rows, params.width),
+        layout_(params.n_rows, params.width),
         xt_(panels_ * kPanel * params.width),
         gt_(kMean ? panels_ * kPanel * params.width : 0),
         x_columns_(params.grad_table ? n_rows * padded_width_ : 0),

@@ -124,7 +124,7 @@ class Step {
         pass_(pass),
         noise_(params),
         plan_(make_plan(ceil_div(n_rows, kPanel), ceil_div(params.n_vocab, kTile), threads.count)),
-        layout_(n_rows, params.width) {}
+        layout_(params.n_rows, params.width) {}
 
   void run() {
     const int64_t tasks = plan_.blocks * plan_.splits, workers = least(threads_.count, tasks);

@@ -94,7 +94,8 @@ inline float score_scale(const StepInputs& p, int64_t r) {
 }
 
 // Where rows lie in panels of two vectors: along the lanes, each in one lane or, where rows are few, in a group of
-// them.
+// them. n_rows are those of the call, also where a pass takes some of them: the group decides how scores round, and the
+// weights of a far row add up to 1 only where all passes round alike.
 template <class S>
 class Layout {
  public:

@@ -78,6 +78,22 @@ def test_of_lse_alone(backend, case):
     assert problem.wrong(problem.grads(smoothed=False), smoothed=False) == []
 
 
+def test_a_far_row_among_near_ones(backend):
+    """A pass of its own finds its largest logit; the backward must round its scores as that pass did."""
+    problem = Problem(backend, 20, 130, 64, mu=0.3)
+    problem.x[11] *= 1e4
+    assert problem.wrong(problem.grads(smoothed=False), smoothed=False) == []
+
+
+def test_rows_that_do_not_fit_in_memory_at_once():
+    """The CPU backward packs 1,536 rows of this width at a time; the four that are left round as all others do."""
+    problem = Problem("cpu", 1540, 40, 1024, mu=0.3)
+    grad = problem.grads(table=False, smoothed=False)[0][-4:]
+    problem.x, problem.eps = problem.x[-4:], problem.eps[-4:]
+    problem.grad_smoothed, problem.grad_lse = problem.grad_smoothed[-4:], problem.grad_lse[-4:]
+    assert problem.wrong([grad, None], smoothed=False) == []
+
+
 @pytest.mark.parametrize("table_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_types(backend, x_type, table_type):

@@ -242,6 +242,39 @@ def test_a_vocabulary_follows_a_table_that_trains(x, table):
         assert torch.equal(vocabulary.bias, Vocabulary(trained).bias)
 
 
+@pytest.mark.parametrize("write", [
+    lambda t: t.mul_(1.5),
+    lambda t: setattr(t, "data", t * 2),
+    lambda t: setattr(t, "data", t.half()),
+    lambda t: t.resize_(V - 30, D),
+], ids=["in place", "other memory", "other type", "fewer tokens"])  # fmt: skip
+def test_a_vocabulary_follows_a_frozen_table(x, table, write):
+    """As by an average of weights, load_state_dict, Module.half; also one of which a copy is read."""
+    for frozen in (table.clone(), table.T.contiguous().T):
+        vocabulary = Vocabulary(frozen)
+        kept = fused_smoothie_step(x, vocabulary, 0.05, 0.9, topk=K, smooth="topk+mean") and vocabulary.moments()[0]
+        assert vocabulary.moments()[0].data_ptr() == kept.data_ptr()
+        write(frozen)
+        found, expected = (
+            fused_smoothie_step(x, of, 0.05, 0.9, seed=3, topk=K, smooth="topk+mean") for of in (vocabulary, frozen)
+        )
+        assert torch.equal(found.smoothed, expected.smoothed)
+        assert torch.equal(found.lse, expected.lse)
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_compiled_inference_keeps_nothing_that_training_cannot_save(x, table, compiles):
+    def smoothed(rows):
+        return fused_smoothie_step(rows, vocabulary, 0.05, 0.9, seed=3, topk=K, smooth="topk+mean").smoothed
+
+    vocabulary = Vocabulary(table)
+    compiled = torch.compile(smoothed, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        compiled(x)
+    leaf = x.clone().requires_grad_()
+    torch.autograd.grad((compiled if compiles else smoothed)(leaf).sum(), leaf)
+
+
 def _distance(vocabulary, x):
     return nearest_token(x, vocabulary).distance
 

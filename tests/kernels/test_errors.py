@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.nn import UninitializedParameter
 
 from smoothie_kernels import Vocabulary, dispatch, expected_recall, fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import cpu
@@ -88,6 +89,28 @@ STEP_ERRORS = [
     ({"sigma_min": 0.0}, ValueError, "sigma_min must be positive and finite, got 0.0"),
     ({"sigma_min": -1}, ValueError, "sigma_min must be positive and finite, got -1"),
     ({"sigma_min": float("nan")}, ValueError, "sigma_min must be positive and finite, got nan"),
+    *(({"sigma_min": value}, ValueError, r"sigma_min must be in \[2\*\*-63, 2\*\*63\]") for value in (1e-20, 1e200)),
+    ({"mu": 1e39}, ValueError, r"mu must be finite in torch.float32, got 1e\+39"),
+    ({"std": 1e39}, ValueError, r"std must be finite in torch.float32, got 1e\+39"),
+    (
+        {"offset": [1], "field_weights": [-1e39]},
+        ValueError,
+        r"field_weights must be finite in torch.float32, got -1e\+39",
+    ),
+    ({"mu": -1e30, "sigma_min": 1e-5}, ValueError, r"mu / sigma_min\*\*2 must be finite in torch.float32, got 1e\+40"),
+    ({"std": 1e9}, ValueError, r"std must be at most 2\*\*25 in float32, got 1e\+09"),
+    (
+        {"offset": [1, 2], "field_weights": [1e20, -1e20]},
+        ValueError,
+        r"std times the sum of \|field_weights\| must be at most 2\*\*25 in float32, got 1.8e\+20",
+    ),
+    (
+        {"mu": torch.empty(3, dtype=torch.bits8)},
+        TypeError,
+        "mu must be a real number or tensor, got torch.bits8 tensor",
+    ),
+    ({"x": UninitializedParameter()}, TypeError, "x must be a dense tensor, got UninitializedParameter"),
+    ({"embeddings": UninitializedParameter()}, TypeError, "embeddings must be a dense tensor, got UninitializedParam"),
     ({"sigma_min": torch.tensor(1.0)}, TypeError, "sigma_min must be a number, got torch.float32 tensor"),
     ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
     ({"seed": 2**64}, ValueError, "seed must fit in 64 bits, got 18446744073709551616"),
@@ -189,6 +212,8 @@ def test_vocabulary():
         Vocabulary(Vocabulary(TABLE))
     with pytest.raises(ValueError, match="backend must be one of"):
         Vocabulary(TABLE, backend="x")
+    with pytest.raises(TypeError, match="check_finite must be a bool, got str"):
+        Vocabulary(TABLE, check_finite="no")
     with pytest.raises(ValueError, match="device must be a device that PyTorch knows, got 'nonsense'"):
         Vocabulary(TABLE).to("nonsense")
 

@@ -176,6 +176,17 @@ def test_ties_go_to_the_lowest_token(backend):
     assert torch.equal(step.tokens, step.noisy_tokens)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_loudest_noise(backend):
+    """Its largest value takes all the weight."""
+    x, table = inputs(20, 300, 16, 1.0, device_of(backend))
+    step = fused_smoothie_step(x, table, 0.5, 2.0**25, seed=4, backend=backend)
+    largest, tokens = (2**25 * noise.gaussian(20, 300, seed=4, backend="reference").double()).max(1)
+    assert torch.equal(step.noisy_tokens, tokens)
+    torch.testing.assert_close(step.smoothed, table[tokens])
+    torch.testing.assert_close(step.lse.double(), largest, rtol=2e-6, atol=0)
+
+
 def test_same_call_same_bits(backend):
     x, table = inputs(40, 600, 32, 1.0, device_of(backend))
     first, second = (fused_smoothie_step(x, table, 0.05, 0.99, seed=1, backend=backend) for _ in range(2))
