@@ -357,11 +357,12 @@ def noise_fields(offset: object, field_weights: object, x: Tensor) -> tuple[Tens
     else:
         one_by_one = [word("offset", each, OFFSETS) for each in cast(Sequence[object], offset)]
         offsets = torch.stack(one_by_one) if one_by_one else torch.empty(0, dtype=torch.int64, device="cpu")
-    if len(offsets) == 0:
+    fields = offsets.shape[0]  # len() would fix it in an exported graph
+    if fields == 0:
         raise ValueError("offset must have at least one entry, got none")
     if field_weights is None:
         raise ValueError(f"field_weights must be given where offset is several, got None for {_kind(offset)}")
-    return offsets, _field_weights(field_weights, len(offsets), x)
+    return offsets, _field_weights(field_weights, fields, x)
 
 
 def _several(value: object) -> bool:

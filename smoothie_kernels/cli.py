@@ -93,11 +93,12 @@ def doctor() -> str:
 
 ASK = """
 import sys
+sys.path.insert(0, sys.argv[1])
 from smoothie_kernels import dispatch
 
-for backend in sys.argv[2:]:
+for backend in sys.argv[3:]:
     print(backend, flush=True)
-    dispatch.load(backend).supports(sys.argv[1], None)
+    dispatch.load(backend).supports(sys.argv[2], None)
 """
 
 
@@ -105,8 +106,8 @@ def _fatal(device: str) -> dict[str, str]:
     """The backends that end a process by being asked what they support, such as by loading a damaged library."""
     names, found = [*dispatch.BACKENDS, *dispatch.BY_NAME], {}
     while names:
-        command = [sys.executable, "-c", ASK, device, *names]
-        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-c", ASK, str(ROOT), device, *names]
+        asked = subprocess.run(command, capture_output=True, text=True)
         seen = asked.stdout.split()
         if not asked.returncode or not seen:
             break

@@ -24,7 +24,7 @@ Average = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Body = TypeVar("Body", bound=Callable[..., Any])
 
 
-def _without_autocast(body: Body) -> Body:
+def without_autocast(body: Body) -> Body:
     """Else the products inside a backend would be rounded to 16 bits."""
 
     @wraps(body)
@@ -41,7 +41,7 @@ def _without_autocast(body: Body) -> Body:
 
 
 @custom_op("smoothie_kernels::column_bias", mutates_args=())
-@_without_autocast
+@without_autocast
 def column_bias(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
     bias: Tensor = pick_backend(backend, embeddings.device, embeddings.dtype).column_bias(embeddings)
     if check_finite:
@@ -58,7 +58,7 @@ def _(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
 
 
 @custom_op("smoothie_kernels::step_fwd", mutates_args=())
-@_without_autocast
+@without_autocast
 def step_fwd(
     x: Tensor,  # [N, D]
     embeddings: Tensor,  # [V, D], rows contiguous
@@ -126,7 +126,7 @@ def _inputs(
 
 
 @custom_op("smoothie_kernels::step_bwd", mutates_args=())
-@_without_autocast
+@without_autocast
 def step_bwd(
     x: Tensor,
     embeddings: Tensor,
@@ -236,14 +236,14 @@ def _backward(ctx: Any, grad_smoothed: Tensor | None, *rest: Tensor | None) -> t
 step_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "fused_smoothie_step has first derivatives only: its backward cannot be differentiated again. "
         "smoothie_kernels.testing.dense_step, in plain PyTorch, can"
     )
 
 
-step_bwd.register_autograd(_no_second_derivative)
+step_bwd.register_autograd(no_second_derivative)
 
 
 # --- torch.func.vmap
@@ -251,13 +251,13 @@ step_bwd.register_autograd(_no_second_derivative)
 _PER_ROW = (0, 3, 4, 5)  # x, mu, std, row_ids: arguments of step_fwd with one entry for every row
 
 
-def _one_for_all(name: str) -> NotImplementedError:
+def one_for_all(name: str) -> NotImplementedError:
     return NotImplementedError(f"smoothie_kernels takes one {name} for all samples of torch.func.vmap")
 
 
 @column_bias.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    raise _one_for_all("embeddings")  # what every use of a table begins with
+    raise one_for_all("embeddings")  # what every use of a table begins with
 
 
 @step_fwd.register_vmap
@@ -265,7 +265,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     """Samples are more rows of one call. Each keeps its row ids, so every sample has the same noise."""
     for position, name in ((6, "seed"), (7, "offset"), (8, "field_weights")):
         if in_dims[position] is not None:
-            raise _one_for_all(name)
+            raise one_for_all(name)
     flat, samples = list(arguments), info.batch_size
     for position in _PER_ROW:
         if arguments[position] is not None:
@@ -299,7 +299,7 @@ step_bwd.register_vmap(partial(_one_call_each, step_bwd))
 
 
 @custom_op("smoothie_kernels::average_fwd", mutates_args=())
-@_without_autocast
+@without_autocast
 def average_fwd(
     weights: Tensor,  # [N, K]
     tokens: Tensor,  # [N, K] int64
@@ -325,7 +325,7 @@ def _empty_average(tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Te
 
 
 @custom_op("smoothie_kernels::average_bwd", mutates_args=())
-@_without_autocast
+@without_autocast
 def average_bwd(
     grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, needs_weights: bool, needs_embeddings: bool
 ) -> tuple[Tensor, Tensor]:
@@ -354,14 +354,14 @@ def _average_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 average_fwd.register_autograd(_average_backward, setup_context=_save_average)
-average_bwd.register_autograd(_no_second_derivative)
+average_bwd.register_autograd(no_second_derivative)
 
 
 @average_fwd.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
     """As in step_fwd: more rows of one call."""
     if in_dims[2] is not None:
-        raise _one_for_all("embeddings")
+        raise one_for_all("embeddings")
     weights, tokens = (_samples_first(a, dim, info.batch_size) for a, dim in zip(arguments, in_dims[:2], strict=False))
     mean: Tensor = average_fwd(weights.flatten(0, 1), tokens.flatten(0, 1), *arguments[2:])
     return mean.view(info.batch_size, -1, mean.shape[1]), 0
@@ -374,7 +374,7 @@ average_bwd.register_vmap(partial(_one_call_each, average_bwd))
 
 
 @custom_op("smoothie_kernels::nearest_fwd", mutates_args=())
-@_without_autocast
+@without_autocast
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
         return _empty_nearest(x)

@@ -103,8 +103,8 @@ def fused_smoothie_step(
         RuntimeError: the named backend cannot run here, and why.
 
     Sums are float32 (float64 for float64 input). The noise is a function of (seed, offset, row id, token) alone: it
-    does not depend on backend, device, threads, or on how rows are split into calls. The same call on the same machine
-    gives the same bits, forward and backward.
+    does not depend on backend, device, threads, or on how rows are split into calls. The same call on the same machine,
+    with the same number of threads, gives the same bits, forward and backward.
 
     Gradients flow to x and embeddings from smoothed, lse, topk.values and topk.tail_mass; the weights are made again,
     never stored, and the choice of the top-k tokens is taken for constant. mu, std and field_weights take none, and
@@ -112,11 +112,12 @@ def fused_smoothie_step(
 
     Under torch.autocast the inputs keep their types: bfloat16 rows with a float32 table are fine; call backward outside
     of it, as PyTorch asks, or the gradients of smooth="topk+mean" are rounded to 16 bits. torch.compile makes no graph
-    break; it reads NumPy's numbers as arrays, so give it Python's. torch.func.vmap over x, mu, std or row_ids gives
+    break; it reads NumPy's numbers as arrays, so give it Python's. Load a program of torch.export after `import
+    smoothie_kernels`, which registers its operators. torch.func.vmap over x, mu, std or row_ids gives
     every sample the noise of the same row ids; the table, seed, offset and field_weights cannot be batched, and
     torch.func.grad does not take PyTorch's custom operators (pytorch/pytorch#170834): use torch.autograd.grad. A CUDA
-    graph replays what it captured: pass seed, offset or field_weights as a
-    tensor on the GPU, and change it between replays for new noise.
+    graph replays what it captured: pass seed, offset or field_weights as a tensor on the GPU, and change it between
+    replays for new noise.
 
     Equations 4, 5 of arXiv 2505.18853 and its sampling step.
     """

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 from smoothie_kernels import checks, library
-
-BLOCK = 1024  # tokens at a time
+from smoothie_kernels.moments import moments
 
 
 class Vocabulary:
@@ -39,7 +39,7 @@ class Vocabulary:
     _backend: str
     _kept: dict[str, Tensor]
     _state: tuple[object, ...] | None = None  # of the table when it was read
-    _follows = True  # whether nothing is kept of a table that requires a gradient
+    _for_one_step = False  # then it keeps all: neither an optimizer nor a transform ends while it lives
 
     def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
         checks.check_backend(backend)
@@ -67,54 +67,43 @@ class Vocabulary:
 
     @property
     def _keeps(self) -> bool:
-        return not (self._follows and self.table.requires_grad)
+        return self._for_one_step or not self.table.requires_grad
 
     def _keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if not self._keeps:
             self._kept.clear()  # the table may be written to, and frozen afterwards
             return make()
-        compiling = torch.compiler.is_compiling()
-        if self._follows and not compiling and self._state != (state := _state(self.table)):
+        dynamo, compiling = torch.compiler.is_dynamo_compiling(), torch.compiler.is_compiling()
+        if not (self._for_one_step or compiling) and self._state != (state := _state(self.table)):
             self._kept, self._state = {}, state
-        # Autograd does not save tensors that are made in inference mode, and a later call may train. A compiled call
-        # can neither leave the mode nor ask for it: what it makes without gradients is for such calls alone.
-        if compiling and not torch.is_grad_enabled() and name not in self._kept:
-            name = f"{name} of compiled calls without gradients"
-        if (kept := self._kept.get(name)) is not None:
-            return kept
-        leaves = not compiling and torch.is_inference_mode_enabled()
-        with torch.inference_mode(False) if leaves else nullcontext():
-            kept = self._kept[name] = make()
-        return kept
+        if name not in self._kept and dynamo and not torch.is_grad_enabled():
+            name = f"{name}, without gradients"  # Dynamo does not see inference mode: this may be an inference tensor
+        if name not in self._kept:
+            # Autograd does not save tensors that are made in inference mode, and a later call may train.
+            leaves = not compiling and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if leaves else nullcontext():
+                made = make()
+            if not (self._for_one_step or dynamo or _outlives_transforms(made)):
+                return made
+            self._kept[name] = made
+        return self._kept[name]
 
     def to(self, device: torch.device | str) -> Vocabulary:
         """This vocabulary on another device; itself where it is there already."""
-        if checks.as_device("device", device) == self.table.device:
+        device = checks.as_device("device", device)
+        if device == self.table.device:
             return self
+        if device.type != "meta":  # for shapes alone
+            checks.check_device("device", device)
         moved = object.__new__(type(self))
-        moved.table, moved._backend = self.table.to(device), self._backend
-        moved._kept = {name: kept.to(device) for name, kept in self._kept.items()}
+        moved.table, moved._backend, moved._kept = self.table.to(device), self._backend, {}
         return moved
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """mean(E), (D,), and the covariance of (E, -||E||^2 / 2) with E over all tokens, (D + 1, D). float32, or
         float64 for a float64 table, under autocast too."""
-        both = self._keep("moments", self._moments)  # (D + 2, D)
+        both = self._keep("moments", lambda: moments(self.table))  # (D + 2, D)
         return both[0], both[1:]
-
-    def _moments(self) -> Tensor:
-        v, dtype = len(self), library.sum_dtype(self.table)
-        blocks = [slice(first, first + BLOCK) for first in range(0, v, BLOCK)]
-        with torch.autocast(self.table.device.type, enabled=False):
-            mean = torch.stack([self.table[b].to(dtype).sum(0) for b in blocks]).sum(0) / v
-            mean_square = mean.square().sum()
-            covariance = mean.new_zeros(len(mean) + 1, len(mean))
-            for block in blocks:
-                table = self.table[block].to(dtype)
-                # Any constant does beside the halved squares, because the other factor adds up to zero.
-                squares = (mean_square - table.square().sum(1, keepdim=True)) / 2
-                covariance = covariance + torch.cat((table - mean, squares), 1).T @ (table - mean) / v
-        return torch.cat((mean[None], covariance))
 
     def __len__(self) -> int:
         return self.table.shape[0]
@@ -129,10 +118,16 @@ def _state(table: Tensor) -> tuple[object, ...]:
     return None if table.is_inference() else table._version, table.untyped_storage()._cdata, table.dtype
 
 
+def _outlives_transforms(made: Tensor) -> bool:
+    """Not what stands for a tensor while torch.export traces, fake tensors are used or torch.func differentiates."""
+    plain = type(made).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and not functorch.is_functorch_wrapped_tensor(made) and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+
+
 class OneStep(Vocabulary):
     """The Vocabulary of a table that nothing writes to while it lives, so that it may keep the bias of any table."""
 
-    _follows = False
+    _for_one_step = True
 
 
 def as_vocabulary(embeddings: Tensor | Vocabulary, backend: str) -> Vocabulary:

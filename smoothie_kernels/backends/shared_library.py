@@ -35,11 +35,11 @@ def missing_bytes(path: Path) -> int:
         if len(header) < 64 or not header.startswith(ELF):
             return 0
         (table,), (size, count) = struct.unpack_from("=Q", header, 32), struct.unpack_from("=HH", header, 54)
+        length = file.seek(0, 2)
+        if size != 56 or table + size * count > length:
+            return 0
         file.seek(table)
         entries = file.read(size * count)
-        length = file.seek(0, 2)
-    if size != 56 or len(entries) < size * count:
-        return 0
     ends = [entry[2] + entry[5] for entry in struct.iter_unpack("=II6Q", entries) if entry[0] == PT_LOAD]
     lacking: int = max(ends, default=0) - length
     return max(0, lacking)

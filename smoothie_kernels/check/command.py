@@ -47,7 +47,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     names = [name for several in arguments.backend for name in several.split(",")]
     if unknown := [name for name in names if name not in machine.BACKENDS]:
         parser.error(f"--backend must be one of {', '.join(machine.BACKENDS)}, got {unknown[0]!r}")
-    if arguments.out and not arguments.out.resolve().parent.is_dir():
+    if arguments.out and (arguments.out.is_dir() or not arguments.out.resolve().parent.is_dir()):
         parser.error(f"--out must be a file in a folder that exists, got {str(arguments.out)!r}")
 
     begin = time.monotonic()
@@ -97,17 +97,22 @@ def _describe_to(emulated: Path | None, path: Path) -> None:
 def report(
     results: Generator[Result], known: dict[str, Any], reasons: dict[str, str], out: Path | None, begin: float
 ) -> int:
-    """Prints every result as it comes, then all. A probe that was not reached when the user interrupts is left out."""
+    """Prints every result as it comes, then all. A probe that was not reached when the user interrupts is left out.
+    Where `out` cannot be written to, the probes go on without it."""
     ended: list[Result] = []
-    stopped = False
+    stopped, unwritten = False, ""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for result in results:
             ended.append(result)
             print(result.json(), flush=True)
-            if out:
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(result.json() + "\n")
+            if out and not unwritten:
+                try:
+                    with out.open("a", encoding="utf-8") as file:
+                        file.write(result.json() + "\n")
+                except OSError as error:
+                    unwritten = f"smoothie-kernels check: --out cannot be written to: {error}"
+                    print(unwritten, file=sys.stderr)
     except KeyboardInterrupt:
         stopped = True
     finally:
@@ -126,7 +131,7 @@ def report(
         print(f"{result.backend}, {result.probe}: {result.outcome}")
     print(f"{len(ended)} probes, {len(bad)} not ok, {time.monotonic() - begin:.0f} s{', interrupted' * stopped}")
     print("---")
-    return 130 if stopped else 1 if bad else 0 if ended else 2
+    return 130 if stopped else 1 if bad else 0 if ended and not unwritten else 2
 
 
 def table(results: Iterable[Result]) -> str:

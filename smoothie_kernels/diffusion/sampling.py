@@ -128,8 +128,8 @@ def sample(
     Raises:
         TypeError, ValueError: a bad argument or a wrong answer of the model, by name.
 
-    The same call on the same machine gives the same bits. Another batch around a sample changes no more than rounding:
-    its noise is the same. arXiv 2505.18853, section 4.
+    The same call on the same machine, with the same number of threads, gives the same bits. Another batch around a
+    sample changes no more than rounding: its noise is the same. arXiv 2505.18853, section 4.
     """
     vocabulary = as_vocabulary(embeddings, backend)
     table = vocabulary.embeddings

@@ -411,6 +411,19 @@ def test_a_dynamic_batch_is_exported(table):
         assert torch.equal(program(table[:n, None]), Step()(table[:n, None]))
 
 
+def test_a_dynamic_number_of_fields_is_exported(table):
+    class Step(torch.nn.Module):
+        def forward(self, offset, weights):
+            return fused_smoothie_step(table[:2], table, 0.05, 0.9, seed=1, offset=offset, field_weights=weights).lse
+
+    fields = {0: torch.export.Dim("fields", min=2)}
+    given = torch.arange(2), torch.randn(2)
+    program = torch.export.export(Step(), given, dynamic_shapes={"offset": fields, "weights": fields}).module()
+    for n in (2, 5):
+        given = torch.arange(n), torch.randn(n)
+        assert torch.equal(program(*given), Step()(*given))
+
+
 # --- numbers and tensors of other kinds
 
 

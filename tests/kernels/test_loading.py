@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ FOREIGN = struct.pack("=H", X86_64 if os.uname().machine == "riscv64" else RISC_
 DAMAGED = {  # made of the whole library and its mapped part; what is said
     "cut in its header": (lambda whole, mapped: whole[:40], "file too short"),
     "cut in its table": (lambda whole, mapped: whole[:100], "file too short|cannot read file data"),
+    "table beyond any file": (lambda whole, mapped: whole[:32] + b"\xff" * 8 + whole[40:], "."),
     "half": (lambda whole, mapped: mapped[: len(mapped) // 2], "the file is cut short by [0-9,]+ bytes"),
     "all but a byte": (lambda whole, mapped: mapped[:-1], "the file is cut short by 1 bytes"),
     "empty": (lambda whole, mapped: b"", "file too short"),
@@ -105,6 +107,15 @@ def test_a_mount_without_execution(tmp_path, monkeypatch):
 def test_a_whole_library_misses_nothing():
     assert missing_bytes(cpu.LIBRARY) == 0
     assert missing_bytes(Path(__file__)) == 0  # for the loader to refuse
+
+
+def test_doctor_asks_a_package_in_a_zip(tmp_path, monkeypatch):
+    path = tmp_path / "package.zip"
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr("smoothie_kernels/__init__.py", "")
+        package.writestr("smoothie_kernels/dispatch.py", "def load(name): raise SystemExit('planted')")
+    monkeypatch.setattr(cli, "ROOT", path)
+    assert "\n  cpu        no: loading it ends a process: planted\n" in cli.doctor()
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a compiler")

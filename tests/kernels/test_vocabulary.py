@@ -39,6 +39,8 @@ def test_surface():
     assert repr(vocabulary) == "Vocabulary(V=10, D=4, dtype=torch.float32, device='cpu')"
     assert vocabulary.to("cpu") is vocabulary
     assert vocabulary.to("meta").bias.device.type == "meta"
+    with pytest.raises(ValueError, match="device must be on a CPU or a CUDA device, got xpu"):
+        vocabulary.to("xpu")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])

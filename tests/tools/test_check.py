@@ -20,7 +20,7 @@ from smoothie_kernels.check.findings import Findings, histogram, where
 from smoothie_kernels.check.isolate import run_command
 from smoothie_kernels.check.plan import probes_of
 from smoothie_kernels.check.probes import Probe, Target
-from smoothie_kernels.check.run import run_here, run_isolated, run_probe
+from smoothie_kernels.check.run import Result, run_here, run_isolated, run_probe
 from smoothie_kernels.testing import check_step, check_topk, compare, compare_step
 
 TARGET = Target("reference", "cpu", (torch.float32,), "cpu")
@@ -150,6 +150,15 @@ def test_nothing_that_could_run_is_no_success(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_probes_go_on_without_a_file_that_cannot_be_written_to(capsys):
+    results = (Result(name, "reference", "ok", 0.0, {}) for name in ("one", "two"))
+    assert command.report(results, {}, {}, Path("/dev/full"), time.monotonic()) == 2
+    printed = capsys.readouterr()
+    assert len(lines_of(printed.out)) == 2
+    assert printed.err == "smoothie-kernels check: --out cannot be written to: [Errno 28] No space left on device\n"
+
+
 def test_an_interrupt_ends_the_probe_that_runs(tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(
@@ -297,6 +306,7 @@ def test_kernels_of_cuda_in_the_emulator(hopper_library, tmp_path):
         (["--backend", "rocm"], "--backend must be one of cuda, cpu, triton, reference, got 'rocm'"),
         (["--backend", "cpu,rocm"], "got 'rocm'"),
         (["--out", "nowhere/at/all.jsonl"], "--out must be a file in a folder that exists, got 'nowhere/at/all.jsonl'"),
+        (["--out", "."], "--out must be a file in a folder that exists, got '.'"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
