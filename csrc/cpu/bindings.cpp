@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "../philox.h"
@@ -38,9 +37,10 @@ smoothie::Threads torch_threads() {
           }};
 }
 
-const smoothie::Tier& tier(const std::string& name) {
-  const smoothie::Tier* found = smoothie::find_tier(name.c_str());
-  STD_TORCH_CHECK(found != nullptr, "this processor does not run the tier ", name);
+// Tiers go by number: the stable ABI of torch 2.13 leaks every std::string that an operator takes.
+const smoothie::Tier& tier(int64_t index) {
+  const smoothie::Tier* found = smoothie::find_tier(index);
+  STD_TORCH_CHECK(found != nullptr, "this processor does not run tier ", index);
   return *found;
 }
 
@@ -90,9 +90,9 @@ void* like_x(const std::optional<Tensor>& t, const char* name, const Tensor& x) 
 
 void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, double sigma_min, std::string tier_name,
-              std::optional<Tensor> smoothed, Tensor tokens, Tensor noisy_tokens, Tensor lse, Tensor best_score,
-              Tensor log_sum, Tensor top_logits, Tensor top_tokens) {
+              std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, std::optional<Tensor> smoothed,
+              Tensor tokens, Tensor noisy_tokens, Tensor lse, Tensor best_score, Tensor log_sum, Tensor top_logits,
+              Tensor top_tokens) {
   const auto fields = noise_fields(seed, offsets, field_weights);
   auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
   const int64_t n = p.n_rows;
@@ -105,12 +105,12 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
   STD_TORCH_CHECK(p.topk <= p.n_vocab, "top_logits must have at most as many columns as there are tokens");
   p.top_logits = pointer<float>(top_logits, "top_logits", {n, p.topk});
   p.top_tokens = pointer<int64_t>(top_tokens, "top_tokens", {n, p.topk});
-  tier(tier_name).step_fwd(p, torch_threads());
+  tier(tier_index).step_fwd(p, torch_threads());
 }
 
 void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, double sigma_min, std::string tier_name, Tensor smoothed,
+              std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, Tensor smoothed,
               Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed, std::optional<Tensor> grad_lse,
               std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
   const auto fields = noise_fields(seed, offsets, field_weights);
@@ -122,10 +122,10 @@ void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
   p.grad_lse = pointer<float>(grad_lse, "grad_lse", {n});
   p.grad_x = like_x(grad_x, "grad_x", x);
   p.grad_table = pointer<float>(grad_embeddings, "grad_embeddings", {p.n_vocab, p.width});
-  tier(tier_name).step_bwd(p, torch_threads());
+  tier(tier_index).step_bwd(p, torch_threads());
 }
 
-void average(Tensor weights, Tensor tokens, Tensor embeddings, std::string tier_name, Tensor out) {
+void average(Tensor weights, Tensor tokens, Tensor embeddings, int64_t tier_index, Tensor out) {
   smoothie::AverageParams p{};
   p.n_rows = weights.size(0), p.k = weights.size(1), p.width = embeddings.size(1);
   p.weights = pointer<float>(weights, "weights", {p.n_rows, p.k});
@@ -133,36 +133,37 @@ void average(Tensor weights, Tensor tokens, Tensor embeddings, std::string tier_
   p.table = rows(embeddings, "embeddings", {embeddings.size(0), p.width});
   p.table_dtype = dtype_of(embeddings), p.table_stride = embeddings.stride(0);
   p.out = data(out, "out", {p.n_rows, p.width}), p.out_dtype = dtype_of(out);
-  tier(tier_name).average(p, torch_threads());
+  tier(tier_index).average(p, torch_threads());
 }
 
-void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, std::string tier_name, Tensor tokens, Tensor distance) {
+void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, int64_t tier_index, Tensor tokens, Tensor distance) {
   auto p = inputs<smoothie::StepParams>(x, embeddings, bias);
   p.tokens = pointer<int64_t>(tokens, "tokens", {p.n_rows});
   p.distance = pointer<float>(distance, "distance", {p.n_rows});
-  tier(tier_name).step_fwd(p, torch_threads());
+  tier(tier_index).step_fwd(p, torch_threads());
 }
 
-void column_bias(Tensor embeddings, std::string tier_name, Tensor bias) {
+void column_bias(Tensor embeddings, int64_t tier_index, Tensor bias) {
   const int64_t v = embeddings.size(0), d = embeddings.size(1);
-  tier(tier_name).bias(rows(embeddings, "embeddings", {v, d}), dtype_of(embeddings), embeddings.stride(0), v, d,
-                       pointer<float>(bias, "bias", {v}), torch_threads());
+  tier(tier_index)
+      .bias(rows(embeddings, "embeddings", {v, d}), dtype_of(embeddings), embeddings.stride(0), v, d,
+            pointer<float>(bias, "bias", {v}), torch_threads());
 }
 
-void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, std::string tier_name,
+void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, int64_t offset, int64_t tier_index,
               Tensor out) {
   const auto key = smoothie::noise_key(uint64_t(seed), uint64_t(offset));
   const int64_t n = out.size(0), columns = out.size(1);
-  tier(tier_name).gaussian(pointer<int64_t>(row_ids, "row_ids", {n}), row_offset, n, columns, key.key, key.row_shift,
-                           pointer<float>(out, "out", {n, columns}), torch_threads());
+  tier(tier_index)
+      .gaussian(pointer<int64_t>(row_ids, "row_ids", {n}), row_offset, n, columns, key.key, key.row_shift,
+                pointer<float>(out, "out", {n, columns}), torch_threads());
 }
 
-// The tiers that this processor runs, best first: "avx512 avx2 scalar".
-std::string supported_tiers() {
-  std::string names;
-  for (int i = smoothie::kTierCount - 1; i >= 0; --i)
-    if (smoothie::kTiers[i]->supported()) names += (names.empty() ? "" : " ") + std::string(smoothie::kTiers[i]->name);
-  return names;
+// Bit i: this processor runs kTiers[i].
+int64_t supported_tiers() {
+  int64_t bits = 0;
+  for (int i = 0; i < smoothie::kTierCount; ++i) bits |= int64_t(smoothie::kTiers[i]->supported()) << i;
+  return bits;
 }
 
 }  // namespace
@@ -170,20 +171,20 @@ std::string supported_tiers() {
 STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
   m.def(
       "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, str tier, Tensor(a!)? smoothed, "
+      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor(a!)? smoothed, "
       "Tensor(b!) tokens, Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, "
       "Tensor(g!) top_logits, Tensor(h!) top_tokens) -> ()");
   m.def(
       "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, str tier, Tensor smoothed, Tensor best_score, "
+      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor smoothed, Tensor best_score, "
       "Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> "
       "()");
   m.def(
-      "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, str tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
-  m.def("average(Tensor weights, Tensor tokens, Tensor embeddings, str tier, Tensor(a!) out) -> ()");
-  m.def("column_bias(Tensor embeddings, str tier, Tensor(a!) bias) -> ()");
-  m.def("gaussian(Tensor? row_ids, int row_offset, int seed, int offset, str tier, Tensor(a!) out) -> ()");
-  m.def("supported_tiers() -> str");
+      "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, int tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
+  m.def("average(Tensor weights, Tensor tokens, Tensor embeddings, int tier, Tensor(a!) out) -> ()");
+  m.def("column_bias(Tensor embeddings, int tier, Tensor(a!) bias) -> ()");
+  m.def("gaussian(Tensor? row_ids, int row_offset, int seed, int offset, int tier, Tensor(a!) out) -> ()");
+  m.def("supported_tiers() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cpu, CPU, m) {

@@ -9,9 +9,9 @@ const Tier* const kTiers[] = {&kTierScalar};
 #endif
 const int kTierCount = sizeof(kTiers) / sizeof(kTiers[0]);
 
-const Tier* find_tier(const char* name) {
+const Tier* find_tier(int64_t index) {
   for (int i = kTierCount - 1; i >= 0; --i)
-    if (kTiers[i]->supported() && (*name == '\0' || std::strcmp(name, kTiers[i]->name) == 0)) return kTiers[i];
+    if (kTiers[i]->supported() && (index < 0 || index == i)) return kTiers[i];
   return nullptr;
 }
 

@@ -1,7 +1,7 @@
 // The tiers of this build, slowest first, and the choice among them at run time.
 #pragma once
 
-#include <cstring>
+#include <cstdint>
 
 #include "step_params.h"
 
@@ -10,7 +10,7 @@ namespace smoothie {
 extern const Tier* const kTiers[];
 extern const int kTierCount;
 
-// The tier of that name, "" for the best that this processor runs; nullptr where there is none.
-const Tier* find_tier(const char* name);
+// kTiers[index], or the best that this processor runs where index is negative; nullptr where it runs no such tier.
+const Tier* find_tier(int64_t index);
 
 }  // namespace smoothie

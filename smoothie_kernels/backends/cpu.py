@@ -13,7 +13,8 @@ from smoothie_kernels.backends.shared_library import why_not
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cpu.so"
 BUILD = "install a C++ compiler and torch >= 2.10, then install smoothie-kernels again"
-TIER_VARIABLE = "SMOOTHIE_KERNELS_CPU_TIER"  # "avx512", "avx2", "scalar"; empty for the best that runs here
+TIER_VARIABLE = "SMOOTHIE_KERNELS_CPU_TIER"  # one of TIERS; empty for the best that runs here
+TIERS = ("scalar", "avx2", "avx512")  # in the order of csrc/cpu/tiers.cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,12 +43,18 @@ def tier() -> str:
 
 def tiers() -> list[str]:
     """What this processor runs, best first."""
-    return str(_ops().supported_tiers()).split()
+    supported = _ops().supported_tiers()
+    return [name for i, name in reversed([*enumerate(TIERS)]) if supported >> i & 1]
+
+
+def _tier() -> int:
+    """As the compiled operators take it: its place in TIERS, -1 for the best."""
+    return TIERS.index(tier()) if tier() else -1
 
 
 def column_bias(embeddings: Tensor) -> Tensor:
     bias = embeddings.new_empty(embeddings.shape[0], dtype=torch.float32)
-    _ops().column_bias(embeddings, tier(), bias)
+    _ops().column_bias(embeddings, _tier(), bias)
     return bias
 
 
@@ -77,22 +84,22 @@ def _arguments(inputs: StepInputs) -> tuple[object, ...]:
     std = inputs.std if inputs.std is not None and inputs.std.any() else None
     return (
         inputs.x, inputs.embeddings, inputs.bias, inputs.mu, std, inputs.row_ids, inputs.row_offset,
-        int(inputs.seed), inputs.offsets.cpu(), inputs.field_weights, inputs.sigma_min, tier(),
+        int(inputs.seed), inputs.offsets.cpu(), inputs.field_weights, inputs.sigma_min, _tier(),
     )  # fmt: skip
 
 
 def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     out = embeddings.new_empty(len(tokens), embeddings.shape[1], dtype=dtype)
-    _ops().average(weights, tokens, embeddings, tier(), out)
+    _ops().average(weights, tokens, embeddings, _tier(), out)
     return out
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     tokens, distance = x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
-    _ops().nearest_fwd(x, embeddings, bias, tier(), tokens, distance)
+    _ops().nearest_fwd(x, embeddings, bias, _tier(), tokens, distance)
     return tokens, distance
 
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:
-    _ops().gaussian(row_ids, row_offset, int(seed), int(offset), tier(), out)
+    _ops().gaussian(row_ids, row_offset, int(seed), int(offset), _tier(), out)
     return out

@@ -1,5 +1,7 @@
 """What is particular to the compiled CPU backend: its tiers, its threads, its memory."""
 
+import ctypes
+import gc
 import subprocess
 import sys
 import threading
@@ -175,3 +177,38 @@ def test_denormals_are_zero_inside_and_nowhere_else(tier):
     grads = torch.autograd.grad(step.smoothed, (x, table), torch.full((40, 24), 1e-40))
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
     assert (torch.full((1 << 16,), 1e-40) * 0.5 > 0).all()  # on every thread
+
+
+CALLS = {
+    "nearest_token": lambda x, table, _: nearest_token(x, table, backend="cpu"),
+    "step": lambda x, table, _: fused_smoothie_step(x, table, 0.1, 0.9, seed=2, backend="cpu"),
+    "gradients": lambda x, table, leaf: (
+        fused_smoothie_step(leaf, table, 0.1, 0.9, seed=2, backend="cpu").smoothed.sum().backward()
+    ),
+    "gaussian": lambda *_: noise.gaussian(4, 64, seed=2, backend="cpu"),
+    "Vocabulary": lambda x, table, _: Vocabulary(table.embeddings),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_leave_nothing_in_the_heap(name):
+    """Not even the 48 bytes of a string: they lie between large temporaries, and the process grows by those."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs mallinfo2 of glibc 2.33")
+
+    class Info(ctypes.Structure):
+        _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+    libc.mallinfo2.restype = Info
+    table, x = Vocabulary(torch.randn(64, 8)), torch.randn(4, 8)
+    leaf = x.clone().requires_grad_()
+
+    def used(calls):
+        for _ in range(calls):
+            CALLS[name](x, table, leaf)
+        gc.collect()
+        return libc.mallinfo2().field7  # bytes in use
+
+    before = used(100)
+    assert used(1000) - before < 16 * 1000
