@@ -194,7 +194,8 @@ class SmoothiePipeline:
         """Tokens that are given, FREE elsewhere; behind a whole text there is nothing but padding."""
         begun = begin_tokens(self.tokenizer)
         for i, part in enumerate(text.split(MASK) if whole else [text]):
-            words = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            # The space in front of a word is part of its token in byte-level BPE and SentencePiece: a gap brings its own.
+            words = self.tokenizer(part.removesuffix(" "), add_special_tokens=False, verbose=False)["input_ids"]
             begun += [FREE, *words] if i else words
         ids, most = [*begun, self.end] if whole else begun, self.model.config.target_length
         if len(ids) > most:

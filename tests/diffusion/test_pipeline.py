@@ -11,6 +11,7 @@ pytest.importorskip("datasets", reason="comes with the extra `train`")
 import small
 import training
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import BertConfig, BertModel
 
 from smoothie_kernels.diffusion import SmoothieModel, SmoothiePipeline
@@ -62,6 +63,26 @@ def test_templates_and_prefixes_come_out_as_given():
         assert made.tokens[: 1 + len(ids(prefix))] == [CLS, *ids(prefix)]
     assert pipe._fixed("[MASK] king", whole=True) == [CLS, FREE, *ids("king"), END, PAD, PAD, PAD, PAD]
     assert pipe._fixed("king", whole=False) == [CLS, *ids("king"), *[FREE] * 6]
+
+
+SPACES = {
+    "byte-level": (pre_tokenizers.ByteLevel(add_prefix_space=False), "Ġ"),
+    "SentencePiece": (pre_tokenizers.Metaspace(), "▁"),
+}
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_gaps_bring_their_own_space(kind):
+    """A space before a gap would become a token, which no text has between two words."""
+    splits, space = SPACES[kind]
+    words = small.tokenizer(words=("who", "is", "old", space, *(space + word for word in ("who", "is", "old"))))
+    words.backend_tokenizer.pre_tokenizer = splits
+    pipe = SmoothiePipeline(training.model(eos_token_id=END, pad_token_id=PAD), words)
+    before = [*words("who is old")["input_ids"]]
+    assert [pipe.names([token]) for token in before[2:4]] == [f"{space}is", f"{space}old"]
+    gaps = pipe._fixed("who [MASK] [MASK] old", whole=True)
+    assert gaps == [CLS, before[1], FREE, FREE, before[3], END, PAD, PAD]
+    assert pipe._fixed("who is ", whole=False) == [*before[:3], *[FREE] * 5]
 
 
 def test_unconditional():
