@@ -131,6 +131,9 @@ def test_what_sources_lose_is_logged(caplog):
     caplog.clear()
     pipeline()(["the baker made bread at home", "a", "a cat and dog eat"], steps=1, truncate=True)
     assert caplog.messages == ["2 of 3 sources are cut at 6 tokens"]
+    caplog.clear()
+    pipeline()(["the baker made bread at home", "xyz"], steps=1, truncate=True, part=(1, 2))
+    assert caplog.messages == []  # the first of several processes says it
 
 
 def test_from_a_checkpoint_and_from_a_run(tmp_path):
