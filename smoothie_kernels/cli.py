@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -27,12 +28,26 @@ COMMANDS = {  # their modules, the extras that these need, and what they do
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    name = " ".join(["smoothie-kernels", *argv[:1]])
+    status = 0
+    try:
+        status = _main(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:  # of stdout: a full disk, or a pipe whose reader has ended
+        if not status:  # else the command has said it
+            print(f"{name}: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush cannot fail
+        return status or 1
+    return status
+
+
+def _main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        try:
-            return run(argv[0], argv[1:])
-        except KeyboardInterrupt:
-            print(f"\nsmoothie-kernels {argv[0]}: interrupted", file=sys.stderr)
-            return 130
+        return run(argv[0], argv[1:])
     parser = Parser(prog="smoothie-kernels", description=smoothie_kernels.__doc__)
     parser.add_argument("--version", action="version", version=smoothie_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)

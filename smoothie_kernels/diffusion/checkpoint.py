@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from smoothie_kernels.diffusion.files import named, sync
+from smoothie_kernels.diffusion.reading import flat
 
 STATE, OPTIONS = "training_state.pt", "training.json"
 Resume = bool | Literal["auto"]
@@ -115,11 +116,14 @@ def check_options(checkpoint: Path, options: Mapping[str, Any], free: set[str]) 
 
 def differences(before: Mapping[str, Any], options: Mapping[str, Any], free: set[str]) -> list[str]:
     """What is not as it was, in words."""
-    now = json.loads(json.dumps(dict(options)))
+    was, now = (
+        dict(flat({name: value for name, value in each.items() if name not in free}))
+        for each in (before, json.loads(json.dumps(dict(options))))
+    )
     return [
-        f"{name} = {json.dumps(before.get(name))}, got {json.dumps(now.get(name))}"
-        for name in sorted((before.keys() | now.keys()) - free)
-        if before.get(name) != now.get(name)
+        f"{name} = {json.dumps(was.get(name))}, got {json.dumps(now.get(name))}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
     ]
 
 

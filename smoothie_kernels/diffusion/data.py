@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.compute
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, config, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from smoothie_kernels.diffusion.batches import check_positive
+from smoothie_kernels.diffusion.files import named
 from smoothie_kernels.diffusion.reading import PACKED, READERS, ending, read_rows
 from smoothie_kernels.diffusion.tokens import begin_tokens, end_token
 
@@ -48,7 +49,7 @@ class Counts(NamedTuple):
 
     tokens: int
     cut: int  # texts that were longer
-    unknown: int  # tokens
+    unknown: int  # tokens of text: GPT-2's unknown token is its end token too
     ended: int  # texts in which an end or padding token stands before the end
     special: list[int]  # the special tokens that occur
 
@@ -80,6 +81,7 @@ def read_text(
     Raises:
         ValueError: no such data, split or column; a file that is wrong, by its line; a column that does not hold
             strings; no row with text.
+        OSError: the cache of `datasets` cannot be written.
     """
     if unconditional and source_column is not None:
         raise ValueError(f"source_column must be None where there is no source, got {source_column!r}")
@@ -141,12 +143,13 @@ def tokenize(
             cut = [[*ids[: lengths[column] - 1], end] for ids in (ids[:-1] for ids in whole)]
             columns[column] = cut
             columns[f"{column} cut"] = [len(ids) > lengths[column] for ids in whole]
-            columns[f"{column} unknown"] = [ids.count(unknown) for ids in cut]
+            columns[f"{column} unknown"] = [ids[begun:-1].count(unknown) for ids in cut]
             columns[f"{column} ended"] = [not ends.isdisjoint(ids[begun:-1]) for ids in cut]
             columns[f"{column} special"] = [sorted(special.intersection(ids)) for ids in cut]
         return columns
 
-    rows = text.map(encode, batched=True, remove_columns=text.column_names, desc="tokens")
+    with named(Path(config.HF_DATASETS_CACHE)):
+        rows = text.map(encode, batched=True, remove_columns=text.column_names, desc="tokens")
     return rows.select_columns(text.column_names), {column: _counts(rows, column) for column in text.column_names}
 
 
@@ -179,10 +182,14 @@ def _from_files(
     known = tuple((str(path), str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     features = Features(dict.fromkeys(columns, Value("string")))
     given = {"read": READ, "files": known, "columns": columns}
-    try:
-        return Dataset.from_generator(rows, features=features, gen_kwargs=given), columns
-    except DatasetGenerationError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+    with named(Path(config.HF_DATASETS_CACHE)):
+        try:
+            return Dataset.from_generator(rows, features=features, gen_kwargs=given), columns
+        except DatasetGenerationError as error:
+            reason = error.__cause__ or error
+            if isinstance(reason, OSError):  # the cache is not written: what is wrong with the files is a ValueError
+                raise reason from error
+            raise ValueError(str(reason)) from error
 
 
 def _string(value: Any, column: str, where: str) -> str | None:
@@ -261,14 +268,14 @@ def _from_hub(
 
 
 def _hub(data: str) -> DatasetDict:
-    name, _, config = data.partition(":")
-    splits = _loaded(data, lambda: load_dataset(name, config or None))
+    name, _, subset = data.partition(":")
+    splits = _loaded(data, lambda: load_dataset(name, subset or None))
     first = next(iter(splits.values()))
     if first.info.builder_name != "csv":
         return splits
     # Again, as text: `datasets` looks at every block of a CSV file by itself and may take it for numbers.
     text = Features(dict.fromkeys(first.column_names, Value("string")))
-    return _loaded(data, lambda: load_dataset(name, config or None, features=text, keep_default_na=False))
+    return _loaded(data, lambda: load_dataset(name, subset or None, features=text, keep_default_na=False))
 
 
 def _hub_split(splits: DatasetDict, split: str) -> str | None:

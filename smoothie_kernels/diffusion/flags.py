@@ -32,7 +32,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Help with defaults, where they say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, False, argparse.SUPPRESS)
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))  # 0 says something
         return f"{action.help}" if silent else f"{action.help} (default: %(default)s)"
 
 
@@ -49,6 +49,9 @@ class Parser(arguments.Parser, HfArgumentParser):  # type: ignore[misc]
 
     def __init__(self, *groups: Any, **options: Any) -> None:
         super().__init__(groups, formatter_class=Help, **options)
+        for action in self._actions:
+            if isinstance(action, argparse._StoreFalseAction):  # which has the help of what it turns off
+                action.help = f"turn off --{action.dest.replace('_', '-')}"
         self.add_argument("--config", type=Path, help="YAML or JSON file of options by name; flags win")
 
     def read(self, given: Sequence[str]) -> tuple[Any, ...]:
@@ -63,10 +66,18 @@ class Parser(arguments.Parser, HfArgumentParser):  # type: ignore[misc]
         if path is not None:
             self._take_defaults(path)
         *found, unknown = self.parse_args_into_dataclasses(
-            given, look_for_args_file=False, return_remaining_strings=True
+            self._apart(given), look_for_args_file=False, return_remaining_strings=True
         )
         self.refuse(unknown)
         return tuple(found)
+
+    def _apart(self, given: Sequence[str]) -> list[str]:
+        """A switch takes the argument behind it only where that can be its value: it may be OUTPUT."""
+        switches = {name: action for action in self._actions if action.nargs == "?" for name in action.option_strings}
+        return [
+            f"{argument}=true" if argument in switches and not _fits(switches[argument], after) else argument
+            for argument, after in zip(given, [*given[1:], ""], strict=False)
+        ]
 
     def _take_defaults(self, path: Path) -> None:
         actions = {action.dest: action for action in reversed(self._actions) if action.option_strings}
@@ -81,6 +92,20 @@ class Parser(arguments.Parser, HfArgumentParser):  # type: ignore[misc]
             except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
                 raise ValueError(f"{name} is wrong in {str(path)!r}: {error}") from error
             action.required = False
+
+
+def not_empty(text: str) -> str:
+    """The type of an argument that is a path, as `check_not_empty` is for options."""
+    if not text:
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return text
+
+
+def _fits(switch: argparse.Action, text: str) -> bool:
+    try:
+        return callable(switch.type) and switch.type(text) is not None
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        return False
 
 
 def _options(path: Path) -> Iterator[tuple[str, yaml.Node]]:
@@ -106,6 +131,8 @@ def _default(action: argparse.Action, node: yaml.Node) -> Any:
     if isinstance(node, yaml.SequenceNode):
         if action.nargs != "+":
             raise ValueError("it must be one value, got a list")
+        if any(each.tag == NOTHING for each in node.value):
+            raise ValueError("it must be a list of values, got nothing for one")
         return [_converted(action, each) for each in node.value]
     if action.nargs == "?" and node.tag == TRUTH:
         return action.const if yaml.SafeLoader.bool_values[node.value.lower()] else False

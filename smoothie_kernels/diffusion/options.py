@@ -31,6 +31,13 @@ def check_range(options: object, low: float, high: float, *names: str) -> None:
             raise ValueError(f"{name} must be {lower}, got {value}")
 
 
+def check_not_empty(options: object, *names: str) -> None:
+    """ "" is what a variable of the shell leaves that is not set, and as a path the folder we are in."""
+    for name in names:
+        if getattr(options, name) == "":
+            raise ValueError(f"{name} must not be empty, got ''")
+
+
 # Most tokens of source and target, as for the paper's data set of the same task.
 PAPER_LENGTHS = {"question-generation": (100, 50), "paraphrase": (50, 50), "unconditional": (64, 80)}
 
@@ -53,6 +60,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_range(self, 1, float("inf"), "source_length", "target_length")
+        check_not_empty(self, "data", "source_column", "target_column")
 
     @property
     def without_source(self) -> bool:
@@ -95,6 +103,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_range(self, 1, float("inf"), "layers", "heads", "hidden_size")
+        check_not_empty(self, "embeddings", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)

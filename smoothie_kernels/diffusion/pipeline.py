@@ -127,7 +127,7 @@ class SmoothiePipeline:
             raise ValueError("prefixes must be None where there are templates, got both")
         total = _count({"sources": texts, "templates": templates, "prefixes": prefixes}, count) * samples
         config = self.model.config
-        given = None if texts is None else self._sources(texts, truncate)
+        given = None if texts is None else self._sources(texts, truncate, tell=part[0] == 0)
         fixed = [self._fixed(text, whole=templates is not None) for text in templates or prefixes or ()]
         collate = Collate(self.pad, config.target_length, config.source_length)
         bar = tqdm(total=total, initial=first_id, unit="text", disable=not progress)
@@ -168,8 +168,8 @@ class SmoothiePipeline:
         text: str = self.tokenizer.decode(words, skip_special_tokens=True)
         return text.strip()
 
-    def _sources(self, texts: list[str], truncate: bool) -> list[list[int]]:
-        """The tokens of all sources; what they lose is logged."""
+    def _sources(self, texts: list[str], truncate: bool, *, tell: bool) -> list[list[int]]:
+        """The tokens of all sources; what they lose is logged, by the first of several processes."""
         most, kept = self.model.config.source_length, []
         nothing = {self.end, self.tokenizer.unk_token_id, *begin_tokens(self.tokenizer)}
         unknown = []
@@ -183,9 +183,9 @@ class SmoothiePipeline:
                 unknown.append(text)
             cut += len(ids) >= most
             kept.append([*ids[: most - 1], self.end])
-        if cut:
+        if cut and tell:
             logger.warning("%d of %d sources are cut at %d tokens", cut, len(texts), most)
-        if unknown:
+        if unknown and tell:
             example = f"{unknown[0][:60]!r}"
             logger.warning("%d of %d sources have no token that the model knows: %s", len(unknown), len(texts), example)
         return kept
@@ -194,7 +194,8 @@ class SmoothiePipeline:
         """Tokens that are given, FREE elsewhere; behind a whole text there is nothing but padding."""
         begun = begin_tokens(self.tokenizer)
         for i, part in enumerate(text.split(MASK) if whole else [text]):
-            words = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            # In byte-level BPE and SentencePiece the space before a word is part of its token: a gap brings its own.
+            words = self.tokenizer(part.removesuffix(" "), add_special_tokens=False, verbose=False)["input_ids"]
             begun += [FREE, *words] if i else words
         ids, most = [*begun, self.end] if whole else begun, self.model.config.target_length
         if len(ids) > most:

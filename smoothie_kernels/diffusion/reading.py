@@ -33,7 +33,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     reader = READERS[str(ending(path))]
     try:
         for where, row in reader(path):
-            yield where, {name: value for name, value in _flat(row)}
+            yield where, dict(flat(row))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"data must be files that can be read, got {str(path)!r}: {error}") from error
 
@@ -126,9 +126,10 @@ def _decoded(line: bytes, number: int, path: Path) -> str:
         raise ValueError(f"data must be UTF-8, got line {number} of {path}: {error}") from error
 
 
-def _flat(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flat(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields, those of dictionaries under dotted names."""
     for name, value in row.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name}.")
+            yield from flat(value, f"{before}{name}.")
         else:
             yield before + name, value

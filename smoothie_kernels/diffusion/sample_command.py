@@ -14,8 +14,8 @@ from accelerate import PartialState
 
 from smoothie_kernels.diffusion import fingerprints, ranks
 from smoothie_kernels.diffusion.data import read_text
-from smoothie_kernels.diffusion.flags import Parser, Several, named
-from smoothie_kernels.diffusion.options import SampleOptions, check_range, option
+from smoothie_kernels.diffusion.flags import Parser, Several, named, not_empty
+from smoothie_kernels.diffusion.options import SampleOptions, check_not_empty, check_range, option
 from smoothie_kernels.diffusion.pipeline import SmoothiePipeline, newest_checkpoint
 from smoothie_kernels.diffusion.sample_file import SampleFile
 
@@ -57,6 +57,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         check_range(self, 1, float("inf"), "samples", "batch_size", "limit", "count")
+        check_not_empty(self, "data", "split", "source_column", "target_column")
         if self.data is not None and self.source is not None:
             raise ValueError(f"source must be None where there are data, got {self.source!r}")
         if self.count is not None and (self.data is not None or self.source is not None):
@@ -133,7 +134,7 @@ def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
         text.data, text.split, source_column=text.source_column if conditional else None,
         target_column=text.target_column, unconditional=not conditional,
     )  # fmt: skip
-    if read.dropped:
+    if read.dropped and PartialState().is_main_process:
         left_out = ", ".join(f"{count:,} without {names[column]}" for column, count in read.dropped.items())
         print(f"{text.data}: {len(read.rows):,} of {read.read:,} rows, left out are {left_out}", file=sys.stderr)
     data = read.rows
@@ -145,7 +146,7 @@ def _rows(text: TextOptions, conditional: bool) -> list[dict[str, str]]:
 def arguments_parser() -> Parser:
     groups = (TextOptions, SampleOptions)
     parser = Parser(*groups, prog="smoothie-kernels sample", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, or Hugging Face name")
+    parser.add_argument("checkpoint", type=not_empty, metavar="CHECKPOINT", help="folder, or Hugging Face name")
     parser.add_argument("output", metavar="OUTPUT", help="file of JSON lines, or -")
     return parser
 

@@ -18,7 +18,7 @@ from smoothie_kernels.diffusion.checkpoint import Resume, start
 from smoothie_kernels.diffusion.data import has_split, read_text, tokenize
 from smoothie_kernels.diffusion.embeddings import load_embeddings
 from smoothie_kernels.diffusion.files import locked
-from smoothie_kernels.diffusion.flags import Parser, named
+from smoothie_kernels.diffusion.flags import Parser, named, not_empty
 from smoothie_kernels.diffusion.loss import TrainingLoss
 from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 from smoothie_kernels.diffusion.options import DataOptions, LossOptions, ModelOptions, RunOptions, as_record
@@ -157,7 +157,9 @@ def _json(text: str) -> dict[str, Any]:
 def arguments_parser() -> Parser:
     groups = (DataOptions, ModelOptions, LossOptions, RunOptions)
     parser = Parser(*groups, prog="smoothie-kernels train", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the run, made where it is not there")
+    parser.add_argument(
+        "output", type=not_empty, metavar="OUTPUT", help="folder of the run, made where it is not there"
+    )
     parser.add_argument(
         "--resume", nargs="?", const=True, default=False, type=_resume, metavar="auto",
         help="go on from the newest checkpoint in OUTPUT; auto: where there is one",
@@ -175,7 +177,6 @@ def command(arguments: list[str]) -> int:
     # from the one that starts them, so it has to come before all work.
     torch.set_flush_denormal(True)
     parser = arguments_parser()
-    arguments = _alone(arguments)
     try:
         data, model, loss, run, rest = parser.read(arguments)
         last = train(rest.output, data, model, loss, run, resume=rest.resume)
@@ -185,12 +186,3 @@ def command(arguments: list[str]) -> int:
     if PartialState().is_main_process:
         print(f"trained: {last}")
     return 0
-
-
-def _alone(arguments: list[str]) -> list[str]:
-    """--resume takes "auto" alone for a value: anything else behind it may be OUTPUT."""
-    following = [*arguments[1:], ""]
-    return [
-        "--resume=true" if argument == "--resume" and after != "auto" else argument
-        for argument, after in zip(arguments, following, strict=False)
-    ]

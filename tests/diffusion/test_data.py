@@ -298,6 +298,21 @@ def test_what_texts_lose_is_counted():
     assert (again.column_names, cached) == (["source", "target"], counts)
     _, counts = tokenize(rows.select([0]), tokenizer(special=False, eos_token="end", sep_token=None), **lengths)
     assert counts["source"] == Counts(tokens=3, cut=0, unknown=0, ended=0, special=[IDS["end"]])
+    gpt = tokenizer(special=False, eos_token="end", unk_token="end", sep_token=None)  # one token for all, as GPT-2's
+    _, counts = tokenize(rows.select([0]), gpt, **lengths)
+    assert counts["source"].unknown == 0
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    """It is not the data's fault, and the message names the folder that is full."""
+    (tmp_path / "train.jsonl").write_text('{"source": "a", "target": "b"}')
+
+    def full(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "from_generator", full)
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*cache'"):
+        load_text(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("column", ["target", "source"])

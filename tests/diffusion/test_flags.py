@@ -75,6 +75,34 @@ def test_what_is_true_can_be_made_false(config):
     assert options_of(sample_command, "run", "-", no, "--self-conditioning")["self_conditioning"] is True
 
 
+@pytest.mark.parametrize("switch", ["--unconditional", "--resume", "--cpu"])
+def test_what_stands_behind_a_switch_may_be_no_value(switch):
+    name = switch[2:]
+    for given, value in (
+        ((switch, "runs/a", "--data=x"), True),
+        (("runs/a", "--data=x", switch), True),
+        ((switch, "--data=x", "runs/a"), True),
+        ((switch, "false", "runs/a", "--data=x"), False),
+        (("runs/a", "--data=x", switch, "yes"), True),
+    ):
+        found = options_of(train, *given)
+        assert (found["output"], found[name]) == ("runs/a", value)
+    assert options_of(train, "--resume", "auto", "runs/a", "--data=x")["resume"] == "auto"
+    assert options_of(sample_command, "--truncate", "run", "-")["checkpoint"] == "run"
+
+
+def test_help_says_what_is_off_and_what_is_0(capsys):
+    with pytest.raises(SystemExit):
+        options_of(train, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("--dropout DROPOUT in all layers (default: 0.0)", "processes that load data (default: 0)",
+                 "--compile [COMPILE] torch.compile the network --cpu"):  # fmt: skip
+        assert text in said
+    with pytest.raises(SystemExit):
+        options_of(sample_command, "--help")
+    assert "--no-self-conditioning turn off --self-conditioning" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -100,6 +128,11 @@ def test_what_is_true_can_be_made_false(config):
 def test_files_that_are_wrong(text, message, config):
     with pytest.raises(ValueError, match=message):
         options_of(train, "run", "--data=x", config(text))
+
+
+def test_a_list_with_nothing_in_it(config):
+    with pytest.raises(ValueError, match=r"source is wrong in '.*options.yaml': it must be a list of values, got noth"):
+        options_of(sample_command, "run", "-", config("source:\n- a\n-"))
 
 
 def test_a_file_that_is_no_text(tmp_path):
@@ -134,6 +167,12 @@ def test_flags_that_are_wrong(given, message, capsys):
     [
         (lambda: DataOptions(data="x", source_length=0), "source_length must be at least 1, got 0"),
         (lambda: DataOptions(data="x", target_length=-1), "target_length must be at least 1, got -1"),
+        (lambda: DataOptions(data=""), "data must not be empty, got ''"),
+        (lambda: DataOptions(data="x", source_column=""), "source_column must not be empty, got ''"),
+        (lambda: ModelOptions(embeddings=""), "embeddings must not be empty, got ''"),
+        (lambda: ModelOptions(tokenizer=""), "tokenizer must not be empty, got ''"),
+        (lambda: TextOptions(data=""), "data must not be empty, got ''"),
+        (lambda: TextOptions(data="x", split=""), "split must not be empty, got ''"),
         (lambda: ModelOptions(hidden_size=0), "hidden_size must be at least 1, got 0"),
         (lambda: ModelOptions(heads=0), "heads must be at least 1, got 0"),
         (lambda: RunOptions(clip=float("nan")), "clip must be positive, got nan"),
@@ -151,6 +190,15 @@ def test_flags_that_are_wrong(given, message, capsys):
 def test_options_that_are_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "name"), [(train, ("", "--data=x"), "OUTPUT"), (sample_command, ("", "-"), "CHECKPOINT")]
+)
+def test_no_path_is_not_the_folder_we_are_in(module, given, name, capsys):
+    with pytest.raises(SystemExit):
+        options_of(module, *given)
+    assert f"argument {name}: it must not be empty" in capsys.readouterr().err
 
 
 def test_lengths_that_are_not_given_are_the_papers():

@@ -11,6 +11,7 @@ pytest.importorskip("datasets", reason="comes with the extra `train`")
 import small
 import training
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import BertConfig, BertModel
 
 from smoothie_kernels.diffusion import SmoothieModel, SmoothiePipeline
@@ -64,6 +65,26 @@ def test_templates_and_prefixes_come_out_as_given():
     assert pipe._fixed("king", whole=False) == [CLS, *ids("king"), *[FREE] * 6]
 
 
+SPACES = {
+    "byte-level": (pre_tokenizers.ByteLevel(add_prefix_space=False), "Ġ"),
+    "SentencePiece": (pre_tokenizers.Metaspace(), "▁"),
+}
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_gaps_bring_their_own_space(kind):
+    """A space before a gap would become a token, which no text has between two words."""
+    splits, space = SPACES[kind]
+    words = small.tokenizer(words=("who", "is", "old", space, *(space + word for word in ("who", "is", "old"))))
+    words.backend_tokenizer.pre_tokenizer = splits
+    pipe = SmoothiePipeline(training.model(eos_token_id=END, pad_token_id=PAD), words)
+    before = [*words("who is old")["input_ids"]]
+    assert [pipe.names([token]) for token in before[2:4]] == [f"{space}is", f"{space}old"]
+    gaps = pipe._fixed("who [MASK] [MASK] old", whole=True)
+    assert gaps == [CLS, before[1], FREE, FREE, before[3], END, PAD, PAD]
+    assert pipe._fixed("who is ", whole=False) == [*before[:3], *[FREE] * 5]
+
+
 def test_unconditional():
     pipe = pipeline(condition_layers=0)
     assert [each.id for each in pipe(count=3, steps=2)] == [0, 1, 2]
@@ -110,6 +131,9 @@ def test_what_sources_lose_is_logged(caplog):
     caplog.clear()
     pipeline()(["the baker made bread at home", "a", "a cat and dog eat"], steps=1, truncate=True)
     assert caplog.messages == ["2 of 3 sources are cut at 6 tokens"]
+    caplog.clear()
+    pipeline()(["the baker made bread at home", "xyz"], steps=1, truncate=True, part=(1, 2))
+    assert caplog.messages == []  # the first of several processes says it
 
 
 def test_from_a_checkpoint_and_from_a_run(tmp_path):

@@ -23,7 +23,7 @@ LAYERS = [
 # modules of it.
 DIFFUSION = [
     "schedules", "noising", "solvers", "options", "states", "live", "sampling", "generation", "layers", "model",
-    "embeddings", "tokens", "batches", "reading", "data", "loss", "evaluation", "ema", "files", "ranks",
+    "embeddings", "tokens", "batches", "reading", "files", "data", "loss", "evaluation", "ema", "ranks",
     "fingerprints", "checkpoint", "metrics", "surroundings", "trainer", "summary", "flags", "train", "pipeline",
     "sample_file", "sample_command", "scores", "evaluate",
 ]  # fmt: skip
