@@ -80,7 +80,7 @@ def test_compiled_kernels_refuse_what_they_would_misread(table, wrong):
         "layout": torch.empty(2 * V)[::2],
     }
     with pytest.raises(RuntimeError, match=r"bias (has another type|must have sizes|must be contiguous)"):
-        cpu._ops().column_bias(table, "", bias[wrong])
+        cpu._ops().column_bias(table, -1, bias[wrong])
 
 
 # --- layouts
