@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import decoders
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -51,6 +52,10 @@ class SmoothiePipeline:
             raise ValueError(f"tokenizer must be the model's, of at most {rows} tokens, got one of {size}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.end, self.pad = end_token(tokenizer), pad_token(tokenizer)
+        # WordPiece drops spaces: transformers' rules turn "don ' t" into "don't" again. Whether they are its default
+        # depends on its version. Other tokenizers keep spaces in their tokens.
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self.rejoins = isinstance(decoder, decoders.WordPiece)
         self.excluded = self.model.config.unseen_token_ids
         if self.excluded is None:  # not known: then those that no text has of itself
             known = {self.end, self.pad, tokenizer.unk_token_id, *begin_tokens(tokenizer)}
@@ -165,7 +170,7 @@ class SmoothiePipeline:
         """The text of some tokens, without special and unused ones."""
         names = self.tokenizer.convert_ids_to_tokens(tokens)
         words = [token for token, name in zip(tokens, names, strict=True) if name and not name.startswith("[unused")]
-        text: str = self.tokenizer.decode(words, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=self.rejoins)
         return text.strip()
 
     def _sources(self, texts: list[str], truncate: bool, *, tell: bool) -> list[list[int]]:

@@ -11,7 +11,7 @@ pytest.importorskip("datasets", reason="comes with the extra `train`")
 import small
 import training
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import BertConfig, BertModel
 
 from smoothie_kernels.diffusion import SmoothieModel, SmoothiePipeline
@@ -83,6 +83,17 @@ def test_gaps_bring_their_own_space(kind):
     gaps = pipe._fixed("who [MASK] [MASK] old", whole=True)
     assert gaps == [CLS, before[1], FREE, FREE, before[3], END, PAD, PAD]
     assert pipe._fixed("who is ", whole=False) == [*before[:3], *[FREE] * 5]
+
+
+def test_apostrophes_find_their_words_again():
+    """In WordPiece, which drops spaces; where tokens hold spaces, those before an apostrophe are text."""
+    words = small.tokenizer(words=("who", "'", "s", "old", "?"))
+    tokens = words("who's old?")["input_ids"]
+    words.clean_up_tokenization_spaces = True  # as a tokenizer's file may have it
+    assert SmoothiePipeline(training.model(), words).decode(tokens) == "who ' s old ?"
+    words.clean_up_tokenization_spaces = False
+    words.backend_tokenizer.decoder = decoders.WordPiece()
+    assert SmoothiePipeline(training.model(), words).decode(tokens) == "who's old?"
 
 
 def test_unconditional():
