@@ -260,15 +260,10 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
     return usage, code
 
 
-# Bytes that a thread may spill where nothing is multiplied. By a word that it stores before a loop and loads behind it,
-# ptxas gets to 32 registers, with which the threads fill a multiprocessor. Every tile has it on another GPU.
-A_WORD = 8
-
-
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel; other widths may spill."""
     found = []
-    if row["spilled"] > (0 if row["multiplies"] else A_WORD) and row["width"] in MUST_FIT:
+    if row["spilled"] and row["width"] in MUST_FIT:
         found.append(f"spills {row['spilled']} bytes")
     if row["shared"] > SHARED[row["target"]] << 10:
         found.append(
