@@ -66,7 +66,7 @@ def deaths(function: Callable[[], object]) -> Iterator[int]:
 
 
 def ranks(function: Callable[[], object], number: int) -> list[int]:
-    """Exit statuses of so many processes that know of each other as torchrun's do."""
+    """Exit statuses of `number` ranks that are connected as those of torchrun are."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -79,7 +79,7 @@ def newest(output: Path) -> Path:
 
 
 def start(output: Path, resume: Resume, steps: int) -> Path | None:
-    """The checkpoint that a run of so many steps goes on from; None to begin.
+    """The checkpoint from which a run up to `steps` goes on; None to begin at step 0.
 
     resume: True asks for a checkpoint, False for none, "auto" takes what is there.
 
