@@ -24,11 +24,14 @@ from smoothie_kernels.backends import Statistics, StepInputs
 from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
 from smoothie_kernels.backends.triton.parts import of_key, sort_key, squared_distance
 
-ROWS, PARTS, COLUMNS = 16, 16, 64  # of a program, at a time
-ONE_SUM = {"BLOCK_N": ROWS, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": COLUMNS}
-# Sums of many parts are those of few rows: smaller programs, and the columns shared out between them. With 32 rows, 32
-# parts or half the columns, either form spills 16 to 24 bytes on sm_80 or sm_100.
-MANY_SUMS = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 16, "BLOCK_D": 64}
+PARTS = 16  # of the vocabulary, at a time
+# Rows, sums, columns and warps of a program. With others ptxas spills a word or more in one type or another, on sm_80,
+# sm_90 or sm_100, under Triton 3.6 or 3.9.
+NEAREST = {"BLOCK_N": 8, "BLOCK_S": PARTS}
+NO_SUM = {"BLOCK_N": 16, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": 64, "num_warps": 2}
+ONE_SUM = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 1, "BLOCK_D": 64}
+# Sums of many parts are those of few rows: the columns are shared out between programs.
+MANY_SUMS = {"BLOCK_N": 8, "BLOCK_S": PARTS, "BLOCK_A": 16, "BLOCK_D": 64, "num_warps": 8}
 KEYS = 2048  # of a program
 
 
@@ -59,7 +62,8 @@ def merge(
     tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
     lse, best_score, log_sum, best_logit = (x.new_empty(n, dtype=torch.float32) for _ in range(4))
     sums = 0 if acc is None else acc.shape[0]
-    blocks, column_blocks = (MANY_SUMS, triton.cdiv(d, MANY_SUMS["BLOCK_D"])) if sums > 1 else (ONE_SUM, 1)
+    blocks = (NO_SUM, ONE_SUM, MANY_SUMS)[min(sums, 2)]
+    column_blocks = triton.cdiv(d, blocks["BLOCK_D"]) if sums > 1 else 1
     with device_of(x):
         _merge_kernel[triton.cdiv(n, blocks["BLOCK_N"]), column_blocks](
             x_ptr=x, e_ptr=embeddings, mu_ptr=inputs.mu, only_ptr=only, ref_score_ptr=parts.ref_score,
@@ -90,11 +94,11 @@ def merge_nearest(x: Tensor, embeddings: Tensor, best_score: Tensor, token: Tens
     n, d = x.shape
     tokens, distance = x.new_empty(n, dtype=torch.int64), x.new_empty(n, dtype=torch.float32)
     with device_of(x):
-        _merge_nearest_kernel[triton.cdiv(n, ROWS),](
+        _merge_nearest_kernel[triton.cdiv(n, NEAREST["BLOCK_N"]),](
             x_ptr=x, e_ptr=embeddings, part_score_ptr=best_score, token_ptr=token,
             tokens_ptr=tokens, distance_ptr=distance,
             N=n, S=token.shape[0], stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
-            D=d, BLOCK_N=ROWS, BLOCK_S=PARTS, **OPTIONS,
+            D=d, **NEAREST, **OPTIONS,
         )  # fmt: skip
     return tokens, distance
 

@@ -219,10 +219,10 @@ def sum_of_squares(ptr, o_row, m_row, stride, D: tl.constexpr):
 @triton.jit
 def squared_distance(a_ptr, o_a, stride_a, b_ptr, o_b, stride_b, m_row, D: tl.constexpr):
     """||a - b||^2 of pairs of rows in float64, [row]."""
-    total = tl.zeros([o_a.shape[0]], tl.float64)
+    total = tl.zeros([o_a.shape[0], _CHUNK], tl.float64)  # added up across threads once, behind the loop
     for first in range(0, D, _CHUNK):
         o_k = first + tl.arange(0, _CHUNK)
         a = load_tile(a_ptr, o_a, m_row, stride_a, o_k, D).to(tl.float64)
         b = load_tile(b_ptr, o_b, m_row, stride_b, o_k, D).to(tl.float64)
-        total += tl.sum((a - b) * (a - b), 1)
-    return total
+        total += (a - b) * (a - b)
+    return tl.sum(total, 1)
