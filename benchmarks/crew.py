@@ -19,7 +19,6 @@ from benchmarks.suite import WRONG
 from benchmarks.worker import CHECKED, DONE, LOADED
 from smoothie_kernels.check.isolate import signal_name, tail_of
 
-AT_ONCE = 8  # workers that check at the same time
 SILENT = {LOADED: 60.0, CHECKED: 45.0, DONE: 20.0}  # seconds without a line on the way to a state: then it hangs
 LOOK = 0.05  # seconds between looks at what workers have written
 GRACE = 5.0  # seconds from the last line to the end
@@ -115,12 +114,14 @@ class Worker:
 
 def run(
     workers: Iterable[Worker], env: Mapping[str, str], end: float, on_case: Callable[[Worker, str], None],
+    at_once: int,
 ) -> list[str]:  # fmt: skip
-    """Brings every case to its end: `on_case` gets each, and how it ended, at once. The cases that time left out."""
+    """Brings every case to its end: `on_case` gets each, and how it ended, at once. The cases that time left out.
+    `at_once` workers check at the same time."""
     waiting, running = list(workers), list[Worker]()
 
     def start() -> list[Worker]:
-        batch = [waiting.pop(0) for _ in range(min(AT_ONCE, len(waiting)))]
+        batch = [waiting.pop(0) for _ in range(min(at_once, len(waiting)))]
         for worker in batch:
             worker.start(env)
         return batch

@@ -54,6 +54,10 @@ TESTS = tuple(
 )  # fmt: skip
 TEST_SECONDS, ALONE_AT_ONCE = 60, 8  # for one test; tests that are tried again at the same time, each alone
 PROFILE_SECONDS = 45.0
+CASES_AT_ONCE, CASE_BYTES = (
+    8,
+    16 * 2**30,
+)  # that are checked; what one takes of the GPU: ten tensors of N x V in float32
 PROFILED = {"fused[cuda]": "score_kernel", "fused[triton]": "chunk_fwd_kernel"}  # contestants: their slowest kernels
 MODELS = (  # command, case, seconds: the paper's model first
     ("training", "train-12x768", 100.0), ("sampling", "sample-12x768", 80.0), ("training", "train-4x384", 60.0),
@@ -209,8 +213,9 @@ def measure(call: Call) -> None:
 
     reserve = 0.0 if call.rehearsed else PROFILE_SECONDS
     left_out = crew.run(
-        (crew.Worker(name, command, call.folder) for name in chosen), call.env, call.end - reserve, on_case
-    )
+        (crew.Worker(name, command, call.folder) for name in chosen), call.env, call.end - reserve, on_case,
+        cases_at_once(call.device),
+    )  # fmt: skip
     call.failed += [f"{name}: {how}" for name, how in ends.items() if how]
     call.failed += [f"{name}: left out, no time" for name in left_out]
     call.failed += [f"{row.case}, {row.contestant}: {row.note}" for row in report.rows if row.note.startswith(WRONG)]
@@ -218,6 +223,12 @@ def measure(call: Call) -> None:
     bars.section(report).show(call.console)
     if not call.rehearsed:
         profile(call, report, command)
+
+
+def cases_at_once(device: str) -> int:
+    if device == "cpu":
+        return CASES_AT_ONCE
+    return max(1, min(CASES_AT_ONCE, torch.cuda.get_device_properties(0).total_memory // CASE_BYTES))
 
 
 def profile(call: Call, report: Report, command: list[str]) -> None:

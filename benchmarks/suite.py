@@ -90,6 +90,8 @@ class Running:
                 if contestant.ours and not self.suite.keep_going:
                     raise CheckFailed(f"case {self.case.name!r}, contestant {name!r} raised {reason}") from error
                 reason = f"{WRONG}{reason}" if contestant.ours else reason
+            if self.suite.device == "cuda":
+                torch.cuda.empty_cache()  # for the other workers that check now
             if reason:
                 self._set(name, note=reason if reason.startswith(WRONG) else f"absent: {reason}")
 

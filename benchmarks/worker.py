@@ -18,8 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-import torch._dynamo  # the first call of any custom operator would import it
+import torch._dynamo  # noqa: F401  the first call of any custom operator would import it
 
 from benchmarks import inputs, machine, rates, registry
 from benchmarks.contestants import CONTESTANTS
@@ -70,8 +69,6 @@ def run(suite: Suite, case: registry.Case, lines: Lines, only: str | None) -> No
         lines.write(table=running.given.note)
         lines.wait(LOADED)
         running.check()
-        if suite.device == "cuda":
-            torch.cuda.empty_cache()  # for the workers that check now
         lines.wait(CHECKED)
         running.time()
         if suite.device == "cuda":  # in a rehearsal, another process would not have the stand-ins
