@@ -14,7 +14,7 @@ from torch import Tensor
 
 import smoothie_kernels as sk
 from benchmarks import chunked, competitors, epilogue, plans
-from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, training
+from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, aligned, training
 from benchmarks.plans import Plan
 from benchmarks.registry import OPS
 from smoothie_kernels import dispatch, library
@@ -180,11 +180,11 @@ def backend_cannot(name: str) -> Callable[[Inputs], str | None]:
 
 
 def products(dtype: torch.dtype | None = None) -> Mapping[str, Prepare]:
-    """The products alone, into tensors that exist already; in the inputs' type or a given one."""
+    """The products alone, of an aligned table, into tensors that exist already; in the inputs' type or a given one."""
 
     def prepare(inputs: Inputs) -> Call:
         op, inputs = inputs.op, inputs.to(dtype)
-        x, table = inputs.x, inputs.table
+        x, table = inputs.x, aligned(inputs.table)
         operands = (x, inputs.grad.to(x.dtype)) if op.trains else (x,)
         scores, of_rows = x.new_empty(len(x), len(table)), torch.empty_like(x)
         of_table = torch.empty_like(table) if op.trains_table else None

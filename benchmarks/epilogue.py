@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.chunked import add_product_, column_bias
-from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs
+from benchmarks.inputs import SIGMA_MIN, Call, Inputs, Outputs, aligned
 
 # What stands between the products. All operands of shape [R, 1] but: scores, grad_weights [R, V] in the inputs' type;
-# bias [V]. The results of shape [R, V] are in the inputs' type again.
+# bias [V]. V is that of the aligned table. The results of shape [R, V] are in the inputs' type again.
 
 
 def _weights(
@@ -49,17 +49,26 @@ def _backward(
 
 
 class Blocks:
-    """Equal blocks of rows whose scores take at most 256 MiB on a GPU, on a CPU 8 MiB."""
+    """Equal blocks of rows whose scores take at most 256 MiB on a GPU, on a CPU 8 MiB.
+
+    The table is an aligned copy. Its padding has a bias of -inf: weights of 0, never the nearest token.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.bias = column_bias(inputs.table)
+        self.table = aligned(inputs.table)
+        self.bias = self.table.new_full((len(self.table),), -torch.inf, dtype=torch.float32)
+        self.set_table(inputs.table)
         self.scale = (inputs.mu / SIGMA_MIN**2)[:, None]
         self.forward = torch.compile(_forward, dynamic=False)
         self.backward = torch.compile(_backward, dynamic=False)
-        n, v, _ = inputs.sizes
+        n, v = len(inputs.x), len(self.table)
         blocks = -(-n * v * inputs.x.element_size() // (2**28 if inputs.x.is_cuda else 2**23))
         self.rows = -(-n // blocks)
+
+    def set_table(self, table: Tensor) -> None:
+        self.table[: len(table)] = table
+        self.bias[: len(table)] = column_bias(table)
 
     def buffer(self) -> Tensor:
         return self.inputs.x.new_empty(self.rows, len(self.bias))
@@ -73,7 +82,7 @@ class Blocks:
 
     def step(self, *, with_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The mean embedding in float32, the nearest tokens, and the logarithm of every row's sum of weights [N, 1]."""
-        x, table, buffer = self.inputs.x, self.inputs.table, self.buffer()
+        x, table, buffer = self.inputs.x, self.table, self.buffer()
         smoothed = torch.empty_like(x, dtype=torch.float32)
         totals, tokens = torch.empty_like(self.scale), x.new_empty(len(x), dtype=torch.int64)
         for first in range(0, len(x), self.rows):
@@ -87,7 +96,7 @@ class Blocks:
 
     def gradients(self, grad: Tensor, smoothed: Tensor, log_totals: Tensor, of_table: bool) -> tuple[Tensor, Tensor]:
         """Of x in its type and, where asked for, of the table in float32 (else empty)."""
-        x, table, buffer, other_buffer = self.inputs.x, self.inputs.table, self.buffer(), self.buffer()
+        x, table, buffer, other_buffer = self.inputs.x, self.table, self.buffer(), self.buffer()
         delta = (grad * smoothed).sum(1, keepdim=True)
         grad_x = torch.empty_like(x)
         grad_table = torch.zeros_like(table, dtype=torch.float32) if of_table else torch.empty(0)
@@ -104,7 +113,9 @@ class Blocks:
                 add_product_(grad_table, weights.T, grad[place])
                 add_product_(grad_table, grad_scores.T, rows)
                 sums += sums_of_block
-        return grad_x, grad_table.addcmul_(table.float(), sums[:, None], value=-1) if of_table else grad_table
+        if of_table:
+            grad_table.addcmul_(table.float(), sums[:, None], value=-1)
+        return grad_x, grad_table[: len(self.inputs.table)]
 
 
 class BlockMean(torch.autograd.Function):
@@ -113,7 +124,7 @@ class BlockMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, blocks: Blocks) -> Tensor:
         if ctx.needs_input_grad[1]:
-            blocks.bias = column_bias(table)  # a table that is trained is another one in every call
+            blocks.set_table(table)  # a table that is trained is another one in every call
         ctx.blocks, ctx.noise = blocks, _generator(x).get_rng_state()
         smoothed, _, log_totals = blocks.step(with_tokens=False)
         ctx.save_for_backward(smoothed, log_totals)

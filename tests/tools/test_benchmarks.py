@@ -171,13 +171,34 @@ def test_blocks_of_rows_give_what_one_block_gives():
         torch.testing.assert_close(whole, ragged)
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_the_padding_of_the_table_takes_no_part():
+    """Far from all tokens the padding, which is at 0, is the nearest; a table that is trained fills it anew."""
+    given, contestant = small("train", std=0.0), CONTESTANTS[registry.EPILOGUE]
+    given.table.add_(10)
+    assert given.x.norm(dim=1).max() < torch.cdist(given.x, given.table).min()
+    blocks = epilogue.Blocks(given)
+    assert blocks.step(with_tokens=True)[1].max() < SMALL["v"]
+    call = contestant.prepare["train"](given)
+    given.table.sub_(5)
+    Referee(given).check(contestant, call)
+
+
 @pytest.mark.parametrize("op", registry.OPS)
-def test_the_floor_makes_the_products_of_the_cost_model(op, monkeypatch):
-    given = small(op)
+def test_the_floor_makes_the_products_of_the_cost_model_for_a_longer_table(op, monkeypatch):
+    given, padded = small(op), 320
     made, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **out: made.append(2 * a.numel() * b.shape[1]) or mm(a, b, **out))
+
+    def counted(a, b, **out):
+        assert padded in {*a.shape, *b.shape}
+        made.append(2 * a.numel() * b.shape[1])
+        return mm(a, b, **out)
+
+    monkeypatch.setattr(torch, "mm", counted)
     FLOOR.prepare[op](given)()
-    assert sum(made) == given.flop
+    n, _, d = given.sizes
+    assert sum(made) == given.op.flop(n, padded, d)
+    assert given.flop == given.op.flop(n, SMALL["v"], d)
 
 
 @pytest.mark.skipif(not memory.RESET.exists(), reason=memory.NO_MARK)
