@@ -16,7 +16,7 @@ from benchmarks.suite import Suite
 SQUARE = {"cuda": 8192, "cpu": 512}  # rows and columns of a product
 COPIED = {"cuda": 2**32, "cpu": 2**24}  # bytes read and written: more than any L2 holds
 CASE = "gpu-rates"
-PRODUCT, COPY = "square product", "copy"
+COPY = "copy"
 PATIENCE = 0.5
 
 
@@ -27,6 +27,11 @@ class Rate:
     bytes: int = 0
 
 
+def product_of(dtype: torch.dtype) -> str:
+    """Its row."""
+    return f"square product, {str(dtype).removeprefix('torch.')}"
+
+
 def measure(suite: Suite) -> None:
     size, device = SQUARE[suite.device], suite.device
     copied = torch.ones(2, COPIED[device] // 2, dtype=torch.int8, device=device)
@@ -34,7 +39,7 @@ def measure(suite: Suite) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        rates[f"{PRODUCT}, {str(dtype).removeprefix('torch.')}"] = Rate(product, flop=2 * size**3)
+        rates[product_of(dtype)] = Rate(product, flop=2 * size**3)
     for rate in rates.values():
         rate.call()
     times = timing.race(
