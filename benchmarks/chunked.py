@@ -87,7 +87,7 @@ class Chunks:
         x, table = self.inputs.x, self.inputs.table
         buffer, other_buffer = self.buffer(), self.buffer()
         delta = (grad * smoothed).sum(1, keepdim=True)
-        grad_x = torch.zeros_like(smoothed)
+        grad_x, excess = torch.zeros_like(smoothed), torch.zeros_like(delta)
         grad_table = torch.empty_like(table, dtype=torch.float32) if of_table else None
         for first in range(0, len(table), self.width):
             part = self.part(table, first)
@@ -97,12 +97,15 @@ class Chunks:
             add_product_(grad_scores, grad, part.T, into_empty=True)
             grad_scores.sub_(delta).mul_(weights).mul_(self.scale)
             add_product_(grad_x, grad_scores, part)
+            excess.add_(grad_scores.sum(1, keepdim=True))
             if grad_table is not None:
                 rows = self.part(grad_table, first)
                 add_product_(rows, weights.T, grad, into_empty=True)
                 add_product_(rows, grad_scores.T, x)
                 rows.addcmul_(part.float(), grad_scores.sum(0)[:, None], value=-1)
-        return grad_x, grad_table
+        # Without rounding the excess is 0. Where one token has nearly all the weight, 16-bit (grad . E_j) - delta is
+        # little but rounding: times E_j - smoothed, not E_j, that counts for little too.
+        return grad_x.addcmul_(smoothed, excess, value=-1), grad_table
 
     def no_token_yet(self) -> tuple[Tensor, Tensor]:
         x = self.inputs.x

@@ -39,13 +39,12 @@ def _forward(
 
 def _backward(
     scores: Tensor, bias: Tensor, squares: Tensor, scale: Tensor, std: Tensor, noisy: bool, log_total: Tensor,
-    grad_weights: Tensor, delta: Tensor, of_table: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Weights, gradients of the scores, and the sums of these over the block's rows."""
+    grad_weights: Tensor, delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Weights, gradients of the scores, and the sums of these over V."""
     weights = _weights(scores, bias, squares, scale, std, noisy, log_total)
     grad_scores = scale * weights * (grad_weights.float() - delta)
-    sums = grad_scores.sum(0) if of_table else None
-    return weights.to(scores.dtype), grad_scores.to(scores.dtype), sums
+    return weights.to(scores.dtype), grad_scores.to(scores.dtype), grad_scores.sum(1, keepdim=True)
 
 
 class Blocks:
@@ -95,24 +94,25 @@ class Blocks:
         return smoothed, tokens, totals.log_()
 
     def gradients(self, grad: Tensor, smoothed: Tensor, log_totals: Tensor, of_table: bool) -> tuple[Tensor, Tensor]:
-        """Of x in its type and, where asked for, of the table in float32 (else empty)."""
+        """Of x and, where asked for, of the table (else empty); in float32."""
         x, table, buffer, other_buffer = self.inputs.x, self.table, self.buffer(), self.buffer()
         delta = (grad * smoothed).sum(1, keepdim=True)
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(smoothed)
         grad_table = torch.zeros_like(table, dtype=torch.float32) if of_table else torch.empty(0)
         sums = torch.zeros_like(self.bias)
         for first in range(0, len(x), self.rows):
             place, rows, operands = self.block(first)
             scores = torch.mm(rows, table.T, out=buffer[: len(rows)])
             grad_weights = torch.mm(grad[place], table.T, out=other_buffer[: len(rows)])
-            weights, grad_scores, sums_of_block = self.backward(
-                scores, *operands, log_totals[place], grad_weights, delta[place], of_table
+            weights, grad_scores, excess = self.backward(
+                scores, *operands, log_totals[place], grad_weights, delta[place]
             )
-            torch.mm(grad_scores, table, out=grad_x[place])
-            if sums_of_block is not None:
+            torch.mul(smoothed[place], excess.neg_(), out=grad_x[place])  # why: see Chunks.gradients
+            add_product_(grad_x[place], grad_scores, table)
+            if of_table:
                 add_product_(grad_table, weights.T, grad[place])
                 add_product_(grad_table, grad_scores.T, rows)
-                sums += sums_of_block
+                sums += grad_scores.sum(0, dtype=torch.float32)
         if of_table:
             grad_table.addcmul_(table.float(), sums[:, None], value=-1)
         return grad_x, grad_table[: len(self.inputs.table)]
@@ -136,7 +136,7 @@ class BlockMean(torch.autograd.Function):
         _generator(grad).set_rng_state(ctx.noise)
         of_table = ctx.needs_input_grad[1]
         grad_x, grad_table = ctx.blocks.gradients(grad, *ctx.saved_tensors, of_table)
-        return grad_x, grad_table.to(grad.dtype) if of_table else None, None
+        return grad_x.to(grad.dtype), grad_table.to(grad.dtype) if of_table else None, None
 
 
 def _generator(x: Tensor) -> Any:

@@ -147,9 +147,19 @@ def test_a_wrong_gradient_is_refused_and_named(name, what):
     assert given.grad.all()  # and all rows have their gradients back
 
 
+@pytest.mark.parametrize("name", ["eager", "chunked", registry.EPILOGUE])
 @pytest.mark.usefixtures("uncompiled")
-def test_another_noise_in_the_backward_is_refused(monkeypatch):
-    given = small("train")
+def test_rounding_is_allowed_where_one_token_has_nearly_all_the_weight(name):
+    case = replace(registry.CASES["train"], n=32, v=301, d=256, mu=0.11, dtype=torch.bfloat16)
+    given = inputs.build(case, synthetic(301, 256))
+    Referee(given).check(CONTESTANTS[name], CONTESTANTS[name].prepare["train"](given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("std", [0.99, 0.3])
+@pytest.mark.usefixtures("uncompiled")
+def test_another_noise_in_the_backward_is_refused(dtype, std, monkeypatch):
+    given = small("train", dtype=dtype, std=std)
     contestant = CONTESTANTS[registry.EPILOGUE]
     call = contestant.prepare["train"](given)
     Referee(given).check(contestant, call)
