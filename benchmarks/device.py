@@ -158,6 +158,9 @@ def tests(call: Call) -> None:
     """All at once on several workers; then those that failed, or took their worker down, each in a process of its own:
     an error of CUDA stays with its process, and fails all tests behind it."""
     files = [name for name in TESTS if call.wants(name)]
+    if not files:
+        call.says("tests: none is wanted")
+        return
     lines, workers = call.folder / "tests.jsonl", min(12, os.cpu_count() or 1)
     pytest = [
         "-m", "pytest", "-c", "pyproject.toml", "--rootdir", str(ROOT), "-p", "benchmarks.pytest_lines", "--tb=short",

@@ -90,6 +90,14 @@ def test_a_test_that_hangs_or_crashes_costs_itself(call, tmp_path, monkeypatch):
     assert {*failed} == {f"test_faulty.py::test_{what}: failed" for what in ("wrong", "hangs", "crashes")}
 
 
+def test_where_no_test_file_is_wanted_none_runs(call, monkeypatch):
+    ran = []
+    monkeypatch.setitem(device.CALLS, "probe", device.tests)
+    monkeypatch.setattr(device.Call, "run", lambda call, name, command, *_, **__: ran.append(command))
+    assert call("probe", "--only", "gpu-*")[0] == 0
+    assert ran == []
+
+
 def test_a_call_without_time_says_what_it_left_out(call):
     code, results = call("measure", "--only", ",".join(planted.CASES), "--seconds", "0")
     assert code == 1
