@@ -21,7 +21,6 @@ from benchmarks import (
     bars,
     compare,
     curve,
-    cycles,
     machine,
     models,
     pictures,
@@ -63,15 +62,13 @@ def main() -> int:
             return 0
         if arguments.command == "bars":
             return show_bars(arguments, console)
-        if arguments.command == "cycles":
-            return count_cycles(arguments, console)
         prepare(arguments)
         commands = {
             "run": run, "recall": measure_recall, "training": measure_training, "sampling": measure_sampling,
             "quality": measure_quality,
         }  # fmt: skip
         return commands[arguments.command](arguments, console, errors)
-    except (NoEmbeddings, compare.NoResult, curve.NoRun, cycles.CannotCount, ValueError) as error:
+    except (NoEmbeddings, compare.NoResult, curve.NoRun, ValueError) as error:
         errors.print(f"benchmarks: {error}", style="bold red")
         return 2
 
@@ -111,10 +108,6 @@ def parse() -> argparse.Namespace:
     for each in (run, of_top, steps, calls, of_texts):
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         each.add_argument("--threads", type=int, help="of PyTorch and the kernels; by default PyTorch's own choice")
-    of_code = commands.add_parser(
-        "cycles", help="what the machine code for Hopper says of its speed; needs nvcc, no GPU"
-    )
-    of_code.add_argument("--docs", type=Path, help=f"folder of {bars.PAGE}, which gets the tables")
     of_report = commands.add_parser(
         "bars", help="what a GPU's result file says of the bars that the kernels are held to"
     )
@@ -261,18 +254,6 @@ def show_bars(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.docs:
         page = arguments.docs / bars.PAGE
         tell(sections.fill(page, {"bars": section.markdown()}, report.machine, [], ""), [], console)
-    return 0
-
-
-def count_cycles(arguments: argparse.Namespace, console: Console) -> int:
-    check_docs(arguments.docs, bars.PAGE)
-    found = cycles.sections(cycles.compile_kernels())
-    for section in found.values():
-        console.print(section.title, style="bold")
-        console.print("\n".join(section.markdown()), soft_wrap=True)
-    if arguments.docs:
-        tables = {name: section.markdown() for name, section in found.items()}
-        tell(sections.fill(arguments.docs / bars.PAGE, tables, None, [], ""), [], console)
     return 0
 
 

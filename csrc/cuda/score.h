@@ -4,8 +4,7 @@
 // and statistics of the other. Registers: 2 x 64 sums, and about 90 for the rest, of 240.
 //
 // Figures behind it, per logit and multiprocessor, D = 768: 0.375 cycles of matrix units; 45 instructions of 128 a
-// cycle, 0.35; 10 bytes fetched with a cluster of 2, 0.4 cycles at the 25 bytes that L2 may give. docs/hopper.md has
-// them all.
+// cycle, 0.35; 10 bytes fetched with a cluster of 2, 0.4 cycles at the 25 bytes that L2 may give: docs/hopper.md.
 #pragma once
 
 #include "epilogue.h"
