@@ -199,7 +199,8 @@ def step_bwd(
     needs_embeddings: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As reference.step_bwd: a block of its loop in two. The dS of noisy tokens come last, from the others' sums."""
+    """As reference.step_bwd: a block of its loop in two. The dS of noisy tokens come last, from the others' sums, where
+    smoothed has a gradient."""
     inputs = noise_on_device(inputs)
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
@@ -215,7 +216,8 @@ def step_bwd(
     sums = x.new_zeros(n, d, dtype=torch.float32) if needs_x else None
     total, noisy_p = (x.new_zeros(n, dtype=torch.float32) for _ in range(2))
     grad_embeddings = embeddings.new_empty(embeddings.shape) if needs_embeddings else None
-    grad_noisy = x.new_zeros(n, d, dtype=torch.float32) if needs_embeddings else None  # its rows of noisy tokens
+    # The noisy tokens' rows of it before they are rounded to 16 bits.
+    grad_noisy = x.new_zeros(n, d, dtype=torch.float32) if matrices == 2 and embeddings.itemsize == 2 else None
     for tokens in slices(v, block_v):
         table = embeddings[tokens]
         grad_table = table.new_zeros(table.shape, dtype=torch.float32) if needs_embeddings else None
@@ -233,32 +235,33 @@ def step_bwd(
                 ends = x[rows] if grads.smoothed is None else torch.cat((grads.smoothed[rows], x[rows]))
                 add_product(grad_table, weights.flatten(0, 1).T, ends)
                 token_total += token_sums
-        if grad_embeddings is not None and grad_table is not None and grad_noisy is not None:
+        if grad_embeddings is not None and grad_table is not None:
             grad_table -= token_total[:, None] * table
             grad_embeddings[tokens] = grad_table
-            at = saved.noisy_tokens - tokens.start
-            inside = (at >= 0) & (at < len(table))
-            grad_noisy = torch.where(inside[:, None], grad_table[at.where(inside, 0)], grad_noisy)
-    table = embeddings[saved.noisy_tokens].float()
-    grad_scores, corrected = _noisy_grad_scores(inputs, table, grads, shift, total, noisy_p)
-    if grad_embeddings is not None and grad_noisy is not None:
-        grad_noisy += gather.sum_by_token(saved.noisy_tokens, corrected[:, None] * (x.float() - table))
-        grad_embeddings[saved.noisy_tokens] = grad_noisy.to(embeddings.dtype)
-    if sums is None:
-        return None, grad_embeddings
-    sums += grad_scores[:, None] * table
-    return _grad_x(inputs, saved, grads, sums, total + grad_scores, block_n), grad_embeddings
+            if grad_noisy is not None:
+                at = saved.noisy_tokens - tokens.start
+                inside = (at >= 0) & (at < len(table))
+                grad_noisy = torch.where(inside[:, None], grad_table[at.where(inside, 0)], grad_noisy)
+    if grads.smoothed is not None:
+        noisy = saved.noisy_tokens
+        table = embeddings[noisy].float()
+        grad_scores = inputs.mu * inputs.sigma_min**-2 * noisy_p * ((grads.smoothed * table).sum(1) + shift)
+        if grad_embeddings is not None:
+            # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to
+            # `wanted`: by the token's weight it takes what the others leave of that.
+            left = (1 - noisy_p) * grad_scores + noisy_p * (_wanted(inputs, grads) - total)
+            grad_noisy = grad_embeddings[noisy] if grad_noisy is None else grad_noisy
+            grad_noisy += gather.sum_by_token(noisy, left[:, None] * (x - table))
+            grad_embeddings[noisy] = grad_noisy.to(embeddings.dtype)
+        if sums is not None:
+            sums += grad_scores[:, None] * table
+            total += grad_scores
+    return None if sums is None else _grad_x(inputs, saved, grads, sums, total, block_n), grad_embeddings
 
 
-def _noisy_grad_scores(
-    inputs: StepInputs, table: Tensor, grads: Grads, shift: Tensor, total: Tensor, noisy_p: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dS of the noisy tokens, [N], whose embeddings are table; and corrected: by their weight what the other tokens'
-    total leaves of scale grad_lse. Where a token has all the weight, its dS itself is only the rounding of delta."""
-    scale = inputs.mu * inputs.sigma_min**-2
-    grad = shift if grads.smoothed is None else (grads.smoothed.float() * table).sum(1) + shift
-    left = -total if grads.lse is None else scale * grads.lse - total
-    return scale * noisy_p * grad, (1 - noisy_p) * scale * noisy_p * grad + noisy_p * left
+def _wanted(inputs: StepInputs, grads: Grads) -> Tensor:
+    """The sum of a row's dS, [N]."""
+    return torch.zeros_like(inputs.mu) if grads.lse is None else inputs.mu * inputs.sigma_min**-2 * grads.lse
 
 
 def _log_sum(inputs: StepInputs, saved: Saved, tile: Tile) -> Tensor:
@@ -290,14 +293,11 @@ def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
 
 
 def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
-    grad_x = torch.empty_like(inputs.x)
+    grad_x, wanted = torch.empty_like(inputs.x), _wanted(inputs, grads)
     for rows in slices(len(sums), block_n):
-        wanted = torch.zeros_like(total[rows])
-        if grads.lse is not None:
-            wanted = inputs.mu[rows] * inputs.sigma_min**-2 * grads.lse[rows]
         # total is what the rounding of delta and of dS has made of the sum of dS: it goes out again.
-        part = sums[rows] + (wanted - total[rows])[:, None] * saved.smoothed[rows]
-        grad_x[rows] = part - wanted[:, None] * inputs.x[rows] if grads.lse is not None else part
+        part = sums[rows] + (wanted - total)[rows, None] * saved.smoothed[rows]
+        grad_x[rows] = part - wanted[rows, None] * inputs.x[rows] if grads.lse is not None else part
     return grad_x
 
 
@@ -305,14 +305,14 @@ def _grad_scores(
     inputs: StepInputs, saved: Saved, shift: Tensor, grad: Tensor | None, tokens: slice, workspace: Tensor,
     matrices: int, tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(P and) dS of a block, [matrices, n, v], dS without the noisy tokens', the sums of dS over tokens [n] and over
-    rows [v], and P of the noisy tokens [n], 0 for those of other blocks."""
+    """(P and) dS of a block, [matrices, n, v], the sums of dS over tokens [n] and over rows [v], and P of the noisy
+    tokens [n], whose dS are left out; 0 for those of other blocks, and where smoothed has no gradient."""
     x, n, v = inputs.x, len(inputs.x), tokens.stop - tokens.start
     tiles_n, tiles_v = triton.cdiv(n, tile.n), triton.cdiv(v, tile.v)
     stride = tiles_v * tile.v  # so that rows begin on 16 bytes
     weights = workspace[: matrices * n * stride].view(matrices, n, stride)
-    row_sums, noisy_p = (x.new_empty(tiles_v, n, dtype=torch.float32) for _ in range(2))
-    token_sums = x.new_empty(tiles_n, v, dtype=torch.float32)
+    row_sums, token_sums = x.new_empty(tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
+    noisy_p = torch.zeros_like(row_sums)
     with device_of(x):
         chunk_bwd_kernel[tiles_n * tiles_v,](
             **arguments_of(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
