@@ -146,6 +146,7 @@ def step_bwd(
     recall_target: float,
     backend: str,
     smoothed: Tensor,
+    noisy_tokens: Tensor,
     best_score: Tensor,
     log_sum: Tensor,
     top_tokens: Tensor,  # [N, K]
@@ -169,7 +170,7 @@ def step_bwd(
             None if grad_smoothed is None else grad_smoothed.contiguous(),
             None if grad_lse is None else grad_lse.contiguous(),
         )
-        saved = Saved(smoothed if grad_smoothed is not None else inputs.x, best_score, log_sum)
+        saved = Saved(smoothed if grad_smoothed is not None else inputs.x, noisy_tokens, best_score, log_sum)
         grad_x, grad_embeddings = chosen.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
     if grad_top is not None:
         of_top = _top_grads(inputs, top_tokens, grad_top.contiguous(), chosen.average, needs_x, needs_embeddings)
@@ -215,7 +216,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Eight) -> None:
     ctx.set_materialize_grads(False)  # None where the loss does not use an output: its products are left out
     ctx.is_tensor = [isinstance(i, Tensor) for i in inputs]
     ctx.numbers = [i for i in inputs if not isinstance(i, Tensor)]
-    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), smoothed, best_score, log_sum, top_tokens)
+    saved = smoothed, noisy_tokens, best_score, log_sum, top_tokens
+    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), *saved)
 
 
 def _backward(ctx: Any, grad_smoothed: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -111,12 +111,13 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
 void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
               std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, Tensor smoothed,
-              Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed, std::optional<Tensor> grad_lse,
-              std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
+              Tensor noisy_tokens, Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed,
+              std::optional<Tensor> grad_lse, std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
   const auto fields = noise_fields(seed, offsets, field_weights);
   auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
   const int64_t n = p.n_rows;
   p.smoothed = like_x(smoothed, "smoothed", x);
+  p.noisy_tokens = pointer<int64_t>(noisy_tokens, "noisy_tokens", {n});
   p.best_score = pointer<float>(best_score, "best_score", {n}), p.log_sum = pointer<float>(log_sum, "log_sum", {n});
   p.grad_smoothed = like_x(grad_smoothed, "grad_smoothed", x);
   p.grad_lse = pointer<float>(grad_lse, "grad_lse", {n});
@@ -176,9 +177,9 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
       "Tensor(g!) top_logits, Tensor(h!) top_tokens) -> ()");
   m.def(
       "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor smoothed, Tensor best_score, "
-      "Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> "
-      "()");
+      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor smoothed, "
+      "Tensor noisy_tokens, Tensor best_score, Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, "
+      "Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
   m.def(
       "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, int tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
   m.def("average(Tensor weights, Tensor tokens, Tensor embeddings, int tier, Tensor(a!) out) -> ()");

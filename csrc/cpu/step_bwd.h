@@ -9,7 +9,12 @@
 //         gather      ot[D][lanes] += E[tile]^T ds
 //       spread        out[v][D] = P^T g + dS^T x                             over kGroupRows rows at a time
 //       grad_table[tile] += out - E[tile] sum_rows dS
-//     grad_x = ot - x sum_tokens dS
+//     missing = scale grad_lse - sum_tokens dS                               of every row
+//     grad_table[t] += P_t ((x - E[t]) missing + g (1 - sum_tokens P))       t: its noisy token
+//     grad_x = ot + smoothed missing - x scale grad_lse
+//
+// `missing` is rounding: of delta, and of log_sum in P. Where one token has all the weight of a row, its dS is nothing
+// but the rounding of delta, which is subtracted here.
 //
 // Five products of N x V x D; four where x needs no gradient, three where the table needs none. Tokens are shared out
 // among threads, so that nobody else adds to a tile's rows of grad_table; every thread has its own ot. Sums have a
@@ -88,6 +93,11 @@ class StepBackward {
     for (int64_t i = 0; i < threads_.count; ++i) wide.emplace_back(2 * p_.width);
     share(threads_, panels_, [&](int64_t worker, int64_t panel) { pack(panel, wide[size_t(worker)]); });
     share(threads_, splits_, [&](int64_t, int64_t split) { stream(split, splits[size_t(split)]); });
+    if (p_.grad_table) {
+      std::vector<Missing> rows;
+      for (int64_t i = 0; i < n_rows_; ++i) rows.push_back(missing(i, splits));
+      share(threads_, threads_.count, [&](int64_t worker, int64_t part) { correct(part, rows, wide[size_t(worker)]); });
+    }
     if (!p_.grad_x) return;
     share(threads_, panels_, [&](int64_t worker, int64_t panel) { finish(panel, splits, wide[size_t(worker)]); });
   }
@@ -217,19 +227,52 @@ class StepBackward {
     }
   }
 
-  // Without grad_lse the sum of dS is zero, but for the rounding of delta, which goes out again with it.
-  void finish(int64_t panel, std::vector<Split>& splits, float* room) const {
+  // What the dS and the P of a row lack, and the P of its noisy token.
+  struct Missing {
+    float ds, p, largest;
+  };
+
+  Missing missing(int64_t i, const std::vector<Split>& splits) const {
+    const int64_t lane = layout_.lane_of(i % kPanel), r = first_ + i;
+    double ds = 0.0, p = 0.0;
+    float largest = 0.0f;
+    for (const Split& split : splits) {
+      const RowGrads<S>& rows = split.rows[i / kPanel * 2 + lane / kLanes];
+      ds += rows.sum[lane % kLanes], p += rows.sum_p[lane % kLanes];
+      largest = std::fmax(largest, rows.largest[lane % kLanes]);
+    }
+    return {float(score_scale(p_, r) * grad_lse(r) - ds), float(1.0 - p), largest};
+  }
+
+  // Some columns of what is missing, for the noisy tokens of all rows, which may share one.
+  void correct(int64_t part, const std::vector<Missing>& rows, float* room) const {
+    const int64_t d = part * p_.width / threads_.count, count = (part + 1) * p_.width / threads_.count - d;
+    const auto add = [&](const void* matrix, DType dtype, int64_t from, float weight, float* grad) {
+      widen<S>(at(matrix, dtype, from + d), dtype, count, room);
+      for (int64_t k = 0; k < count; ++k) grad[k] = S::fma(weight, room[k], grad[k]);
+    };
+    for (int64_t i = 0; i < n_rows_; ++i) {
+      const int64_t r = first_ + i, token = p_.noisy_tokens[r];
+      if (token < 0 || token >= p_.n_vocab) continue;  // no forward gives it
+      const float of_s = rows[size_t(i)].largest * rows[size_t(i)].ds;
+      float* grad = p_.grad_table + token * p_.width + d;
+      add(p_.x, p_.x_dtype, r * p_.width, of_s, grad);
+      add(p_.table, p_.table_dtype, token * p_.table_stride, -of_s, grad);
+      if constexpr (kMean)
+        add(p_.grad_smoothed, p_.x_dtype, r * p_.width, rows[size_t(i)].largest * rows[size_t(i)].p, grad);
+    }
+  }
+
+  void finish(int64_t panel, const std::vector<Split>& splits, float* room) const {
     const int64_t lanes = lanes_of(panel);
     for (int64_t i = 0; i < count_of(panel); ++i) {
-      const int64_t r = first_ + panel * kPanel + i, lane = layout_.lane_of(i);
-      double sum = 0.0;
-      for (Split& split : splits) sum += split.rows[panel * 2 + lane / kLanes].sum[lane % kLanes];
-      const float of_lse = score_scale(p_, r) * grad_lse(r), of_delta = float(of_lse - sum);
+      const int64_t r = first_ + panel * kPanel + i;
+      const float of_lse = score_scale(p_, r) * grad_lse(r), of_delta = missing(panel * kPanel + i, splits).ds;
       const float *x = row_of(p_.x, r, room), *smoothed = row_of(p_.smoothed, r, room + p_.width);
       for (int64_t d = 0; d < p_.width; ++d) {
         const int64_t at = start_of(panel) + layout_.element(i, d, lanes);
         float value = S::fma(of_delta, smoothed[d], -(of_lse * x[d]));
-        for (Split& split : splits) value += split.ot[at];
+        for (const Split& split : splits) value += split.ot[at];
         narrow(value, p_.x_dtype, p_.grad_x, r * p_.width + d);
       }
     }

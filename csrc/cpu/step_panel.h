@@ -231,12 +231,13 @@ struct RowGrads {
   static constexpr int kLanes = S::kLanes;
   float scale[kLanes], std[kLanes], ref_score[kLanes], ref_logit[kLanes], shift[kLanes];
   int32_t row_id[kLanes];
-  float sum[kLanes];  // of dS
+  float sum[kLanes], sum_p[kLanes];  // of dS and of P
+  float largest[kLanes];             // P
 
   void begin(int64_t lane, const RowConstants& row, float row_shift) {
     scale[lane] = row.scale, std[lane] = row.std, row_id[lane] = row.row_id;
     ref_score[lane] = row.ref_score, ref_logit[lane] = row.ref_logit;
-    shift[lane] = row_shift, sum[lane] = 0.0f;
+    shift[lane] = row_shift, sum[lane] = sum_p[lane] = largest[lane] = 0.0f;
   }
 };
 
@@ -248,12 +249,14 @@ void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64
   using F = typename S::F;
   const F scale = S::load(rows.scale), std = S::load(rows.std), shift = S::load(rows.shift);
   const F ref_score = S::load(rows.ref_score), minus_ref = S::sub(S::set(0.0f), S::load(rows.ref_logit));
-  F sum = S::set(0.0f);
+  F sum = S::set(0.0f), sum_p = S::set(0.0f), largest = S::load(rows.largest);
   if constexpr (kNoise) noise.make(first_column, count, S::load_int(rows.row_id), eps);
   for (int64_t v = 0; v < count; ++v, p += stride, ds += stride, eps += S::kLanes, columns += S::kLanes) {
     F logit = S::fma(scale, S::sub(S::load(p), ref_score), minus_ref);
     if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
     const F weight = exp<S>(logit);
+    sum_p = S::add(sum_p, weight);
+    largest = S::greater_or_second(weight, largest);
     F grad = shift;
     if constexpr (kMean) grad = S::add(S::load(ds), shift);
     grad = S::mul(S::mul(scale, weight), grad);
@@ -263,6 +266,8 @@ void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64
     S::store(columns, S::add(S::load(columns), grad));
   }
   S::store(rows.sum, S::add(S::load(rows.sum), sum));
+  S::store(rows.sum_p, S::add(S::load(rows.sum_p), sum_p));
+  S::store(rows.largest, largest);
 }
 
 }  // namespace

@@ -39,7 +39,8 @@ struct StepParams : StepInputs {
 };
 
 struct StepBwdParams : StepInputs {
-  const void* smoothed;  // [N, D] contiguous, x_dtype
+  const void* smoothed;         // [N, D] contiguous, x_dtype
+  const int64_t* noisy_tokens;  // [N]
   const float* best_score;
   const float* log_sum;
   const void* grad_smoothed;  // [N, D] contiguous, x_dtype    nullptr: zero

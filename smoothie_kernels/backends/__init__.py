@@ -70,6 +70,7 @@ class Saved(NamedTuple):
     """Of a call's outputs, what its backward takes."""
 
     smoothed: Tensor  # [N, D]
+    noisy_tokens: Tensor  # [N] int64
     best_score: Tensor  # [N]
     log_sum: Tensor  # [N]
 

@@ -40,6 +40,12 @@ def spread(weights: Tensor, tokens: Tensor, vectors: Tensor, vocabulary: int) ->
     )
 
 
+def sum_by_token(tokens: Tensor, vectors: Tensor) -> Tensor:
+    """For every row the sum of the vectors of all rows with its token, [N, D]; tokens [N]."""
+    rank = torch.searchsorted(tokens.sort().values, tokens)  # below N, the same for all rows with a token
+    return spread(torch.ones_like(vectors[:, :1]), rank[:, None], vectors, len(tokens))[rank]
+
+
 def _blocks(tokens: Tensor, embeddings: Tensor) -> Iterator[slice]:
     n, k = tokens.shape
     size = max(1, ROOM // (4 * max(1, k) * embeddings.shape[1]))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather
 from smoothie_kernels.backends.gather import average
 from smoothie_kernels.recall import Buckets, pick_buckets
 
@@ -119,9 +119,12 @@ class _Kept:
 def step_bwd(
     inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """With weights P and delta = sum(grad * smoothed): dS = P (grad . E - delta + grad_lse).
+    """With weights P and delta = sum(grad * smoothed): dS = scale P (grad . E - delta + grad_lse).
 
-    Then the chain rule: through a score's two ends, scale (E_j - x_i) and scale (x_i - E_j), and the mean, P grad.
+    Then the chain rule: through a score's two ends, E_j - x_i and x_i - E_j, and the mean, P grad.
+
+    A row's dS add up to scale grad_lse, but for the rounding of delta. Where one token has all the weight, its dS is
+    nothing but that rounding: it is subtracted again, by the token's weight.
     """
     embeddings, dtype = inputs.embeddings, _accumulate_in(inputs.x)
     rows, scale, ids = _rows(inputs)
@@ -129,24 +132,29 @@ def step_bwd(
     grad = torch.zeros_like(rows) if grads.smoothed is None else grads.smoothed.to(dtype)
     grad_lse = torch.zeros_like(saved.log_sum) if grads.lse is None else grads.lse
     shift = grad_lse - (grad * smoothed).sum(1)
-    grad_x, total = torch.zeros_like(rows), torch.zeros_like(scale)
-    grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format) if needs_embeddings else None
+    grad_x, total, largest = torch.zeros_like(rows), torch.zeros_like(scale), torch.zeros_like(scale)
+    grad_embeddings = embeddings.new_empty(embeddings.shape, dtype=dtype) if needs_embeddings else None
     for first in range(0, embeddings.shape[0], CHUNK):
         table = embeddings[first : first + CHUNK].to(dtype)
         scores = rows @ table.T + inputs.bias[first : first + CHUNK]
         logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, len(table))
         weights = (logits - saved.log_sum[:, None]).exp()
         grad_scores = scale[:, None] * weights * (grad @ table.T + shift[:, None])
+        total += grad_scores.sum(1)
+        largest = largest.maximum(weights.amax(1))
         if needs_x:
             grad_x += grad_scores @ table
-            total += grad_scores.sum(1)
         if grad_embeddings is not None:
             part = weights.T @ grad + grad_scores.T @ rows - grad_scores.sum(0)[:, None] * table
-            grad_embeddings[first : first + CHUNK] = part.to(embeddings.dtype)
+            grad_embeddings[first : first + CHUNK] = part
+    missing, tokens = scale * grad_lse - total, saved.noisy_tokens
+    if grad_embeddings is not None:
+        change = (missing * largest)[:, None] * (rows - embeddings[tokens].to(dtype))
+        grad_embeddings[tokens] += gather.sum_by_token(tokens, change)  # the same sum where tokens are the same
+        grad_embeddings = grad_embeddings.to(embeddings.dtype)
     if not needs_x:
         return None, grad_embeddings
-    # Without grad_lse the total is zero, but for the rounding of delta, which goes out again with it.
-    grad_x += (scale * grad_lse - total)[:, None] * smoothed - (scale * grad_lse)[:, None] * rows
+    grad_x += missing[:, None] * smoothed - (scale * grad_lse)[:, None] * rows
     return grad_x.to(inputs.x.dtype), grad_embeddings
 
 

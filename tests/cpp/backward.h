@@ -32,7 +32,7 @@ Gradients gradients(const Tier& tier, const StepParams& params, const Backward& 
   Gradients r{Matrix(params.x_dtype, params.n_rows, params.width), array<float>(params.n_vocab * params.width, kNan)};
   smoothie::StepBwdParams p{};
   static_cast<smoothie::StepInputs&>(p) = params;
-  p.smoothed = b.forward.smoothed.data;
+  p.smoothed = b.forward.smoothed.data, p.noisy_tokens = b.forward.noisy_tokens.get();
   p.best_score = b.forward.best_score.get(), p.log_sum = b.forward.log_sum.get();
   p.grad_smoothed = parts & kMean ? b.grad_smoothed.data : nullptr;
   p.grad_lse = parts & kLse ? b.grad_lse.get() : nullptr;

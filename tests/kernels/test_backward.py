@@ -85,6 +85,31 @@ def test_a_far_row_among_near_ones(backend):
     assert problem.wrong(problem.grads(smoothed=False), smoothed=False) == []
 
 
+# By what rows and table are multiplied, by what the rows alone, and the type of both.
+ONE_TOKEN = {
+    "10": (10, 1, torch.float32),
+    "30": (30, 1, torch.float32),
+    "100": (100, 1, torch.float32),
+    "1000": (1000, 1, torch.float32),
+    "far rows": (1, 1000, torch.float32),
+    "bfloat16": (1000, 1, torch.bfloat16),
+    "float16": (300, 1, torch.float16),
+}
+
+
+@pytest.mark.parametrize("lse", [False, True], ids=["mean", "mean and lse"])
+@pytest.mark.parametrize("case", ONE_TOKEN)
+def test_table_where_one_token_has_all_the_weight(backend, case, lse):
+    """dS of that token is what the others leave, next to nothing; the rounding of delta would drown the gradient."""
+    times, far, dtype = ONE_TOKEN[case]
+    problem = Problem(backend, 17, 150, 64, mu=0.3)
+    problem.x[5] = problem.x[2]  # two rows of one token
+    problem.x, problem.table = (times * far * problem.x).to(dtype), (times * problem.table).to(dtype)
+    problem.grad_smoothed = problem.grad_smoothed.to(dtype)
+    problem.grad_lse *= 1e-6  # else of lse alone
+    assert problem.wrong(problem.grads(x=False, lse=lse), lse=lse) == []
+
+
 def test_rows_that_do_not_fit_in_memory_at_once():
     """The CPU backward packs 1,536 rows of this width at a time; the four that are left round as all others do."""
     problem = Problem("cpu", 1540, 40, 1024, mu=0.3)

@@ -43,6 +43,23 @@ def test_every_tier(tier, n, v, d, dtype):
     assert check_gradients(grads, x, table, 0.1 * rows, 0.9 * rows, eps, *incoming) == []
 
 
+def test_one_token_with_all_the_weight_in_every_tier(tier):
+    """Rows in panels of two vectors, of one, and several lanes to a row, on three threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for n in (1, 9, 35):
+            table = (1000 * torch.randn(300, 41)).requires_grad_()
+            x, rows, grad = table.detach()[:n] + 300 * torch.randn(n, 41), torch.ones(n), torch.randn(n, 41)
+            step = fused_smoothie_step(x, table, 0.3, 0.9, seed=2, backend="cpu")
+            grads = [None, *torch.autograd.grad(step.smoothed, table, grad)]
+            eps = noise.gaussian(n, 300, seed=2, backend="reference")
+            given = x, table.detach(), 0.3 * rows, 0.9 * rows, eps
+            assert check_gradients(grads, *given, grad, torch.zeros(n)) == []
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_sum_of_fields_in_every_tier(tier):
     where, rows = {"seed": 2, "offset": [1, 2**40, 1], "field_weights": [0.7, -0.4, 0.3]}, torch.ones(35)
     table = torch.randn(300, 24)

@@ -33,12 +33,12 @@ def test_opcheck(backend, weights):
     torch.library.opcheck(library.step_fwd, wanted)
     differentiable = [True, False, False, True, False, False, True, False]
     assert [o.requires_grad for o in library.step_fwd(*wanted)] == differentiable
-    smoothed, _, _, _, best_score, log_sum, _, top_tokens = library.step_fwd(*args)
+    smoothed, _, noisy_tokens, _, best_score, log_sum, _, top_tokens = library.step_fwd(*args)
     grads = torch.randn_like(x), torch.randn(6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
     for used in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)):
         incoming = [grad if use else None for grad, use in zip(grads, used, strict=True)]
         for needs in ((True, True), (True, False), (False, True)):
-            saved = smoothed, best_score, log_sum, top_tokens
+            saved = smoothed, noisy_tokens, best_score, log_sum, top_tokens
             torch.library.opcheck(library.step_bwd, (*args, *saved, *incoming, *needs))
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, backend))
     torch.library.opcheck(library.column_bias, (table, True, backend))

@@ -80,9 +80,11 @@ def incoming(how, *, smoothed=True, lse=True):
 
 
 def backward(how, grads, needs_x=True, needs_embeddings=True, tile=None):
-    saved = reference.step_fwd(how)
-    saved = Saved(saved.smoothed, saved.best_score, saved.log_sum)
-    return chunked.step_bwd(how, saved, grads, needs_x, needs_embeddings, tile)
+    return chunked.step_bwd(how, saved_of(reference.step_fwd(how)), grads, needs_x, needs_embeddings, tile)
+
+
+def saved_of(step, **others):
+    return Saved(*({**step._asdict(), **others}[name] for name in Saved._fields))
 
 
 def wrong_gradients(how, found, grads):
@@ -232,7 +234,7 @@ def test_without_a_mean_x_may_stand_for_it(case, x_type):
     """library.py has no mean to give where the loss uses lse alone."""
     how = inputs(*CASES[case], x_type=x_type)._replace(mean=False)
     grads, step = incoming(how, smoothed=False), reference.step_fwd(how)
-    found = chunked.step_bwd(how, Saved(how.x, step.best_score, step.log_sum), grads, True, True, SMALL)
+    found = chunked.step_bwd(how, saved_of(step, smoothed=how.x), grads, True, True, SMALL)
     assert wrong_gradients(how, found, grads) == []
 
 
@@ -273,9 +275,10 @@ def test_kernels_write_to_the_end_of_their_last_tile_and_no_further(x_type):
     workspace = torch.full((3, n, 128), guard, device=DEVICE)
     grad = incoming(how).smoothed
     zeros = torch.zeros(n, device=DEVICE)
+    saved = Saved(how.x, zeros.long(), zeros, zeros)
     for matrices in (1, 2):
         workspace.fill_(guard)
-        chunked._grad_scores(how, zeros, zeros, zeros, grad, tokens, workspace.view(-1), matrices, SMALL)
+        chunked._grad_scores(how, saved, zeros, grad, tokens, workspace.view(-1), matrices, SMALL)
         assert (workspace[:matrices, :, :v] != guard).all()
         assert not workspace[matrices - 1, :, v:].any()  # dS
         assert (workspace[matrices:] == guard).all()
@@ -323,7 +326,7 @@ def test_best_score_of_other_roundings():
         other = other.nextafter(torch.full_like(other, torch.inf))
     assert ((other - step.best_score) * how.mu / 2.25).max() > 0.01
     grads = incoming(how)
-    found = chunked.step_bwd(how, Saved(step.smoothed, other, step.log_sum), grads, True, True)
+    found = chunked.step_bwd(how, saved_of(step, best_score=other), grads, True, True)
     assert wrong_gradients(how, found, grads) == []
 
 

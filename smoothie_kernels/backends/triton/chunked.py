@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, Statistics, StepInputs
+from smoothie_kernels.backends import Grads, Saved, Statistics, StepInputs, gather
 from smoothie_kernels.backends.blocks import (
     HEADROOM,
     HIGHEST,
@@ -199,7 +199,8 @@ def step_bwd(
     needs_embeddings: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As reference.step_bwd: a block of its loop in two."""
+    """As reference.step_bwd: a block of its loop in two. The dS of noisy tokens come last, from the others' sums, where
+    smoothed has a gradient."""
     inputs = noise_on_device(inputs)
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
@@ -213,27 +214,54 @@ def step_bwd(
         saved = saved._replace(log_sum=_log_sum(inputs, saved, tile))
     shift = _shift(saved, grads, block_n)
     sums = x.new_zeros(n, d, dtype=torch.float32) if needs_x else None
-    total = x.new_zeros(n, dtype=torch.float32)
+    total, noisy_p = (x.new_zeros(n, dtype=torch.float32) for _ in range(2))
     grad_embeddings = embeddings.new_empty(embeddings.shape) if needs_embeddings else None
+    # The noisy tokens' rows of it before they are rounded to 16 bits.
+    grad_noisy = x.new_zeros(n, d, dtype=torch.float32) if matrices == 2 and embeddings.itemsize == 2 else None
     for tokens in slices(v, block_v):
         table = embeddings[tokens]
         grad_table = table.new_zeros(table.shape, dtype=torch.float32) if needs_embeddings else None
         token_total = table.new_zeros(len(table), dtype=torch.float32)
         for rows in slices(n, block_n):
-            weights, row_sums, token_sums = _grad_scores(
-                rows_of(inputs, rows), saved.best_score[rows], saved.log_sum[rows], shift[rows],
+            weights, row_sums, token_sums, block_p = _grad_scores(
+                rows_of(inputs, rows), Saved(*(s[rows] for s in saved)), shift[rows],
                 None if grads.smoothed is None else grads.smoothed[rows], tokens, workspace, matrices, tile,
             )  # fmt: skip
+            total[rows] += row_sums
+            noisy_p[rows] += block_p
             if sums is not None:
                 add_product(sums[rows], weights[-1], table)
-                total[rows] += row_sums
             if grad_table is not None:
                 ends = x[rows] if grads.smoothed is None else torch.cat((grads.smoothed[rows], x[rows]))
                 add_product(grad_table, weights.flatten(0, 1).T, ends)
                 token_total += token_sums
         if grad_embeddings is not None and grad_table is not None:
-            grad_embeddings[tokens] = grad_table - token_total[:, None] * table
+            grad_table -= token_total[:, None] * table
+            grad_embeddings[tokens] = grad_table
+            if grad_noisy is not None:
+                at = saved.noisy_tokens - tokens.start
+                inside = (at >= 0) & (at < len(table))
+                grad_noisy = torch.where(inside[:, None], grad_table[at.where(inside, 0)], grad_noisy)
+    if grads.smoothed is not None:
+        noisy = saved.noisy_tokens
+        table = embeddings[noisy].float()
+        grad_scores = inputs.mu * inputs.sigma_min**-2 * noisy_p * ((grads.smoothed * table).sum(1) + shift)
+        if grad_embeddings is not None:
+            # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to
+            # `wanted`: by the token's weight it takes what the others leave of that.
+            left = (1 - noisy_p) * grad_scores + noisy_p * (_wanted(inputs, grads) - total)
+            grad_noisy = grad_embeddings[noisy] if grad_noisy is None else grad_noisy
+            grad_noisy += gather.sum_by_token(noisy, left[:, None] * (x - table))
+            grad_embeddings[noisy] = grad_noisy.to(embeddings.dtype)
+        if sums is not None:
+            sums += grad_scores[:, None] * table
+            total += grad_scores
     return None if sums is None else _grad_x(inputs, saved, grads, sums, total, block_n), grad_embeddings
+
+
+def _wanted(inputs: StepInputs, grads: Grads) -> Tensor:
+    """The sum of a row's dS, [N]."""
+    return torch.zeros_like(inputs.mu) if grads.lse is None else inputs.mu * inputs.sigma_min**-2 * grads.lse
 
 
 def _log_sum(inputs: StepInputs, saved: Saved, tile: Tile) -> Tensor:
@@ -265,35 +293,35 @@ def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
 
 
 def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
-    grad_x = torch.empty_like(inputs.x)
+    grad_x, wanted = torch.empty_like(inputs.x), _wanted(inputs, grads)
     for rows in slices(len(sums), block_n):
-        wanted = torch.zeros_like(total[rows])
-        if grads.lse is not None:
-            wanted = inputs.mu[rows] * inputs.sigma_min**-2 * grads.lse[rows]
         # total is what the rounding of delta and of dS has made of the sum of dS: it goes out again.
-        part = sums[rows] + (wanted - total[rows])[:, None] * saved.smoothed[rows]
-        grad_x[rows] = part - wanted[:, None] * inputs.x[rows] if grads.lse is not None else part
+        part = sums[rows] + (wanted - total)[rows, None] * saved.smoothed[rows]
+        grad_x[rows] = part - wanted[rows, None] * inputs.x[rows] if grads.lse is not None else part
     return grad_x
 
 
 def _grad_scores(
-    inputs: StepInputs, best_score: Tensor, log_sum: Tensor, shift: Tensor, grad: Tensor | None, tokens: slice,
-    workspace: Tensor, matrices: int, tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(P and) dS of a block, [matrices, n, v], and the sums of dS over tokens [n] and over rows [v]."""
+    inputs: StepInputs, saved: Saved, shift: Tensor, grad: Tensor | None, tokens: slice, workspace: Tensor,
+    matrices: int, tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(P and) dS of a block, [matrices, n, v], the sums of dS over tokens [n] and over rows [v], and P of the noisy
+    tokens [n], whose dS are left out; 0 for those of other blocks, and where smoothed has no gradient."""
     x, n, v = inputs.x, len(inputs.x), tokens.stop - tokens.start
     tiles_n, tiles_v = triton.cdiv(n, tile.n), triton.cdiv(v, tile.v)
     stride = tiles_v * tile.v  # so that rows begin on 16 bytes
     weights = workspace[: matrices * n * stride].view(matrices, n, stride)
     row_sums, token_sums = x.new_empty(tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
+    noisy_p = torch.zeros_like(row_sums)
     with device_of(x):
         chunk_bwd_kernel[tiles_n * tiles_v,](
             **arguments_of(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
-            best_score_ptr=best_score, log_sum_ptr=log_sum, shift_ptr=shift,
+            best_score_ptr=saved.best_score, log_sum_ptr=saved.log_sum, shift_ptr=shift,
+            noisy_tokens_ptr=saved.noisy_tokens, noisy_p_ptr=noisy_p,
             p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
             row_sums_ptr=row_sums, token_sums_ptr=token_sums,
         )  # fmt: skip
-    return weights[..., :v].to(_weight_type(inputs)), row_sums.sum(0), token_sums.sum(0)
+    return weights[..., :v].to(_weight_type(inputs)), row_sums.sum(0), token_sums.sum(0), noisy_p.sum(0)
 
 
 # --- blocks and products

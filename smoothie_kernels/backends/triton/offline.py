@@ -199,7 +199,8 @@ def _call_forward(inputs: StepInputs) -> None:
 
 
 def _call_backward(inputs: StepInputs) -> None:
-    saved, grad = Saved(inputs.x, inputs.mu, inputs.mu), inputs.x
+    saved = Saved(inputs.x, _empty(len(inputs.x), dtype=torch.int64), inputs.mu, inputs.mu)
+    grad = inputs.x
     for grads in (Grads(grad, inputs.mu), Grads(None, inputs.mu)):
         for needs_embeddings in (True, False):
             chunked.step_bwd(inputs, saved, grads, True, needs_embeddings)
