@@ -145,7 +145,9 @@ void score(int64_t mode, Tensor x, Tensor embeddings, Tensor bias, std::optional
   if (weights) {
     STD_TORCH_CHECK(type_of(*weights, "weights") == p.type, "weights must be of the type of x");
     STD_TORCH_CHECK(weights->size(1) >= columns, "weights must have room for ", columns, " columns");
-    p.weights = rows(*weights, "weights", {n, weights->size(1)}), p.weights_stride = weights->stride(0);
+    const int64_t tall = cluster * kTile;  // rows of a cluster: all of them are written
+    p.weights = rows(*weights, "weights", {(n + tall - 1) / tall * tall, weights->size(1)});
+    p.weights_stride = weights->stride(0);
   }
   if (keys) {
     STD_TORCH_CHECK(keys->scalar_type() == ScalarType::Long, "keys must be int64");

@@ -10,19 +10,25 @@ constexpr int kept_in(Mode mode) {
   return mode == Mode::kKeep1 ? 1 : mode == Mode::kKeep2 ? 2 : mode == Mode::kKeep4 ? 4 : 0;
 }
 
+// Pairs of warpgroups that take tiles in turn. The largest logits that buckets keep, and several fields, leave no
+// registers for two.
+constexpr int phases_of(Mode mode, Noise noise) {
+  return kept_in(mode) || mode == Mode::kMean || noise == Noise::kAny ? 1 : 2;
+}
+
 // Two rows of a thread, and a quarter of the columns: 8 j + 2 t and the next, t the thread's place among four.
-template <class T, Mode kMode, int kTokens>
+template <class T, Mode kMode, Noise kNoise, int kTokens>
 struct Epilogue {
-  static constexpr int kKeep = kept_in(kMode);
+  static constexpr int kKeep = kept_in(kMode), kPhases = phases_of(kMode, kNoise);
+  static constexpr int kSharing = kPhases * kWarpgroup;  // threads that share the bias of a tile
   static constexpr bool kLogits = kMode != Mode::kNearest, kStatistics = kMode != Mode::kKeys;
   static constexpr bool kWeights = kMode == Mode::kWeights || kMode == Mode::kMean;
-  static constexpr int kPairs = kKeep ? 2 : 4;  // of columns of a piece, of a thread and row; of 4, buckets spill
-  static constexpr int kPieces = kTokens / (8 * kPairs);  // of a tile
+  static constexpr int kPairs = kMode == Mode::kMean ? 4 : 2;  // of columns of a piece, of a thread and row
+  static constexpr int kPieces = kTokens / (8 * kPairs);       // of a tile
   static constexpr float kUnit = kMode == Mode::kKeys ? 1.0f : kLog2E;
 
   const StepParams& p;
-  int64_t first_row;  // and first_row + 8
-  int column;         // 2 t
+  int column;  // 2 t
   NoiseField field{};
   Row rows[2];
   Best nearest[2], noisy[2];
@@ -31,15 +37,28 @@ struct Epilogue {
   float* bias;                  // two tiles' in turn
   float next_bias = 0;
   int turn = 0;
+  T* weights_of_tile = nullptr;  // where this thread's begin, of its first row
 
   __device__ Epilogue(const StepParams& params, ScoreShared& shared) : p(params) {
-    first_row = int64_t(blockIdx.x) * kTileRows + threadIdx.x / kWarpgroup * 64 + hopper::row_of(threadIdx.x, 0);
     column = hopper::column_of(threadIdx.x, 0);
-    bias = shared.bias[threadIdx.x / kWarpgroup][0];
+    bias = shared.bias[threadIdx.x / kSharing][0];
     if (kLogits) {
-      rows[0] = Row(p, first_row, kUnit), rows[1] = Row(p, first_row + 8, kUnit);
-      if (p.std) field = p.fields[0];
+      for (int r = 0; r < 2; ++r) rows[r] = Row::of<kNoise>(p, first_row() + 8 * r, kUnit);
+      if (kNoise != Noise::kNone && p.std) field = p.fields[0];
+      if (kNoise == Noise::kOne) field.key = hopper::same_for_warp(field.key);  // ten round keys in uniform registers
     }
+  }
+
+  __device__ static int row_in_block() {
+    return threadIdx.x / kWarpgroup % kConsumers * 64 + hopper::row_of(threadIdx.x, 0);
+  }
+
+  // Of this thread's two rows; the other is 8 further. With two phases it is calculated when it is asked for: registers
+  // are few.
+  __device__ static int64_t first_row() {
+    int block = blockIdx.x, row = row_in_block();
+    if (kPhases == 2) hopper::hide(block), hopper::hide(row);
+    return int64_t(block) * kTileRows + row;
   }
 
   // Which tokens a tile's columns are: the pair of columns c and c + 1 is `first` and the next, from p.first_token on,
@@ -58,50 +77,53 @@ struct Epilogue {
     next_bias = token < p.end_token ? p.bias[token] : -kInfinity;
   }
 
-  __device__ void begin_tile() {
+  __device__ void begin_tile(int tile) {
+    if constexpr (kMode == Mode::kWeights) {
+      weights_of_tile = static_cast<T*>(p.weights) + int(first_row()) * p.weights_stride + tile * kTokens +
+                        (column & 4) + (column & 2) * 4;
+      hopper::hide(weights_of_tile);  // else every store would calculate it
+    }
     turn ^= 1;
-    bias[turn * kWarpgroup + threadIdx.x % kWarpgroup] = next_bias;
-    hopper::sync_threads(1 + threadIdx.x / kWarpgroup, kWarpgroup);
+    if (threadIdx.x % kSharing < kWarpgroup) bias[turn * kWarpgroup + threadIdx.x % kWarpgroup] = next_bias;
+    hopper::sync_threads(1 + threadIdx.x / kSharing, kSharing);
   }
 
   // A piece of a tile's sums. Its weights, of both rows: two of neighbouring columns a word.
   __device__ void take(const float (&sums)[kTokens / 2], int tile, int piece, uint32_t (&weights)[2][kPairs]) {
     const Columns columns = columns_of(tile, piece * (8 * kPairs) + column);
-    const float* bias_here = bias + turn * kWarpgroup + piece * (8 * kPairs) + column;
-    float low_bias[kPairs], high_bias[kPairs];
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) low_bias[i] = bias_here[8 * i], high_bias[i] = bias_here[8 * i + 1];
+    const int at = turn * kWarpgroup + piece * (8 * kPairs) + column;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float low[kPairs], high[kPairs];  // of the even and of the odd columns: scores, logits, weights
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const float* sum = &sums[(piece * kPairs + i) * 4 + r * 2];
-        low[i] = sum[0] + low_bias[i], high[i] = sum[1] + high_bias[i];
+        float low_bias = bias[at + 8 * i], high_bias = bias[at + 8 * i + 1];
+        if (kPhases == 2) hopper::load_pair(bias + at + 8 * i, low_bias, high_bias);
+        low[i] = sum[0] + low_bias, high[i] = sum[1] + high_bias;
       }
       if (kStatistics) nearest[r].take(low, high, p.first_token + columns.first, columns.step);
-      if (kLogits) take_logits(low, high, r, columns, weights[r]);
+      if (kLogits) take_logits(low, high, r, columns, tile, piece, weights[r]);
     }
   }
 
-  __device__ void take_logits(float (&low)[kPairs], float (&high)[kPairs], int r, Columns columns,
+  __device__ void take_logits(float (&low)[kPairs], float (&high)[kPairs], int r, Columns columns, int tile, int piece,
                               uint32_t (&weights)[kPairs]) {
     const int first = columns.first, step = columns.step;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) low[i] = rows[r].logit(low[i]), high[i] = rows[r].logit(high[i]);
-    if (p.std) add_noise(low, high, rows[r], uint32_t(p.first_token + first) / 2, step / 2, field, p);
+    add_noise<kNoise>(low, high, rows[r], uint32_t(p.first_token + first) / 2, step / 2, field, p);
     const int end = p.end_token - p.first_token;
-    if (first + step * kPairs > end) {  // a scale of zero would make NaN of the bias there
+    if ((tile + 1) * kTokens > end) {  // a scale of zero would make NaN of the bias there
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         if (first + step * i >= end) low[i] = -kInfinity;
         if (first + step * i + 1 >= end) high[i] = -kInfinity;
       }
     }
-    const int64_t row = first_row + 8 * r;
     if constexpr (kMode == Mode::kKeys) {
-      if (row >= p.n_rows) return;
-      int64_t* keys = p.keys + row * p.weights_stride + first;
+      if (first_row() + 8 * r >= p.n_rows) return;
+      int64_t* keys = p.keys + (first_row() + 8 * r) * p.weights_stride + first;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i)
         store_keys(keys + 8 * i, sort_key(low[i], p.first_token + first + step * i),
@@ -115,39 +137,23 @@ struct Epilogue {
         even[r].take(low[i], p.first_token + first + step * i),
             odd[r].take(high[i], p.first_token + first + step * i + 1);
     }
-    float sum = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float a = hopper::exp2_approx(low[i]), b = hopper::exp2_approx(high[i]);
-      sum += a + b;
+      total[r] += a + b;
       if (kWeights) weights[i] = hopper::pack<T>(a, b);
     }
-    total[r] += sum;
-    if constexpr (kMode == Mode::kWeights) store_weights(weights, row, first);
+    if constexpr (kMode == Mode::kWeights) store_weights(weights, r, piece);
   }
 
-  // Four threads have two columns each of four groups of eight. Each gets one whole group: 16 bytes, 64 with the
-  // others.
-  __device__ void store_weights(uint32_t (&packed)[4], int64_t row, int first) {
-    const bool odd_lane = column & 2, upper = column & 4;
-    uint32_t pair[4];
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t kept = odd_lane ? packed[i + 1] : packed[i];
-      const uint32_t got = hopper::shuffle_xor(odd_lane ? packed[i] : packed[i + 1], 1);
-      pair[i] = odd_lane ? got : kept, pair[i + 1] = odd_lane ? kept : got;
-    }
-    uint32_t group[4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t kept = upper ? pair[2 + i] : pair[i];
-      const uint32_t got = hopper::shuffle_xor(upper ? pair[i] : pair[2 + i], 2);
-      group[i] = upper ? got : kept, group[2 + i] = upper ? kept : got;
-    }
-    if (row >= p.n_rows) return;
-    // first is that of this thread's columns, 2 t; its group begins at 8 t.
-    T* weights = static_cast<T*>(p.weights) + row * p.weights_stride + (first - column + 4 * column);
-    store_words(weights, group);
+  // Four threads have two columns each of two groups of eight. A thread gets four columns of one group: 8 bytes, of the
+  // 32 that the four write together.
+  __device__ void store_weights(const uint32_t (&packed)[2], int r, int piece) {
+    const bool odd_lane = column & 2;
+    const uint32_t kept = odd_lane ? packed[1] : packed[0];
+    const uint32_t got = hopper::shuffle_xor(odd_lane ? packed[0] : packed[1], 1);
+    T* weights = weights_of_tile + 8 * r * p.weights_stride + piece * (8 * kPairs);
+    hopper::store_global(weights, odd_lane ? got : kept, odd_lane ? kept : got);
   }
 
   // What the buckets of a part have kept; then they are empty again.
@@ -155,7 +161,7 @@ struct Epilogue {
     if constexpr (kKeep > 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int64_t row = first_row + 8 * r;
+        const int64_t row = first_row() + 8 * r;
         if (row < p.n_rows) {
           int64_t* keys = p.keys + (row * p.parts + part) * kKeep * kBucketsOfPart + column;
 #pragma unroll
@@ -168,15 +174,39 @@ struct Epilogue {
     }
   }
 
-  __device__ void store_statistics() {
-    if constexpr (!kStatistics) return;
-    const int64_t plane = int64_t(p.chunks) * p.n_rows;
+  // Of all phases: the second hands its own to the first. Then all tiles have been read, and their memory is free.
+  __device__ void store_statistics(ScoreShared& shared) {
+    static_assert(kStatistics);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       nearest[r].merge_lanes(3), noisy[r].merge_lanes(3);
       total[r] += hopper::shuffle_xor(total[r], 1);
       total[r] += hopper::shuffle_xor(total[r], 2);
-      const int64_t row = first_row + 8 * r, at = int64_t(blockIdx.y) * p.n_rows + row;
+    }
+    if constexpr (kPhases == 2) {
+      struct Found {
+        Best nearest, noisy;
+        float total;
+      };
+      auto* found = reinterpret_cast<Found*>(shared.boxes) + row_in_block();
+      constexpr int kAll = 3, kThreads = kPhases * kConsumers * kWarpgroup;  // a barrier; its threads
+      const bool second = threadIdx.x >= kConsumers * kWarpgroup;
+      hopper::sync_threads(kAll, kThreads);
+      if (second && column == 0)
+        for (int r = 0; r < 2; ++r) found[8 * r] = {nearest[r], noisy[r], total[r]};
+      hopper::sync_threads(kAll, kThreads);
+      if (second) return;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        nearest[r].merge(found[8 * r].nearest.value, found[8 * r].nearest.token);
+        noisy[r].merge(found[8 * r].noisy.value, found[8 * r].noisy.token);
+        total[r] += found[8 * r].total;
+      }
+    }
+    const int64_t plane = int64_t(p.chunks) * p.n_rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t row = first_row() + 8 * r, at = int64_t(blockIdx.y) * p.n_rows + row;
       if (column != 0 || row >= p.n_rows) continue;
       p.numbers[at] = nearest[r].value, p.tokens[at] = nearest[r].token;
       if (!kLogits) continue;

@@ -17,7 +17,7 @@ inline const char* misshapen(const StepParams& p, int tokens_of_tile) {
   return nullptr;
 }
 
-template <class T, int kTokens>
+template <class T, int kTokens, int kPhases>
 const char* launch_tiles(void (*kernel)(ScoreArguments), const StepParams& p, hopper::Stream stream) {
   ScoreArguments a;
   a.p = p;
@@ -31,7 +31,7 @@ const char* launch_tiles(void (*kernel)(ScoreArguments), const StepParams& p, ho
       return wrong;
   }
   const int rows = int((p.n_rows + kTileRows - 1) / kTileRows);
-  const hopper::Grid grid{(rows + p.cluster - 1) / p.cluster * p.cluster, p.chunks, kScoreThreads, p.cluster,
+  const hopper::Grid grid{(rows + p.cluster - 1) / p.cluster * p.cluster, p.chunks, threads_of(kPhases), p.cluster,
                           sizeof(ScoreShared)};
   return hopper::launch(kernel, grid, stream, a);
 }

@@ -13,8 +13,8 @@ const char* narrow(const StepParams& p, hopper::Stream stream) {
   StepParams all = p;
   all.resident = kNarrowBoxes;
   return p.type == Type::kBFloat16
-             ? launch_tiles<hopper::BFloat16, kNarrowTokens>(narrow_kernel<hopper::BFloat16>, all, stream)
-             : launch_tiles<hopper::Half, kNarrowTokens>(narrow_kernel<hopper::Half>, all, stream);
+             ? launch_tiles<hopper::BFloat16, kNarrowTokens, 1>(narrow_kernel<hopper::BFloat16>, all, stream)
+             : launch_tiles<hopper::Half, kNarrowTokens, 1>(narrow_kernel<hopper::Half>, all, stream);
 }
 
 }  // namespace cuda

@@ -18,7 +18,7 @@ constexpr int kNarrowTokens = 64, kNarrowBoxes = 4;  // D <= 256
 
 template <class T>
 __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowTokens>& boxes) {
-  using Made = Epilogue<T, Mode::kMean, kNarrowTokens>;
+  using Made = Epilogue<T, Mode::kMean, Noise::kAny, kNarrowTokens>;
   constexpr int kSteps = kNarrowTokens / 16;
   Made epilogue(a.p, boxes.shared);
   float acc[kNarrowBoxes][32] = {};
@@ -29,7 +29,7 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
   Walk walk(a.p, blockIdx.y, kNarrowTokens);
   const GiveBack give_back_box(boxes);
   const auto give_back = [&] {
-    for (int i = 0; i < unread; ++i) give_back_box(before.after(i, boxes.slots));
+    for (int i = 0; i < unread; ++i) give_back_box(before.after(i, boxes.slots).slot);
   };
   epilogue.fetch_bias(walk.tile);
   hopper::barrier_wait(boxes.x_full(), 0);
@@ -50,7 +50,7 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
         hopper::multiply_64x64<T>(scores, x + k * hopper::kNextColumns, e + k * hopper::kNextColumns, i + k > 0);
       hopper::products_commit();  // of each TMA tile: one after the loop would take a product of its own
     }
-    epilogue.begin_tile();
+    epilogue.begin_tile(tile);
     more = walk.next();
     if (more) epilogue.fetch_bias(walk.tile);
     hopper::products_wait_for(scores);
@@ -82,12 +82,12 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
 #pragma unroll
   for (int i = 0; i < kNarrowBoxes; ++i) hopper::products_wait_for(acc[i]);
   give_back();
-  epilogue.store_statistics();
+  epilogue.store_statistics(boxes.shared);
 #pragma unroll
   for (int i = 0; i < kNarrowBoxes; ++i) {
 #pragma unroll
     for (int k = 0; k < 32; k += 2) {
-      const int64_t row = epilogue.first_row + k % 4 / 2 * 8;
+      const int64_t row = epilogue.first_row() + k % 4 / 2 * 8;
       const int d = i * kBoxColumns + hopper::column_of(threadIdx.x, k);
       if (row < a.p.n_rows && d < a.p.width)
         store_pair(a.p.acc + (int64_t(blockIdx.y) * a.p.n_rows + row) * a.p.width + d, acc[i][k], acc[i][k + 1]);
@@ -96,8 +96,8 @@ __device__ inline void consume(const ScoreArguments& a, const Boxes<kNarrowToken
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScoreThreads, 1) narrow_kernel(const __grid_constant__ ScoreArguments a) {
-  produce_and_consume<kNarrowTokens>(a, [&](const auto& boxes) { consume<T>(a, boxes); });
+__global__ void __launch_bounds__(threads_of(1), 1) narrow_kernel(const __grid_constant__ ScoreArguments a) {
+  produce_and_consume<kNarrowTokens, 1>(a, [&](const auto& boxes) { consume<T>(a, boxes); });
 }
 
 }  // namespace cuda

@@ -31,13 +31,14 @@ __device__ inline Normals box_muller(uint32_t r0, uint32_t r1) {
   const float u = fmaf(float(r0), 0x1p-32f, 0x1p-33f);
   const float squared = fmaxf(kMinusTwoLn2 * hopper::log2_approx(u), 0.0f);  // may come out below zero next to u = 1
   const float radius = hopper::sqrt_approx(squared);
-  const float angle = fmaf(float(int32_t(r1)), kPi * 0x1p-31f, kPi * 0x1p-32f);  // in [-pi, pi): no range reduction
+  // In [-pi, pi): no range reduction. Without the half of v, 7e-10, which float32 would not hold.
+  const float angle = float(int32_t(r1)) * (kPi * 0x1p-31f);
   return {radius * hopper::cos_approx(angle), radius * hopper::sin_approx(angle)};
 }
 
-__device__ inline Normals normals(uint32_t pair, uint32_t row_id, const NoiseField& field) {
+__device__ inline Normals normals(uint32_t pair, uint32_t shifted_row_id, uint32_t key) {
   uint32_t r0, r1;
-  words(pair, row_id + field.row_shift, field.key, r0, r1);
+  words(pair, shifted_row_id, key, r0, r1);
   return box_muller(r0, r1);
 }
 

@@ -105,17 +105,26 @@ __device__ inline void store_keys(int64_t* to, int64_t first, int64_t second) {
   *reinterpret_cast<TwoKeys*>(to) = {{first, second}};
 }
 
-// A row's own numbers: logit = scale (score - ref_score) - highest + std sum_f weight_f normal_f, times `unit`.
+// How many noise fields there are: what a kernel is compiled for. kAny asks at run time.
+enum class Noise : int { kNone, kOne, kAny };
+
+// A row's own numbers: logit = scale (score - ref_score) - highest + std sum_f weight_f normal_f, times `unit`. With
+// Noise::kOne, std has the field's weight and id its shift.
 struct Row {
   float scale = 0, ref_score = 0, minus_highest = 0, std = 0;
   uint32_t id = 0;
 
   __device__ Row() {}
-  __device__ Row(const StepParams& p, int64_t row, float unit) {
-    if (row >= p.n_rows || !p.mu) return;
-    scale = unit * (p.mu[row] * p.inverse_variance), ref_score = p.ref_score[row];
-    if (p.highest) minus_highest = -unit * p.highest[row];
-    if (p.std) std = unit * p.std[row], id = row_id_of(p.row_ids, p.row_offset, row);
+  template <Noise kNoise>
+  __device__ static Row of(const StepParams& p, int64_t index, float unit) {
+    Row row;
+    if (index >= p.n_rows || !p.mu) return row;
+    row.scale = unit * (p.mu[index] * p.inverse_variance), row.ref_score = p.ref_score[index];
+    if (p.highest) row.minus_highest = -unit * p.highest[index];
+    if (kNoise == Noise::kNone || !p.std) return row;
+    row.std = unit * p.std[index], row.id = row_id_of(p.row_ids, p.row_offset, index);
+    if (kNoise == Noise::kOne) row.std *= p.fields[0].weight, row.id += p.fields[0].row_shift;
+    return row;
   }
 
   // Relative to the reference before anything is multiplied: rows far from the origin lose nothing to rounding.
@@ -123,22 +132,27 @@ struct Row {
 };
 
 // Logits of kPairs pairs of columns, the i-th of which is first_pair + i * step, with the noise of all fields.
-template <int kPairs>
+template <Noise kNoise, int kPairs>
 __device__ inline void add_noise(float (&even)[kPairs], float (&odd)[kPairs], const Row& row, uint32_t first_pair,
                                  uint32_t step, const NoiseField& first_field, const StepParams& p) {
+  if (kNoise == Noise::kNone || (kNoise == Noise::kAny && !p.std)) return;
   NoiseField field = first_field;
+  float std = row.std;
+  uint32_t id = row.id;
   int f = 0;
 #pragma unroll 1
   do {
-    hopper::hide(f);  // else there would be a second copy of all this: for one field
-    if (f > 0) field = p.fields[f];
-    const float std = row.std * field.weight;
+    if constexpr (kNoise == Noise::kAny) {
+      hopper::hide(f);  // else there would be a second copy of all this: for one field
+      if (f > 0) field = p.fields[f];
+      std = row.std * field.weight, id = row.id + field.row_shift;
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const Normals eps = normals(first_pair + i * step, row.id, field);
+      const Normals eps = normals(first_pair + i * step, id, field.key);
       even[i] = fmaf(std, eps.even, even[i]), odd[i] = fmaf(std, eps.odd, odd[i]);
     }
-  } while (++f < p.n_fields);
+  } while (kNoise == Noise::kAny && ++f < p.n_fields);
 }
 
 }  // namespace cuda

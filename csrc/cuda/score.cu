@@ -7,16 +7,31 @@ namespace smoothie {
 namespace cuda {
 namespace {
 
+template <class T, Mode kMode, Noise kNoise>
+const char* launch(const StepParams& p, hopper::Stream stream) {
+  return launch_tiles<T, kScoreTokens, phases_of(kMode, kNoise)>(score_kernel<T, kMode, kNoise>, p, stream);
+}
+
+// The passes over many rows, one compiled for each noise; others ask at run time.
+template <class T, Mode kMode>
+const char* launch(const StepParams& p, hopper::Stream stream) {
+  if constexpr (kMode == Mode::kStatistics || kMode == Mode::kWeights) {
+    if (!p.std) return launch<T, kMode, Noise::kNone>(p, stream);
+    if (p.n_fields == 1) return launch<T, kMode, Noise::kOne>(p, stream);
+  }
+  return launch<T, kMode, kMode == Mode::kNearest ? Noise::kNone : Noise::kAny>(p, stream);
+}
+
 template <class T>
 const char* launch(Mode mode, const StepParams& p, hopper::Stream stream) {
   switch (mode) {
-    case Mode::kNearest: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kNearest>, p, stream);
-    case Mode::kStatistics: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kStatistics>, p, stream);
-    case Mode::kKeep1: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kKeep1>, p, stream);
-    case Mode::kKeep2: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kKeep2>, p, stream);
-    case Mode::kKeep4: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kKeep4>, p, stream);
-    case Mode::kWeights: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kWeights>, p, stream);
-    case Mode::kKeys: return launch_tiles<T, kScoreTokens>(score_kernel<T, Mode::kKeys>, p, stream);
+    case Mode::kNearest: return launch<T, Mode::kNearest>(p, stream);
+    case Mode::kStatistics: return launch<T, Mode::kStatistics>(p, stream);
+    case Mode::kKeep1: return launch<T, Mode::kKeep1>(p, stream);
+    case Mode::kKeep2: return launch<T, Mode::kKeep2>(p, stream);
+    case Mode::kKeep4: return launch<T, Mode::kKeep4>(p, stream);
+    case Mode::kWeights: return launch<T, Mode::kWeights>(p, stream);
+    case Mode::kKeys: return launch<T, Mode::kKeys>(p, stream);
     case Mode::kMean: break;  // narrow.cu
   }
   return "there is no such mode";

@@ -147,8 +147,7 @@ __global__ void gaussian_kernel(const __grid_constant__ GaussianParams p) {
   const int64_t row = at / pairs, pair = at % pairs;
   if (row >= p.n_rows) return;
   const NoiseKey key = key_of(p.seed, p.offset);
-  const NoiseField field{key.key, key.row_shift, 1.0f};
-  const Normals eps = normals(uint32_t(pair), row_id_of(p.row_ids, p.row_offset, row), field);
+  const Normals eps = normals(uint32_t(pair), row_id_of(p.row_ids, p.row_offset, row) + key.row_shift, key.key);
   float* out = p.out + row * p.columns + 2 * pair;
   out[0] = eps.even;
   if (2 * pair + 1 < p.columns) out[1] = eps.odd;

@@ -91,15 +91,15 @@ struct Weigh {
   const StepParams& p;
   int64_t row_index;
   int lane;  // among the eight threads of a row
-  NoiseField field{};
   Row row;
+  NoiseField field{};
   Best nearest, noisy;
   float total = 0;
   StreamShared& shared;
 
   __device__ Weigh(const StepParams& params, StreamShared& s) : p(params), lane(threadIdx.x % 8), shared(s) {
     row_index = int64_t(blockIdx.x) * kStreamRows + threadIdx.x / 8;
-    row = Row(p, row_index, kLog2E);
+    row = Row::of<Noise::kAny>(p, row_index, kLog2E);
     if (p.std) field = p.fields[0];
   }
 
@@ -111,7 +111,7 @@ struct Weigh {
     nearest.take(even, odd, first, 2);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) even[i] = row.logit(even[i]), odd[i] = row.logit(odd[i]);
-    if (p.std) add_noise(even, odd, row, uint32_t(first) / 2, 1, field, p);
+    add_noise<Noise::kAny>(even, odd, row, uint32_t(first) / 2, 1, field, p);
     uint32_t packed[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
     hopper::give_registers<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kWarpgroup) fetch(a, boxes);
   } else {
-    hopper::take_registers<kConsumerRegisters>();
+    hopper::take_registers<registers_of(1)>();
     consume<T>(a, boxes);
   }
 }

@@ -1,7 +1,7 @@
-// Tiles of tokens on their way to the matrix units: one thread fetches, two warpgroups with 64 rows each consume.
+// Tiles of tokens on their way to the matrix units: one thread fetches, pairs of warpgroups with 64 rows each consume.
 //
 // Boxes of 64 columns: those of x come once, as many as fit beside the ring; those of the table go by in the ring, each
-// fetched once for all blocks of a cluster.
+// fetched once for all blocks of a cluster. With two pairs ("phases"), each takes every other tile.
 #pragma once
 
 #include "rows.h"
@@ -12,13 +12,17 @@ namespace cuda {
 constexpr int kTileRows = 128, kBoxColumns = 64;
 constexpr int kBoxBytes = kTileRows * kBoxColumns * 2, kBoxes = 14;  // of x and of the ring together
 constexpr int kMostSlots = 2 * kBoxes;                               // of the ring: boxes of the table may be smaller
-constexpr int kWarpgroup = 128, kConsumers = 2, kScoreThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kWarpgroup = 128, kConsumers = 2;                      // of a phase
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
-constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+constexpr int kProducerRegisters = 24;
+
+constexpr int threads_of(int phases) { return (phases * kConsumers + 1) * kWarpgroup; }
+// What the producer gives away of the 168 or 96 registers that so many threads are launched with, consumers take.
+constexpr int registers_of(int phases) { return phases == 1 ? 240 : 112; }
 
 struct ScoreShared {
   uint8_t boxes[kBoxes][kBoxBytes];
-  float bias[kConsumers][2][kWarpgroup];
+  float bias[2][2][kWarpgroup];  // of a consumer or of a phase, two tiles' in turn
   uint64_t x_full, full[kMostSlots], empty[kMostSlots];
 };
 
@@ -50,8 +54,13 @@ struct RingPlace {
   __device__ void next(int slots) {
     if (++slot == slots) slot = 0, odd ^= 1;
   }
+  // At most a round further.
   __device__ RingPlace after(int boxes, int slots) const {
     return slot + boxes < slots ? RingPlace{slot + boxes, odd} : RingPlace{slot + boxes - slots, odd ^ 1};
+  }
+  __device__ RingPlace far_after(int boxes, int slots) const {
+    const int to = slot + boxes, rounds = to / slots;
+    return {to - rounds * slots, odd ^ (rounds & 1)};
   }
 };
 
@@ -69,6 +78,7 @@ struct Boxes {
     resident = p.resident < count ? p.resident : count;
     slots = (kBoxes - resident) * (kBoxBytes / kSlotBytes);
   }
+  __device__ int slots_of_tile() const { return count + (count - resident); }
   __device__ uint32_t x(int i) const { return hopper::address_of(shared.boxes[i]); }
   __device__ uint32_t ring(const RingPlace& at) const { return x(resident) + at.slot * kSlotBytes; }
   __device__ uint32_t full(const RingPlace& at) const { return hopper::address_of(&shared.full[at.slot]); }
@@ -94,8 +104,8 @@ struct GiveBack {
     const int lane = threadIdx.x % 32;
     if (lane < boxes.cluster) first = hopper::barrier_of_block(boxes.empty(RingPlace{}), lane);
   }
-  __device__ void operator()(const RingPlace& at) const {
-    if (first) hopper::barrier_arrive(first + 8 * at.slot);
+  __device__ void operator()(int slot) const {
+    if (first) hopper::barrier_arrive(first + 8 * slot);
     __syncwarp();
   }
 };
@@ -149,20 +159,21 @@ __device__ inline void fetch(const ScoreArguments& a, const Boxes<kTokens>& boxe
   } while (walk.next());
 }
 
-// --- a kernel: one producer, two consumers
+// --- a kernel: one producer, two consumers a phase
 
-template <int kTokens, class Consume>
+template <int kTokens, int kPhases, class Consume>
 __device__ inline void produce_and_consume(const ScoreArguments& a, const Consume& consume) {
   auto& shared = *reinterpret_cast<ScoreShared*>(hopper::shared_memory());
   const Boxes<kTokens> boxes(shared, a.p);
   if (threadIdx.x == 0) boxes.initialise();
   hopper::cluster_sync();
-  if (hopper::warpgroup() == kConsumers) {
+  constexpr int kFetching = kPhases * kConsumers;
+  if (hopper::warpgroup() == kFetching) {
     hopper::give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) fetch(a, boxes);
+    if (threadIdx.x == kFetching * kWarpgroup) fetch(a, boxes);
     __syncwarp();
   } else {
-    hopper::take_registers<kConsumerRegisters>();
+    hopper::take_registers<registers_of(kPhases)>();
     consume(boxes);
   }
   hopper::cluster_sync();  // other blocks copy into this one's memory, and arrive there

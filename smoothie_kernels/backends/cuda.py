@@ -7,15 +7,9 @@
 
 Beside every pass: prepare (references of rows, keys of noise fields) before it, merge after it.
 
-Why two kernels and a library product where one kernel could keep the mean in registers, by arithmetic (D = 768, cycles
-of a multiprocessor for a logit, each product 0.375): noise, exp and maxima take about 0.28, which the score kernel has
-beside its product; the mean of 64 rows alone takes three quarters of the registers, so a kernel that holds it has no
-second set of sums, and makes noise while the matrix units wait, or crosses scores and weights between two blocks. The
-weights are 2 bytes a logit, written and read once, beside the products; a block of them is no larger than `workspace`.
-docs/hopper.md has the arithmetic.
-
-No GPU has run this: it is compiled (`make cuda-check`), and run through an emulator of the hardware (tests/cuda).
-Every number in "plans" below is arithmetic.
+Why two kernels and a library product where one kernel could keep the mean in registers: the mean of 64 rows alone takes
+three quarters of them at D = 768, and none would be left for noise. The weights are 2 bytes a logit, written and read
+once; a block of them is no larger than `workspace`. docs/hopper.md has what was measured.
 """
 
 from collections import Counter
@@ -108,7 +102,7 @@ def processors(device: torch.device) -> int:
 NARROWEST = 256  # D up to which the means of 64 rows leave a warpgroup registers for noise: csrc/cuda/narrow.h
 FEW_ROWS = 64  # up to here both products are bound by fetching the table: once for every 32 rows
 START = 2.0  # tiles' time that a block takes before its first tile and after its last
-RESIDENT = 8  # of 14 boxes; the rest of x comes again with every tile, and six are the least that hide the way from L2
+RESIDENT = 8  # of 14 TMA tiles; the rest of x is loaded again with every tile of tokens. 0 to 10 take the same time
 
 
 def pick_rows(d: int, processors: int) -> int:
@@ -121,6 +115,13 @@ def pick_cluster(row_blocks: int) -> int:
     """Blocks that share every box of the table: alone, a block would ask L2 for more than its share of what L2 gives.
     An odd number of blocks takes one more, which has nothing to do."""
     return 2 if row_blocks % 2 == 0 or row_blocks > 8 else 1
+
+
+def whole_tiles(n: int) -> int:
+    """Rows of all tiles of a launch for n rows: it writes weights for each of them."""
+    row_blocks = cdiv(n, SCORE.n)
+    cluster = pick_cluster(row_blocks)
+    return cdiv(row_blocks, cluster) * cluster * SCORE.n
 
 
 def pick_chunks(row_blocks: int, tiles: int, processors: int, most: int = 2**31) -> int:
@@ -281,9 +282,9 @@ def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
     row_bytes = 4 * d + 20 * cdiv(v, SCORE.v)  # its sum and its parts
     most_rows = pick_rows(d, processors(x.device))
     block_n, block_v = pick_block(n, v, inputs.workspace, x.itemsize, row_bytes, SCORE, most_rows)
-    weights = x.new_empty(min(n, block_n), block_v)
+    weights = x.new_empty(whole_tiles(min(n, block_n)), block_v)
     blocks = [
-        _mean_of_block(rows_of(inputs, rows), block_v, weights[: rows.stop - rows.start], smoothed[rows])
+        _mean_of_block(rows_of(inputs, rows), block_v, weights[: whole_tiles(rows.stop - rows.start)], smoothed[rows])
         for rows in slices(n, block_n)
     ]
     return smoothed, Statistics(*(torch.cat(same) for same in zip(*blocks, strict=True)))
@@ -320,7 +321,7 @@ def _gather_by_blocks(inputs: StepInputs, refs: Refs, block_v: int, weights: Ten
     found = []
     for tokens in slices(len(embeddings), block_v):
         found.append(_score(WEIGHTS, inputs, refs, tokens, weights=weights))
-        add_product(acc[0], weights[:, : tokens.stop - tokens.start], embeddings[tokens])
+        add_product(acc[0], weights[:n, : tokens.stop - tokens.start], embeddings[tokens])
     return Parts(*(torch.cat(same, 1) for same in zip(*found, strict=True))), acc
 
 

@@ -25,7 +25,7 @@ from smoothie_kernels.check.plan import probes_of
 from smoothie_kernels.check.probes import Target
 from smoothie_kernels.check.run import Result, run_here, run_isolated
 
-AT_ONCE = 8  # probes: each has memory and a context on the GPU
+AT_ONCE = 8  # probes: each has memory and a context on the GPU. 16 took as long on an H100
 DESCRIBE_SECONDS = 60.0
 STARTS = ("forkserver", "spawn")
 OUTCOMES = ("ok", "wrong", "error", "crash", "hang")

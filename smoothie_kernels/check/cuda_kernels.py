@@ -129,9 +129,9 @@ def statistics_and_weights(found: Findings, label: str, of: Problem) -> None:
     found.case(label, f"statistics, scale {scale:g}")
     hold_parts(found, cuda._score(cuda.STATISTICS, given, refs, slice(0, v)), scores, scale)
     found.case(label, f"weights, scale {scale:g}")
-    weights = torch.full((n, cdiv(v, 128) * 128), torch.nan).to(x.device, x.dtype)
+    weights = torch.full((cuda.whole_tiles(n), cdiv(v, 128) * 128), torch.nan).to(x.device, x.dtype)
     hold_parts(found, cuda._score(cuda.WEIGHTS, given, refs, slice(0, v), weights=weights), scores, scale)
-    found.equal("weights", weights[:, :v], weights_of(scores, scale))
+    found.equal("weights", weights[:n, :v], weights_of(scores, scale))
 
 
 def weights_of(scores: Tensor, scale: float) -> Tensor:

@@ -23,8 +23,13 @@ from setuptools import Distribution
 import setup
 
 MODES = ("nearest", "statistics", "keep1", "keep2", "keep4", "weights", "keys", "mean")  # csrc/cuda/params.h
+NOISES = ("quiet", "one-field", "any-noise")  # csrc/cuda/rows.h
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}
-WANTED = [f"score {dtype} {mode}" for dtype in TYPES.values() for mode in MODES[:-1]]
+NOISES_OF = {"nearest": NOISES[:1], "statistics": NOISES, "weights": NOISES}  # csrc/cuda/score.cu
+WANTED = [
+    f"score {dtype} {mode} {noise}"
+    for dtype in TYPES.values() for mode in MODES[:-1] for noise in NOISES_OF.get(mode, NOISES[2:])
+]  # fmt: skip
 WANTED += [f"{kernel} {dtype}" for kernel in ("narrow", "stream") for dtype in TYPES.values()]
 
 INSTRUCTIONS = {"products": "HGMMA", "boxes": "UTMALDG", "local": "LDL|STL", "traps": "BPT"}
@@ -115,14 +120,15 @@ def read_threads(text: str) -> dict[str, int]:
 
 
 def short_name(demangled: str) -> str:
-    """score fp16 weights: void smoothie::cuda::score_kernel<__half, (smoothie::cuda::Mode)5>(...)"""
+    """score fp16 weights quiet: of score_kernel<__half, (smoothie::cuda::Mode)5, (smoothie::cuda::Noise)0>(...)"""
     found = re.search(r"(\w+?)(?:_kernel)?(?:<(.*?)>)?\(", demangled.replace("(anonymous namespace)", ""))
     if not found:
         return demangled
     words = [found[1]]
     for argument in found[2].split(", ") if found[2] else []:
-        mode = re.fullmatch(r"\(smoothie::cuda::Mode\)(\d+)", argument)
-        words.append(MODES[int(mode[1])] if mode else TYPES.get(argument, argument))
+        number = re.fullmatch(r"\(smoothie::cuda::(Mode|Noise)\)(\d+)", argument)
+        names = MODES if number and number[1] == "Mode" else NOISES
+        words.append(names[int(number[2])] if number else TYPES.get(argument, argument))
     return " ".join(words)
 
 
@@ -220,7 +226,7 @@ def _line(row: dict[str, Any]) -> str:
     numbers = f"{row['registers']:>4} registers x {row['threads'] or '?':>4} threads {row['spilled']:>4} spilled"
     numbers += f" {shared:<14} bytes shared {row['barriers']:>2} barriers"
     counts = f"{row['products']:>4} products {row['boxes']:>2} boxes {row['local']:>3} local"
-    return f"{row['kernel']:<22} {numbers} {counts}  {'; '.join(row['faults'])}".rstrip()
+    return f"{row['kernel']:<32} {numbers} {counts}  {'; '.join(row['faults'])}".rstrip()
 
 
 def _output(command: list[str], input: str = "") -> str:

@@ -67,6 +67,7 @@ void stores_before_products();
 uint32_t block_in_cluster();
 void cluster_sync();
 void sync_threads(int barrier, int threads);
+void arrive_threads(int barrier, int threads);
 void sync_block();
 void sync_warp();
 uint64_t shuffle_xor(uint64_t bytes, int bits);

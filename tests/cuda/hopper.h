@@ -48,12 +48,21 @@ using emulator::load_strided_box;
 using emulator::prefetch_map;
 using emulator::stores_before_products;
 
+using emulator::arrive_threads;
 using emulator::block_in_cluster;
 using emulator::cluster_sync;
 using emulator::sync_threads;
 
+inline uint32_t same_for_warp(uint32_t x) { return x; }
 inline int warpgroup() { return int(threadIdx.x / 128); }
 inline void hide(int&) {}
+template <class X>
+inline void hide(X*&) {}
+inline void load_pair(const float* from, float& first, float& second) { first = from[0], second = from[1]; }
+inline void store_global(void* to, uint32_t first, uint32_t second) {
+  const uint32_t words[] = {first, second};
+  std::memcpy(to, words, sizeof words);
+}
 
 template <class X>
 inline X shuffle_xor(X x, int bits) {

@@ -81,14 +81,15 @@ def score(x, table, weights=None, keys=None):
                 weights, keys, 6)
 
 json.dump({
-    "score": score(x, table, torch.empty(n, 128, dtype=torch.bfloat16)),
+    "score": score(x, table, torch.empty(128, 128, dtype=torch.bfloat16)),
     "score half": score(x.half(), table.half()),
     "score keys": score(x, table, None, torch.zeros(n, 136, dtype=l)),
     "score kept": score(x, table, None, torch.zeros(n, 4, 2, 8, dtype=l)),
     "float32": score(x.float(), table.float()),
     "two types": score(x, table.half()),
-    "other weights": score(x, table, torch.empty(n, 128)),
-    "few weights": score(x, table, torch.empty(n, 127, dtype=torch.bfloat16)),
+    "other weights": score(x, table, torch.empty(128, 128)),
+    "few weights": score(x, table, torch.empty(128, 127, dtype=torch.bfloat16)),
+    "few rows of weights": score(x, table, torch.empty(n, 128, dtype=torch.bfloat16)),
     "few keys": score(x, table, None, torch.zeros(n, 127, dtype=l)),
     "other bias": said("column_bias", table, torch.zeros(v, dtype=torch.float64), 0),
     "short bias": said("column_bias", table, torch.zeros(v - 1), 0),
@@ -174,6 +175,7 @@ def test_a_launch_that_went_well_raises_nothing(said):
         ("two types", "x and embeddings must be of one type"),
         ("other weights", "weights must be bfloat16 or float16"),
         ("few weights", "weights must have room for 128 columns"),
+        ("few rows of weights", "weights must have sizes [128, 128]"),
         ("few keys", "keys must have room for 128 columns"),
         ("other bias", "bias has another type than its kernel reads"),
         ("short bias", "bias must have sizes [40]"),

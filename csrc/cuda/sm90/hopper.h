@@ -147,6 +147,17 @@ __device__ inline void load_strided_box(uint32_t to, const TensorMap* map, uint3
 // Before matrix products read what this thread has written to shared memory with ordinary stores.
 __device__ inline void stores_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Two neighbouring numbers of shared memory, at a multiple of 8 bytes. Each call reads them: the compiler keeps none in
+// registers for the next.
+__device__ inline void load_pair(const float* from, float& first, float& second) {
+  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(address_of(from)));
+}
+
+// Two words to device memory, at a multiple of 8 bytes.
+__device__ inline void store_global(void* to, uint32_t first, uint32_t second) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory");
+}
+
 // --- blocks, clusters, registers
 
 __device__ inline uint32_t block_in_cluster() {
@@ -167,8 +178,16 @@ __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Counts as there, and goes on.
+__device__ inline void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Which four warps of the block; the compiler knows that it is the same for all threads of a warp.
 __device__ inline int warpgroup() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x / 128), 0); }
+
+// A number that all threads of a warp have alike: the compiler then keeps it in a uniform register.
+__device__ inline uint32_t same_for_warp(uint32_t x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
 // x of the thread of this warp whose number differs in these bits; all threads of the warp take part.
 template <class X>
@@ -304,6 +323,10 @@ __device__ inline int column_of(int thread, int i) { return i / 4 * 8 + thread %
 
 // The compiler then knows nothing of the number.
 __device__ inline void hide(int& number) { asm volatile("" : "+r"(number)); }
+template <class X>
+__device__ inline void hide(X*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
 
 // --- approximate functions, one instruction each
 

@@ -28,19 +28,32 @@ void release(Block& block, NamedBarrier& barrier) {
   std::memset(barrier.masks, 0, sizeof barrier.masks);
 }
 
-void sync(int id, int count) {
-  Fiber& me = *machine.current;
-  Block& block = *me.block;
-  NamedBarrier& barrier = block.named[id];
+NamedBarrier& arrive(int id, int count) {
+  const Fiber& me = *machine.current;
+  NamedBarrier& barrier = me.block->named[id];
+  const uint32_t lane = 1u << me.thread % 32;
   if (barrier.arrived && barrier.count != count)
     FAIL("named barrier %d for %d threads, which others use for %d (0: all)", id, count, barrier.count);
+  if (barrier.masks[me.thread / 32] & lane) FAIL("thread %d arrives twice at named barrier %d", me.thread, id);
   barrier.count = count;
   ++barrier.arrived;
-  barrier.masks[me.thread / 32] |= 1u << me.thread % 32;
+  barrier.masks[me.thread / 32] |= lane;
+  return barrier;
+}
+
+void sync(int id, int count) {
+  Fiber& me = *machine.current;
+  NamedBarrier& barrier = arrive(id, count);
   barrier.waiting.push_back(&me);
   me.wait = Wait::kThreads, me.address = uint32_t(id), me.parity = uint32_t(count);
-  if (is_complete(block, barrier)) release(block, barrier);
+  if (is_complete(*me.block, barrier)) release(*me.block, barrier);
   leave();
+}
+
+void check_named(int barrier, int threads) {
+  if (barrier < 0 || barrier > 15) FAIL("named barrier %d; there are 16", barrier);
+  if (threads < 32 || threads % 32 || threads > machine.n_threads)
+    FAIL("named barrier %d for %d threads of a block of %d", barrier, threads, machine.n_threads);
 }
 
 uint64_t meet(bool shuffles, int bits, uint64_t given) {
@@ -136,10 +149,14 @@ void cluster_sync() {
 }
 
 void sync_threads(int barrier, int threads) {
-  if (barrier < 0 || barrier > 15) FAIL("named barrier %d; there are 16", barrier);
-  if (threads < 32 || threads % 32 || threads > machine.n_threads)
-    FAIL("named barrier %d for %d threads of a block of %d", barrier, threads, machine.n_threads);
+  check_named(barrier, threads);
   sync(barrier, threads);
+}
+
+void arrive_threads(int barrier, int threads) {
+  check_named(barrier, threads);
+  NamedBarrier& reached = arrive(barrier, threads);
+  if (is_complete(*machine.current->block, reached)) release(*machine.current->block, reached);
 }
 
 void sync_block() { sync(0, 0); }
