@@ -134,7 +134,7 @@ def _fatal(device: str) -> dict[str, str]:
 
 def _detail(backend: str) -> str:
     if backend == "cuda":
-        return 'by its name alone, backend="cuda": compiled, never run'
+        return 'by its name alone, backend="cuda"'
     if backend != "cpu":
         return "yes"
     from smoothie_kernels.backends import cpu

@@ -19,6 +19,10 @@ from smoothie_kernels import checks
 from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather
 from smoothie_kernels.dispatch import pick_backend
 
+# Namespace of the operators. torch.compile's cache on disk knows them by name alone, and would hand the arguments of an
+# older version to this one: another schema takes another number.
+OPERATORS = "smoothie_kernels_2"
+
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Average = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Body = TypeVar("Body", bound=Callable[..., Any])
@@ -40,7 +44,7 @@ def without_autocast(body: Body) -> Body:
 # --- once per table
 
 
-@custom_op("smoothie_kernels::column_bias", mutates_args=())
+@custom_op(f"{OPERATORS}::column_bias", mutates_args=())
 @without_autocast
 def column_bias(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
     bias: Tensor = pick_backend(backend, embeddings.device, embeddings.dtype).column_bias(embeddings)
@@ -57,7 +61,7 @@ def _(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
 # --- the step
 
 
-@custom_op("smoothie_kernels::step_fwd", mutates_args=())
+@custom_op(f"{OPERATORS}::step_fwd", mutates_args=())
 @without_autocast
 def step_fwd(
     x: Tensor,  # [N, D]
@@ -125,7 +129,7 @@ def _inputs(
 # --- its gradients
 
 
-@custom_op("smoothie_kernels::step_bwd", mutates_args=())
+@custom_op(f"{OPERATORS}::step_bwd", mutates_args=())
 @without_autocast
 def step_bwd(
     x: Tensor,
@@ -300,7 +304,7 @@ step_bwd.register_vmap(partial(_one_call_each, step_bwd))
 # --- means of a few tokens a row
 
 
-@custom_op("smoothie_kernels::average_fwd", mutates_args=())
+@custom_op(f"{OPERATORS}::average_fwd", mutates_args=())
 @without_autocast
 def average_fwd(
     weights: Tensor,  # [N, K]
@@ -326,7 +330,7 @@ def _empty_average(tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Te
     return embeddings.new_empty(tokens.shape[0], embeddings.shape[1], dtype=dtype)
 
 
-@custom_op("smoothie_kernels::average_bwd", mutates_args=())
+@custom_op(f"{OPERATORS}::average_bwd", mutates_args=())
 @without_autocast
 def average_bwd(
     grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, needs_weights: bool, needs_embeddings: bool
@@ -375,7 +379,7 @@ average_bwd.register_vmap(partial(_one_call_each, average_bwd))
 # --- the nearest token, the noise
 
 
-@custom_op("smoothie_kernels::nearest_fwd", mutates_args=())
+@custom_op(f"{OPERATORS}::nearest_fwd", mutates_args=())
 @without_autocast
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
@@ -410,7 +414,7 @@ def _empty_nearest(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=sum_dtype(x))
 
 
-@custom_op("smoothie_kernels::gaussian", mutates_args=())
+@custom_op(f"{OPERATORS}::gaussian", mutates_args=())
 def gaussian(
     like: Tensor,  # [N, 0] float32, for the number of rows and the device
     cols: int,

@@ -13,7 +13,7 @@ from smoothie_kernels import library
 BLOCK = 1024  # tokens at a time
 
 
-@custom_op("smoothie_kernels::moments", mutates_args=())
+@custom_op(f"{library.OPERATORS}::moments", mutates_args=())
 @library.without_autocast
 def moments(embeddings: Tensor) -> Tensor:
     """mean(E), then the covariance of (E, -||E||^2 / 2) with E over all tokens: [D + 2, D] in the type of sums."""
@@ -40,7 +40,7 @@ def _(embeddings: Tensor) -> Tensor:
     return embeddings.new_empty(d + 2, d, dtype=library.sum_dtype(embeddings))
 
 
-@custom_op("smoothie_kernels::moments_bwd", mutates_args=())
+@custom_op(f"{library.OPERATORS}::moments_bwd", mutates_args=())
 @library.without_autocast
 def moments_bwd(embeddings: Tensor, found: Tensor, grad: Tensor) -> Tensor:
     """With c_j = E_j - mean, and G_mean, G, g the gradients of the mean, of the D rows and of the last row behind it:

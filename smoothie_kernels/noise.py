@@ -18,6 +18,7 @@ from smoothie_kernels import checks, library
 ROUNDS = 10
 MULTIPLIER = 0xD256D193  # Philox2x32, Random123
 KEY_INCREMENT = 0x9E3779B9
+MOST_NUMBERS = 2**61  # float32, that a tensor can be asked for at all
 MAX_ABS_NORMAL = 6.77  # sqrt(-2 ln 2**-33) = 6.764
 _MASK = 0xFFFFFFFF
 _DOMAIN = 0x534D4F4F  # "SMOO"
@@ -56,6 +57,8 @@ def gaussian(
     """
     checks.check_backend(backend)
     rows, cols = checks.count("rows", rows), checks.count("cols", cols)
+    if rows * cols > MOST_NUMBERS:
+        raise ValueError(f"cols must be at most {MOST_NUMBERS:,} over rows, got rows={rows} and cols={cols}")
     if device is None:
         device = row_ids.device if isinstance(row_ids, Tensor) else "cpu"
     device = checks.as_device("device", device)

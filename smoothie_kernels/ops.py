@@ -76,8 +76,9 @@ def fused_smoothie_step(
         topk: how many of the largest noisy logits, in [1, V], or None. They come with the same pass.
         recall_target: in (0, 1]: the share of them that is found, in expectation over rows. 1.0 is exact. Less lets a
             backend keep the largest logits of strided buckets of tokens (`expected_recall` says how many it takes);
-            it finds at least that share, and may find all. Which ones are missed depends on the backend. On a GPU
-            exact top-k makes the host wait, to ask which rows need another look, unless a CUDA graph is captured.
+            it finds at least that share where the largest lie at random places in the table, and may find all. Which
+            ones are missed depends on the backend. On a GPU exact top-k makes the host wait, to ask which rows need
+            another look, unless a CUDA graph is captured.
         smooth: what `smoothed` is a mean of; without the table's second product unless "full".
             "full": all tokens.
             "topk": the top-k tokens, their weights adding up to 1. What they leave out is `topk.tail_mass`.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from smoothie_kernels import checks, library
 from smoothie_kernels.moments import moments
@@ -88,6 +90,9 @@ class Vocabulary:
             self._kept[name] = made
         return self._kept[name]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_state": None}  # of another process, or of another table
+
     def to(self, device: torch.device | str) -> Vocabulary:
         """This vocabulary on another device; itself where it is there already."""
         device = checks.as_device("device", device)
@@ -114,8 +119,10 @@ class Vocabulary:
 
 
 def _state(table: Tensor) -> tuple[object, ...]:
-    """Differs after a write that PyTorch counts, and where `.data` was set, as by Module.to."""
-    return None if table.is_inference() else table._version, table.untyped_storage()._cdata, table.dtype
+    """Differs after a write that PyTorch counts, and where `.data` was set, as by Module.to. The weak reference keeps
+    the address of a storage that has gone from being given to another one."""
+    storage = StorageWeakRef(table.untyped_storage())  # type: ignore[no-untyped-call]
+    return None if table.is_inference() else table._version, storage, table.dtype
 
 
 def _outlives_transforms(made: Tensor) -> bool:

@@ -25,7 +25,8 @@ def why_not(path: Path, build: str) -> str | None:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:  # torch's own does not say why
         return _cannot(path, str(error.__cause__ or error).removeprefix(f"{path}: "))
-    return None
+    operators = getattr(torch.ops, path.stem.removeprefix("lib").removesuffix("_watchdog"))
+    return None if hasattr(operators, "column_bias") else _cannot(path, "it has none of this package's operators")
 
 
 def missing_bytes(path: Path) -> int:

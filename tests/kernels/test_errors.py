@@ -195,6 +195,7 @@ def test_nearest_token(change, error, message):
         ({"backend": "fast"}, ValueError, "backend must be one of"),
         ({"rows": 10**30}, ValueError, "rows must fit in 64 bits"),
         ({"cols": 2**63}, ValueError, r"cols must be below 2\*\*63"),
+        ({"cols": 2**60}, ValueError, "cols must be at most 2,305,843,009,213,693,952 over rows, got rows=3 and cols="),
         ({"device": "nonsense"}, ValueError, "device must be a device that PyTorch knows, got 'nonsense'"),
         ({"device": 1.5}, ValueError, "device must be a device that PyTorch knows, got 1.5"),
         ({"device": "cuda:77"}, ValueError, "device must be on this machine, which has . GPUs, got cuda:77"),

@@ -80,6 +80,14 @@ def test_a_folder(tmp_path, monkeypatch):
     check_refused(f"its library cannot be loaded ({tmp_path}: Is a directory): install smoothie-kernels again")
 
 
+def test_another_library(tmp_path, monkeypatch):
+    path = tmp_path / "libother.so"
+    path.write_bytes((Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so").read_bytes())
+    use(path, monkeypatch)
+    reason = "it has none of this package's operators): install smoothie-kernels again"
+    check_refused(f"its library cannot be loaded ({path}: {reason}")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(tmp_path, monkeypatch):
     path = tmp_path / "library.so"

@@ -51,3 +51,15 @@ def test_table_that_is_not_finite(bad):
         Vocabulary(table)
     with pytest.raises(ValueError, match="embeddings must be finite"):
         fused_smoothie_step(torch.randn(2, 4), table, 0.1, 0.9)
+
+
+def test_a_table_that_was_set_twice_is_read_again():
+    """The second storage may lie where the first one lay."""
+    table, x = torch.nn.Parameter(torch.randn(500, 32), requires_grad=False), torch.randn(6, 32)
+    vocabulary = Vocabulary(table)
+    for _ in range(20):
+        fused_smoothie_step(x, vocabulary, 0.3, 0.5, seed=1)
+        for _ in range(2):
+            table.data = torch.randn(500, 32)
+        found, wanted = (fused_smoothie_step(x, t, 0.3, 0.5, seed=1).lse for t in (vocabulary, table.clone()))
+        assert torch.equal(found, wanted)
