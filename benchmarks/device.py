@@ -54,10 +54,8 @@ TESTS = tuple(
 )  # fmt: skip
 TEST_SECONDS, ALONE_AT_ONCE = 60, 8  # for one test; tests that are tried again at the same time, each alone
 PROFILE_SECONDS = 45.0
-CASES_AT_ONCE, CASE_BYTES = (
-    8,
-    16 * 2**30,
-)  # that are checked; what one takes of the GPU: ten tensors of N x V in float32
+CASES_AT_ONCE = 8  # that are checked
+CASE_BYTES = 16 * 2**30  # of the GPU, for one: ten tensors of N x V in float32
 PROFILED = {"fused[cuda]": "score_kernel", "fused[triton]": "chunk_fwd_kernel"}  # contestants: their slowest kernels
 MODELS = (  # command, case, seconds: the paper's model first
     ("training", "train-12x768", 100.0), ("sampling", "sample-12x768", 80.0), ("training", "train-4x384", 60.0),

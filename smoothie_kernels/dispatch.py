@@ -9,7 +9,7 @@ import torch
 
 # Fastest first. What a backend is, is in backends/__init__.py.
 BACKENDS = ("cpu", "triton", "reference")
-BY_NAME = ("cuda",)  # never for "auto": its newest kernel awaits the probes of `smoothie-kernels check` on a GPU
+BY_NAME = ("cuda",)  # never for "auto": its kernels of today await the probes of `smoothie-kernels check` on a GPU
 
 logger = logging.getLogger("smoothie_kernels")
 

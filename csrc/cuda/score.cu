@@ -1,4 +1,4 @@
-// Launches score.h: x . E^T and what is wanted of it.
+// Launches score.h: x . E^T and its epilogue.
 #include "launch_tiles.h"
 #include "launchers.h"
 #include "score.h"
@@ -12,7 +12,7 @@ const char* launch(const StepParams& p, hopper::Stream stream) {
   return launch_tiles<T, kScoreTokens, phases_of(kMode, kNoise)>(score_kernel<T, kMode, kNoise>, p, stream);
 }
 
-// The passes over many rows, one compiled for each noise; others ask at run time.
+// Statistics and weights are compiled for each Noise. The other modes ask at run time.
 template <class T, Mode kMode>
 const char* launch(const StepParams& p, hopper::Stream stream) {
   if constexpr (kMode == Mode::kStatistics || kMode == Mode::kWeights) {

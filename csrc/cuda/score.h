@@ -1,10 +1,8 @@
-// x . E^T by tiles of 128 rows and 128 tokens, and what is wanted of it: statistics, buckets' largest logits, weights.
+// x . E^T by tiles of 128 rows and 128 tokens, and the epilogue: statistics, buckets' largest logits, weights.
 //
-// A consumer has two sets of sums: while the matrix units fill one with the next tile, its threads make noise, weights
-// and statistics of the other. Registers: 2 x 64 sums, and about 90 for the rest, of 240.
-//
-// Figures behind it, per logit and multiprocessor, D = 768: 0.375 cycles of matrix units; 45 instructions of 128 a
-// cycle, 0.35; 10 bytes fetched with a cluster of 2, 0.4 cycles at the 25 bytes that L2 may give: docs/hopper.md.
+// While the matrix units multiply the next tile, threads make noise, weights and statistics of this one. With two
+// phases (epilogue.h: phases_of) these are other threads; with one phase the same threads, which then have two sets of
+// sums. docs/hopper.md has what was measured.
 #pragma once
 
 #include "epilogue.h"

@@ -17,7 +17,8 @@ constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 constexpr int kProducerRegisters = 24;
 
 constexpr int threads_of(int phases) { return (phases * kConsumers + 1) * kWarpgroup; }
-// What the producer gives away of the 168 or 96 registers that so many threads are launched with, consumers take.
+// A kernel is launched with 168 or 96 registers a thread. The producer keeps kProducerRegisters; the consumers get the
+// rest.
 constexpr int registers_of(int phases) { return phases == 1 ? 240 : 112; }
 
 struct ScoreShared {

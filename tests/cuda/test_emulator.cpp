@@ -149,6 +149,21 @@ __global__ void small(const SmallParams p) {
     case 19:
       if (first) barrier_wait(barrier, 0);
       break;
+    case 20:
+      if (thread < 32) arrive_threads(2, 64), arrive_threads(2, 64);
+      break;
+    case 21: {
+      // One warp waits for what the other has written; the other goes on.
+      int* const numbers = reinterpret_cast<int*>(shared_memory() + 64);
+      if (thread < 32) {
+        sync_threads(2, 64);
+        p.out[64 * blockIdx.x + thread] = numbers[thread];
+      } else {
+        numbers[thread - 32] = 7 * thread;
+        arrive_threads(2, 64);
+      }
+      break;
+    }
   }
 }
 
@@ -167,7 +182,7 @@ void test_small() {
     }
     return error;
   };
-  for (int what : {0, 10, 16, 18}) {
+  for (int what : {0, 10, 16, 18, 21}) {
     const std::string error = run(what);
     CHECK_EQUAL(error.empty(), true);
     if (!error.empty()) std::printf("%s\n", error.c_str());
@@ -188,6 +203,7 @@ void test_small() {
   CHECK_ERROR(run(14).c_str(), "whole warpgroup");
   CHECK_ERROR(run(15).c_str(), "outside the block's shared memory");
   CHECK_ERROR(run(17).c_str(), "named barrier 1 (1 of 64 threads are there)");
+  CHECK_ERROR(run(20).c_str(), "arrives twice at named barrier 2");
   const std::string deadlock = run(19);
   CHECK_ERROR(deadlock.c_str(), "threads 0 wait for barrier 1024 (byte 0 of shared memory), parity 0");
   CHECK_ERROR(deadlock.c_str(), "lacks 2 of 2 arrivals and 0 bytes");
