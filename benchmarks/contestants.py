@@ -111,15 +111,14 @@ def without_mean(
     backend: str = "auto",
 ) -> StepOutputs:
     """One pass of the library that gives everything but a mean embedding."""
-    return StepOutputs(
-        *library.step_fwd(
-            inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std, row_ids=None, seed=torch.tensor(SEED),
-            offsets=torch.tensor([offset]), field_weights=None, row_offset=0,
-            sigma_min=torch.tensor(SIGMA_MIN, dtype=torch.float64),
-            has_noise=inputs.noisy, workspace=2**28, smooth="none", topk=topk, recall_target=recall_target,
-            backend=backend,
-        )
+    *outputs, _ = library.step_fwd(
+        inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std, row_ids=None, seed=torch.tensor(SEED),
+        offsets=torch.tensor([offset]), field_weights=None, row_offset=0,
+        sigma_min=torch.tensor(SIGMA_MIN, dtype=torch.float64),
+        has_noise=inputs.noisy, workspace=2**28, smooth="none", topk=topk, recall_target=recall_target,
+        for_backward=False, backend=backend,
     )  # fmt: skip
+    return StepOutputs(*outputs)
 
 
 def statistics(backend: str = "auto") -> Mapping[str, Prepare]:

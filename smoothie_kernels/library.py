@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.library import custom_op
 
 from smoothie_kernels import checks
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather
+from smoothie_kernels.backends import Grads, Saved, StepInputs, gather, sum_dtype
 from smoothie_kernels.dispatch import pick_backend
 
 # Namespace of the operators. torch.compile's cache on disk knows them by name alone, and would hand the arguments of an
 # older version to this one: another schema takes another number.
-OPERATORS = "smoothie_kernels_2"
+OPERATORS = "smoothie_kernels_3"
 
-Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Average = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Body = TypeVar("Body", bound=Callable[..., Any])
 
@@ -80,49 +80,59 @@ def step_fwd(
     smooth: str,
     topk: int,
     recall_target: float,
+    for_backward: bool,  # whether a backward may follow
     backend: str,
-) -> Eight:
+) -> Nine:
+    """StepOutputs, and smoothed before it is rounded to 16 bits, for the backward; empty where it is not needed."""
     checks.check_row_offset(row_offset, len(x))
     checks.check_sigma_min(float(sigma_min))
     if x.shape[0] == 0:
-        return _empty_step(x, smooth, topk)
+        return _empty_step(x, smooth, topk, for_backward)
     if x.device.type == "cpu":
         checks.check_logits(mu, float(sigma_min), std, field_weights)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
+    wide = _keeps_wide(x, smooth, for_backward)
     inputs = _inputs(
         x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
-        workspace, smooth, topk, recall_target,
+        workspace, smooth, topk, recall_target, wide,
     )  # fmt: skip
-    outputs: StepOutputs = pick_backend(backend, x.device, x.dtype).step_fwd(inputs)
-    return outputs
+    smoothed, *rest = pick_backend(backend, x.device, x.dtype).step_fwd(inputs)
+    nothing = x.new_empty(len(x), 0, dtype=sum_dtype(x))
+    return (smoothed.to(x.dtype), *rest, smoothed) if wide else (smoothed, *rest, nothing)
 
 
 @step_fwd.register_fake
-def _(x: Tensor, *rest: Any) -> Eight:
-    return _empty_step(x, *rest[-4:-2])
+def _(x: Tensor, *rest: Any) -> Nine:
+    smooth, topk, _, for_backward, _ = rest[-5:]
+    return _empty_step(x, smooth, topk, for_backward)
 
 
-def _empty_step(x: Tensor, smooth: str, topk: int) -> Eight:
+def _keeps_wide(x: Tensor, smooth: str, for_backward: bool) -> bool:
+    return for_backward and smooth == "full" and x.dtype != sum_dtype(x)
+
+
+def _empty_step(x: Tensor, smooth: str, topk: int, for_backward: bool) -> Nine:
     n, d = x.shape
     tokens = [x.new_empty(n, dtype=torch.int64) for _ in range(2)]
     sums = [x.new_empty(n, dtype=sum_dtype(x)) for _ in range(3)]
     return (
         x.new_empty(n, d if smooth == "full" else 0), tokens[0], tokens[1], sums[0], sums[1], sums[2],
         x.new_empty(n, topk, dtype=sum_dtype(x)), x.new_empty(n, topk, dtype=torch.int64),
+        x.new_empty(n, d if _keeps_wide(x, smooth, for_backward) else 0, dtype=sum_dtype(x)),
     )  # fmt: skip
 
 
 def _inputs(
     x: Tensor, embeddings: Tensor, bias: Tensor, mu: Tensor, std: Tensor, row_ids: Tensor | None, seed: Tensor,
     offsets: Tensor, field_weights: Tensor | None, row_offset: int, sigma_min: Tensor, has_noise: bool, workspace: int,
-    smooth: str, topk: int, recall_target: float,
+    smooth: str, topk: int, recall_target: float, wide: bool,
 ) -> StepInputs:  # fmt: skip
     return StepInputs(
         x.contiguous(), embeddings, bias, mu.contiguous(), std.contiguous() if has_noise else None,
         None if row_ids is None else row_ids.contiguous(), row_offset, seed, offsets.contiguous(),
         None if field_weights is None else field_weights.contiguous(), float(sigma_min), workspace, smooth == "full",
-        topk, recall_target,
+        topk, recall_target, wide,
     )  # fmt: skip
 
 
@@ -148,8 +158,9 @@ def step_bwd(
     smooth: str,
     topk: int,
     recall_target: float,
+    for_backward: bool,
     backend: str,
-    smoothed: Tensor,
+    smoothed: Tensor,  # as step_fwd kept it
     noisy_tokens: Tensor,
     best_score: Tensor,
     log_sum: Tensor,
@@ -165,7 +176,7 @@ def step_bwd(
         return no_x.zero_(), no_embeddings.zero_()
     inputs = _inputs(
         x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
-        workspace, smooth, topk, recall_target,
+        workspace, smooth, topk, recall_target, wide=grad_top is not None,
     )  # fmt: skip
     chosen = pick_backend(backend, x.device, x.dtype)
     grad_x = grad_embeddings = None
@@ -174,7 +185,7 @@ def step_bwd(
             None if grad_smoothed is None else grad_smoothed.contiguous(),
             None if grad_lse is None else grad_lse.contiguous(),
         )
-        saved = Saved(smoothed if grad_smoothed is not None else inputs.x, noisy_tokens, best_score, log_sum)
+        saved = Saved(None if grad_smoothed is None else smoothed, noisy_tokens, best_score, log_sum)
         grad_x, grad_embeddings = chosen.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
     if grad_top is not None:
         of_top = _top_grads(inputs, top_tokens, grad_top.contiguous(), chosen.average, needs_x, needs_embeddings)
@@ -210,17 +221,17 @@ def _empty_grads(x: Tensor, embeddings: Tensor, needs_x: bool, needs_embeddings:
     return x.new_empty(x.shape if needs_x else 0), embeddings.new_empty(embeddings.shape if needs_embeddings else 0)
 
 
-STEP_ARGUMENTS = 17  # of step_fwd; step_bwd begins with the same
+STEP_ARGUMENTS = 18  # of step_fwd; step_bwd begins with the same
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Eight) -> None:
-    smoothed, tokens, noisy_tokens, _, best_score, log_sum, top_logits, top_tokens = output
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:
+    smoothed, tokens, noisy_tokens, _, best_score, log_sum, top_logits, top_tokens, wide = output
     absent = [o for o in (smoothed, top_logits) if o.shape[1] == 0]
-    ctx.mark_non_differentiable(tokens, noisy_tokens, best_score, log_sum, top_tokens, *absent)
+    ctx.mark_non_differentiable(tokens, noisy_tokens, best_score, log_sum, top_tokens, wide, *absent)
     ctx.set_materialize_grads(False)  # None where the loss does not use an output: its products are left out
     ctx.is_tensor = [isinstance(i, Tensor) for i in inputs]
     ctx.numbers = [i for i in inputs if not isinstance(i, Tensor)]
-    saved = smoothed, noisy_tokens, best_score, log_sum, top_tokens
+    saved = wide if wide.shape[1] else smoothed, noisy_tokens, best_score, log_sum, top_tokens
     ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), *saved)
 
 
@@ -280,7 +291,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
         row_offset, n = flat[9], flat[0].shape[0] // samples
         flat[5] = torch.arange(row_offset, row_offset + n, dtype=torch.int64, device=flat[0].device).repeat(samples)
         flat[9] = 0
-    return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 8
+    return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 9
 
 
 def _samples_first(rows: Tensor, dim: int | None, samples: int) -> Tensor:
@@ -449,7 +460,3 @@ def gaussian(
 @gaussian.register_fake
 def _(like: Tensor, cols: int, *_: object) -> Tensor:
     return like.new_empty(like.shape[0], cols)
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from smoothie_kernels import library
+from smoothie_kernels.backends import sum_dtype
 
 BLOCK = 1024  # tokens at a time
 
@@ -31,13 +32,13 @@ def moments(embeddings: Tensor) -> Tensor:
 
 def _blocks(embeddings: Tensor) -> Iterator[Tensor]:
     for first in range(0, len(embeddings), BLOCK):
-        yield embeddings[first : first + BLOCK].to(library.sum_dtype(embeddings))
+        yield embeddings[first : first + BLOCK].to(sum_dtype(embeddings))
 
 
 @moments.register_fake
 def _(embeddings: Tensor) -> Tensor:
     d = embeddings.shape[1]
-    return embeddings.new_empty(d + 2, d, dtype=library.sum_dtype(embeddings))
+    return embeddings.new_empty(d + 2, d, dtype=sum_dtype(embeddings))
 
 
 @custom_op(f"{library.OPERATORS}::moments_bwd", mutates_args=())

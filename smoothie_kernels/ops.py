@@ -132,7 +132,7 @@ def fused_smoothie_step(
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
     flat, weights_of_distances = x.reshape(-1, x.shape[-1]), checks.per_row("mu", mu, x)
     shape = x.shape[:-1]
-    smoothed, tokens, noisy_tokens, lse, _, log_sum, *top = library.step_fwd(
+    smoothed, tokens, noisy_tokens, lse, _, log_sum, *top, _ = library.step_fwd(
         flat,
         vocabulary.embeddings,
         vocabulary.bias,
@@ -148,6 +148,7 @@ def fused_smoothie_step(
         smooth,
         k,
         float(recall_target),
+        torch.is_grad_enabled() and (x.requires_grad or vocabulary.embeddings.requires_grad),
         backend,
     )
     found = None

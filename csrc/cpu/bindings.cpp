@@ -88,6 +88,13 @@ void* like_x(const std::optional<Tensor>& t, const char* name, const Tensor& x) 
   return data(*t, name, {x.size(0), x.size(1)});
 }
 
+// Of x's shape, in any type.
+void* rows_of_x(const std::optional<Tensor>& t, const char* name, const Tensor& x, DType& dtype) {
+  if (!t) return nullptr;
+  dtype = dtype_of(*t);
+  return data(*t, name, {x.size(0), x.size(1)});
+}
+
 void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
               std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, std::optional<Tensor> smoothed,
@@ -96,7 +103,7 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
   const auto fields = noise_fields(seed, offsets, field_weights);
   auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
   const int64_t n = p.n_rows;
-  p.smoothed = like_x(smoothed, "smoothed", x);
+  p.smoothed = rows_of_x(smoothed, "smoothed", x, p.smoothed_dtype);
   p.tokens = pointer<int64_t>(tokens, "tokens", {n});
   p.noisy_tokens = pointer<int64_t>(noisy_tokens, "noisy_tokens", {n});
   p.lse = pointer<float>(lse, "lse", {n}), p.best_score = pointer<float>(best_score, "best_score", {n});
@@ -110,18 +117,19 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
 
 void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, Tensor smoothed,
+              std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, std::optional<Tensor> smoothed,
               Tensor noisy_tokens, Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed,
               std::optional<Tensor> grad_lse, std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
   const auto fields = noise_fields(seed, offsets, field_weights);
   auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
   const int64_t n = p.n_rows;
-  p.smoothed = like_x(smoothed, "smoothed", x);
+  p.smoothed = rows_of_x(smoothed, "smoothed", x, p.smoothed_dtype);
   p.noisy_tokens = pointer<int64_t>(noisy_tokens, "noisy_tokens", {n});
   p.best_score = pointer<float>(best_score, "best_score", {n}), p.log_sum = pointer<float>(log_sum, "log_sum", {n});
   p.grad_smoothed = like_x(grad_smoothed, "grad_smoothed", x);
+  STD_TORCH_CHECK(p.smoothed || !p.grad_smoothed, "smoothed must come with grad_smoothed");
   p.grad_lse = pointer<float>(grad_lse, "grad_lse", {n});
-  p.grad_x = like_x(grad_x, "grad_x", x);
+  p.grad_x = rows_of_x(grad_x, "grad_x", x, p.grad_x_dtype);
   p.grad_table = pointer<float>(grad_embeddings, "grad_embeddings", {p.n_vocab, p.width});
   tier(tier_index).step_bwd(p, torch_threads());
 }
@@ -177,7 +185,7 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
       "Tensor(g!) top_logits, Tensor(h!) top_tokens) -> ()");
   m.def(
       "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor smoothed, "
+      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor? smoothed, "
       "Tensor noisy_tokens, Tensor best_score, Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, "
       "Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
   m.def(

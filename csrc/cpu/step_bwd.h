@@ -9,12 +9,12 @@
 //         gather      ot[D][lanes] += E[tile]^T ds
 //       spread        out[v][D] = P^T g + dS^T x                             over kGroupRows rows at a time
 //       grad_table[tile] += out - E[tile] sum_rows dS
-//     missing = scale grad_lse - sum_tokens dS                               of every row
-//     grad_table[t] += P_t ((x - E[t]) missing + g (1 - sum_tokens P))       t: its noisy token
-//     grad_x = ot + smoothed missing - x scale grad_lse
+//     sum = sum_tokens P, missing = scale grad_lse - sum_tokens dS           of every row
+//     grad_table[t] += P_t / sum ((x - E[t]) missing + g (1 - sum))          t: its noisy token
+//     grad_x = ot + smoothed missing - x scale grad_lse                      without g: ot / sum - x scale grad_lse
 //
-// `missing` is rounding: of delta, and of log_sum in P. Where one token has all the weight of a row, its dS is nothing
-// but the rounding of delta, which is subtracted here.
+// `missing` and 1 - sum are rounding: of delta, and of log_sum in P. Where one token has all the weight of a row, its
+// dS is nothing but the rounding of delta, which is subtracted here.
 //
 // Five products of N x V x D; four where x needs no gradient, three where the table needs none. Tokens are shared out
 // among threads, so that nobody else adds to a tile's rows of grad_table; every thread has its own ot. Sums have a
@@ -94,8 +94,8 @@ class StepBackward {
     share(threads_, panels_, [&](int64_t worker, int64_t panel) { pack(panel, wide[size_t(worker)]); });
     share(threads_, splits_, [&](int64_t, int64_t split) { stream(split, splits[size_t(split)]); });
     if (p_.grad_table) {
-      std::vector<Missing> rows;
-      for (int64_t i = 0; i < n_rows_; ++i) rows.push_back(missing(i, splits));
+      std::vector<Sums> rows;
+      for (int64_t i = 0; i < n_rows_; ++i) rows.push_back(sums_of(i, splits));
       share(threads_, threads_.count, [&](int64_t worker, int64_t part) { correct(part, rows, wide[size_t(worker)]); });
     }
     if (!p_.grad_x) return;
@@ -108,8 +108,8 @@ class StepBackward {
   float grad_lse(int64_t r) const { return p_.grad_lse ? p_.grad_lse[r] : 0.0f; }
 
   // Row r of x, smoothed or grad_smoothed in fp32.
-  const float* row_of(const void* matrix, int64_t r, float* room) const {
-    widen<S>(at(matrix, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, room);
+  const float* row_of(const void* matrix, DType dtype, int64_t r, float* room) const {
+    widen<S>(at(matrix, dtype, r * p_.width), dtype, p_.width, room);
     return room;
   }
 
@@ -128,7 +128,7 @@ class StepBackward {
   }
 
   void pack_rows(const void* matrix, int64_t panel, float* room, float* transposed, float* columns) const {
-    const auto row = [&](int64_t i) { return row_of(matrix, first_ + panel * kPanel + i, room); };
+    const auto row = [&](int64_t i) { return row_of(matrix, p_.x_dtype, first_ + panel * kPanel + i, room); };
     layout_.pack(count_of(panel), p_.width, row, transposed + start_of(panel));
     if (!p_.grad_table) return;
     for (int64_t i = 0; i < count_of(panel); ++i) {
@@ -153,8 +153,8 @@ class StepBackward {
   float delta(int64_t r, float* room) const {
     double sum = 0.0;
     if constexpr (kMean) {
-      const float* g = row_of(p_.grad_smoothed, r, room);
-      const float* smoothed = row_of(p_.smoothed, r, room + p_.width);
+      const float* g = row_of(p_.grad_smoothed, p_.x_dtype, r, room);
+      const float* smoothed = row_of(p_.smoothed, p_.smoothed_dtype, r, room + p_.width);
       for (int64_t d = 0; d < p_.width; ++d) sum = S::fma(double(g[d]), double(smoothed[d]), sum);
     }
     return float(sum);
@@ -227,25 +227,26 @@ class StepBackward {
     }
   }
 
-  // What the dS and the P of a row lack, and the P of its noisy token.
-  struct Missing {
-    float ds, p, largest;
+  // What the dS of a row lack, the sum of its P, and the share of its noisy token in that.
+  struct Sums {
+    float missing, p, share;
   };
 
-  Missing missing(int64_t i, const std::vector<Split>& splits) const {
+  Sums sums_of(int64_t i, const std::vector<Split>& splits) const {
     const int64_t lane = layout_.lane_of(i % kPanel), r = first_ + i;
     double ds = 0.0, p = 0.0;
     float largest = 0.0f;
     for (const Split& split : splits) {
       const RowGrads<S>& rows = split.rows[i / kPanel * 2 + lane / kLanes];
-      ds += rows.sum[lane % kLanes], p += rows.sum_p[lane % kLanes];
+      ds += double(rows.sum[lane % kLanes]) + rows.sum_low[lane % kLanes];
+      p += double(rows.sum_p[lane % kLanes]) + rows.sum_p_low[lane % kLanes];
       largest = std::fmax(largest, rows.largest[lane % kLanes]);
     }
-    return {float(score_scale(p_, r) * grad_lse(r) - ds), float(1.0 - p), largest};
+    return {float(score_scale(p_, r) * grad_lse(r) - ds), float(p), p == 0.0 ? 1.0f : float(largest / p)};
   }
 
   // Some columns of what is missing, for the noisy tokens of all rows, which may share one.
-  void correct(int64_t part, const std::vector<Missing>& rows, float* room) const {
+  void correct(int64_t part, const std::vector<Sums>& rows, float* room) const {
     const int64_t d = part * p_.width / threads_.count, count = (part + 1) * p_.width / threads_.count - d;
     const auto add = [&](const void* matrix, DType dtype, int64_t from, float weight, float* grad) {
       widen<S>(at(matrix, dtype, from + d), dtype, count, room);
@@ -254,12 +255,12 @@ class StepBackward {
     for (int64_t i = 0; i < n_rows_; ++i) {
       const int64_t r = first_ + i, token = p_.noisy_tokens[r];
       if (token < 0 || token >= p_.n_vocab) continue;  // no forward gives it
-      const float of_s = rows[size_t(i)].largest * rows[size_t(i)].ds;
+      const auto [missing, sum, share] = rows[size_t(i)];
+      const float of_s = share * missing;
       float* grad = p_.grad_table + token * p_.width + d;
       add(p_.x, p_.x_dtype, r * p_.width, of_s, grad);
       add(p_.table, p_.table_dtype, token * p_.table_stride, -of_s, grad);
-      if constexpr (kMean)
-        add(p_.grad_smoothed, p_.x_dtype, r * p_.width, rows[size_t(i)].largest * rows[size_t(i)].p, grad);
+      if constexpr (kMean) add(p_.grad_smoothed, p_.x_dtype, r * p_.width, share * (1.0f - sum), grad);
     }
   }
 
@@ -267,13 +268,16 @@ class StepBackward {
     const int64_t lanes = lanes_of(panel);
     for (int64_t i = 0; i < count_of(panel); ++i) {
       const int64_t r = first_ + panel * kPanel + i;
-      const float of_lse = score_scale(p_, r) * grad_lse(r), of_delta = missing(panel * kPanel + i, splits).ds;
-      const float *x = row_of(p_.x, r, room), *smoothed = row_of(p_.smoothed, r, room + p_.width);
+      const auto [missing, sum, share] = sums_of(panel * kPanel + i, splits);
+      const float of_lse = score_scale(p_, r) * grad_lse(r), of_tokens = kMean || sum == 0.0f ? 1.0f : 1.0f / sum;
+      const float* x = row_of(p_.x, p_.x_dtype, r, room);
+      const float* smoothed = kMean ? row_of(p_.smoothed, p_.smoothed_dtype, r, room + p_.width) : nullptr;
       for (int64_t d = 0; d < p_.width; ++d) {
         const int64_t at = start_of(panel) + layout_.element(i, d, lanes);
-        float value = S::fma(of_delta, smoothed[d], -(of_lse * x[d]));
-        for (const Split& split : splits) value += split.ot[at];
-        narrow(value, p_.x_dtype, p_.grad_x, r * p_.width + d);
+        float tokens = 0.0f;
+        for (const Split& split : splits) tokens += split.ot[at];
+        if constexpr (kMean) tokens = S::fma(missing, smoothed[d], tokens);
+        narrow(S::fma(of_tokens, tokens, -(of_lse * x[d])), p_.grad_x_dtype, p_.grad_x, r * p_.width + d);
       }
     }
   }

@@ -262,7 +262,7 @@ class Step {
       const int64_t at = start + layout_.element(i, d, lanes);
       float value = parts[0].ot[at];
       for (int64_t k = 1; k < plan_.splits; ++k) value += parts[k].ot[at];
-      narrow(value * inverse, p_.x_dtype, p_.smoothed, r * p_.width + d);
+      narrow(value * inverse, p_.smoothed_dtype, p_.smoothed, r * p_.width + d);
     }
   }
 

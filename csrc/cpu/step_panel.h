@@ -181,6 +181,16 @@ struct Best {
   }
 };
 
+// Adds to a sum in two parts. Beside one near token the sums of thousands of tiles with far ones would each round to
+// nothing: `low` keeps what is lost.
+template <class S>
+void add_to(float* sum, float* low, typename S::F value) {
+  const auto before = S::load(sum), after = S::add(before, value), added = S::sub(after, before);
+  const auto lost = S::add(S::sub(before, S::sub(after, added)), S::sub(value, added));
+  S::store(sum, after);
+  S::store(low, S::add(S::load(low), lost));
+}
+
 // The scores p[v][lanes] of one vector of rows become weights; statistics go to `rows`. first_column is even, eps is
 // room for kTile columns of noise; where kTop it ends up with the logits, and their largest is left to whoever keeps
 // more of them.
@@ -215,12 +225,7 @@ void weigh(float* p, int64_t stride, int64_t first_column, int64_t count, const 
   if constexpr (kLogits) {
     S::store(rows.best_logit, noisy.value);
     S::store_int(rows.noisy_token, noisy.column);
-    // Beside one near token the sums of thousands of tiles with far ones would each round to nothing: keep what is
-    // lost.
-    const F before = S::load(rows.sum), after = S::add(before, sum), added = S::sub(after, before);
-    const F lost = S::add(S::sub(before, S::sub(after, added)), S::sub(sum, added));
-    S::store(rows.sum, after);
-    S::store(rows.sum_low, S::add(S::load(rows.sum_low), lost));
+    add_to<S>(rows.sum, rows.sum_low, sum);
   }
 }
 
@@ -231,18 +236,20 @@ struct RowGrads {
   static constexpr int kLanes = S::kLanes;
   float scale[kLanes], std[kLanes], ref_score[kLanes], ref_logit[kLanes], shift[kLanes];
   int32_t row_id[kLanes];
-  float sum[kLanes], sum_p[kLanes];  // of dS and of P
-  float largest[kLanes];             // P
+  float sum[kLanes], sum_low[kLanes], sum_p[kLanes], sum_p_low[kLanes];  // of dS and of P, in two parts
+  float largest[kLanes];                                                 // P
 
   void begin(int64_t lane, const RowConstants& row, float row_shift) {
     scale[lane] = row.scale, std[lane] = row.std, row_id[lane] = row.row_id;
     ref_score[lane] = row.ref_score, ref_logit[lane] = row.ref_logit;
-    shift[lane] = row_shift, sum[lane] = sum_p[lane] = largest[lane] = 0.0f;
+    shift[lane] = row_shift;
+    sum[lane] = sum_low[lane] = sum_p[lane] = sum_p_low[lane] = largest[lane] = 0.0f;
   }
 };
 
 // The scores p[v][lanes] of one vector of rows become P, and ds, which holds dP where kMean, becomes dS;
-// columns[v][lanes] takes the sum of dS over vectors of rows.
+// columns[v][lanes] takes the sum of dS over vectors of rows. No weight is above 1, however coarsely ref_logit is
+// rounded.
 template <class S, bool kNoise, bool kMean>
 void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64_t count, const Noise<S>& noise,
                 float* eps, RowGrads<S>& rows, float* columns) {
@@ -254,7 +261,7 @@ void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64
   for (int64_t v = 0; v < count; ++v, p += stride, ds += stride, eps += S::kLanes, columns += S::kLanes) {
     F logit = S::fma(scale, S::sub(S::load(p), ref_score), minus_ref);
     if constexpr (kNoise) logit = S::fma(std, S::load(eps), logit);
-    const F weight = exp<S>(logit);
+    const F weight = exp<S>(logit, 0.0f);
     sum_p = S::add(sum_p, weight);
     largest = S::greater_or_second(weight, largest);
     F grad = shift;
@@ -265,8 +272,8 @@ void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64
     S::store(ds, grad);
     S::store(columns, S::add(S::load(columns), grad));
   }
-  S::store(rows.sum, S::add(S::load(rows.sum), sum));
-  S::store(rows.sum_p, S::add(S::load(rows.sum_p), sum_p));
+  add_to<S>(rows.sum, rows.sum_low, sum);
+  add_to<S>(rows.sum_p, rows.sum_p_low, sum_p);
   S::store(rows.largest, largest);
 }
 

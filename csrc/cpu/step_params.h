@@ -26,7 +26,8 @@ struct StepInputs {
 };
 
 struct StepParams : StepInputs {
-  void* smoothed;         // [N, D] contiguous, x_dtype    nullptr: not wanted
+  void* smoothed;  // [N, D] contiguous, smoothed_dtype    nullptr: not wanted
+  DType smoothed_dtype;
   int64_t* tokens;        // [N]
   int64_t* noisy_tokens;  // [N]
   float* lse;             // [N]
@@ -39,14 +40,15 @@ struct StepParams : StepInputs {
 };
 
 struct StepBwdParams : StepInputs {
-  const void* smoothed;         // [N, D] contiguous, x_dtype
+  const void* smoothed;         // [N, D] contiguous, smoothed_dtype    nullptr where grad_smoothed is
   const int64_t* noisy_tokens;  // [N]
   const float* best_score;
   const float* log_sum;
   const void* grad_smoothed;  // [N, D] contiguous, x_dtype    nullptr: zero
   const float* grad_lse;      // [N]                           nullptr: zero
-  void* grad_x;               // [N, D] contiguous, x_dtype    nullptr: not needed
-  float* grad_table;          // [V, D] contiguous             nullptr: not needed
+  void* grad_x;               // [N, D] contiguous, grad_x_dtype    nullptr: not needed
+  float* grad_table;          // [V, D] contiguous                  nullptr: not needed
+  DType smoothed_dtype, grad_x_dtype;
 };
 
 struct AverageParams {

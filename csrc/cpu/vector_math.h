@@ -15,14 +15,15 @@ inline typename S::F polynomial(const float (&c)[kTerms], typename S::F x) {
   return y;
 }
 
-// exp(x), relative error 2e-7; 0 below -80, exp(88) above 88, NaN is kept. Weights near the end of float32's range
-// would give subnormal products, on which processors stumble: a step at the schedule's start took 17 times as long.
+// exp(x), relative error 2e-7; 0 below -80, exp(most) above `most`, NaN is kept. Weights near the end of float32's
+// range would give subnormal products, on which processors stumble: a step at the schedule's start took 17 times as
+// long.
 template <class S>
-inline typename S::F exp(typename S::F x) {
+inline typename S::F exp(typename S::F x, float most = 88.0f) {
   constexpr float kExp2[] = {1.000000072f,   0.6931469671f,   0.2402211972f,
                              0.05550713276f, 0.009675541394f, 0.001327647152f};  // 2^f, |f| <= 1/2: 7.5e-8
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = S::min_or_nan(S::set(88.0f), S::max_or_nan(S::set(-87.0f), x));
+  x = S::min_or_nan(S::set(most), S::max_or_nan(S::set(-87.0f), x));
   const auto shifted = S::fma(x, S::set(1.442695041f), S::set(kRound));
   const auto n = S::sub(shifted, S::set(kRound));
   auto f = S::fma(x, S::set(1.44269502f), S::sub(S::set(0.0f), n));

@@ -211,7 +211,9 @@ void merge(Tensor x, Tensor embeddings, Tensor mu, Tensor ref_score, Tensor high
   p.tokens = pointer<int32_t>(tokens, "tokens", {2, chunks, n}), p.chunks = int(chunks);
   p.sums = acc ? int(acc->size(0)) : 0, p.acc = pointer<float>(acc, "acc", {p.sums, n, d});
   p.only = pointer<bool>(only, "only", {n});
-  STD_TORCH_CHECK(!smoothed || type_of(*smoothed, "smoothed") == p.type, "smoothed must be of the type of x");
+  p.wide = smoothed && smoothed->scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(!smoothed || p.wide || type_of(*smoothed, "smoothed") == p.type,
+                  "smoothed must be float32 or of the type of x");
   p.smoothed = smoothed ? data(*smoothed, "smoothed", {n, d}) : nullptr;
   p.nearest = pointer<int64_t>(nearest, "nearest", {n}), p.noisy = pointer<int64_t>(noisy, "noisy", {n});
   p.lse = pointer<float>(lse, "lse", {n}), p.best_score = pointer<float>(best_score, "best_score", {n});

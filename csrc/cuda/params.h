@@ -91,6 +91,7 @@ struct MergeParams {
   float inverse_variance, lowest, highest_fit;  // a best logit outside is far: its weights are not sound
   Type type;
   void* smoothed;                                  // [N, D] or nullptr
+  bool wide;                                       // smoothed is float32
   int64_t *nearest, *noisy;                        // [N]
   float *lse, *best_score, *log_sum, *best_logit;  // [N]
   bool* far;                                       // [N] or nullptr

@@ -113,12 +113,15 @@ __global__ void merge_kernel(const __grid_constant__ MergeParams p) {
   for (int k = 0; k < 4; ++k) partial[threadIdx.x][k] = sum[k];
   __syncthreads();
   if (int(threadIdx.x) >= columns || d >= p.width) return;
-  T* smoothed = static_cast<T*>(p.smoothed) + row * p.width + d;
+  const int64_t at = row * p.width + d;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     float mean = 0;
     for (int w = 0; w < sharing; ++w) mean += partial[w * columns + threadIdx.x][k];
-    hopper::narrow(mean / total, smoothed[k]);
+    if (p.wide)
+      static_cast<float*>(p.smoothed)[at + k] = mean / total;
+    else
+      hopper::narrow(mean / total, static_cast<T*>(p.smoothed)[at + k]);
   }
 }
 

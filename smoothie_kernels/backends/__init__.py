@@ -4,7 +4,7 @@ supports(device_type, dtype) -> why not, or None; dtype is None where no input h
 column_bias(embeddings) -> [V]
 step_fwd(inputs) -> StepOutputs
 step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
-    -> gradients of x [N, D] and embeddings [V, D], None where not needed
+    -> gradients of x [N, D] and embeddings [V, D], in their types or the sums'; None where not needed
 average(weights, tokens, embeddings, dtype)
     -> [N, D] in dtype, the sums of weights [N, K] times the embeddings of tokens [N, K]
 nearest_fwd(x, embeddings, bias) -> tokens [N], distance [N]
@@ -13,7 +13,13 @@ gaussian(out, row_ids, row_offset, seed, offset) -> out
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x's numbers have."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class StepInputs(NamedTuple):
@@ -34,6 +40,11 @@ class StepInputs(NamedTuple):
     mean: bool = True  # whether smoothed is wanted
     topk: int = 0  # how many of the largest logits
     recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
+    wide: bool = False  # whether smoothed and gradients keep the type of their sums: 16 bits would round them
+
+    def result_dtype(self, of: Tensor) -> torch.dtype:
+        """Of smoothed, which is like x, and of the gradient of x or embeddings."""
+        return sum_dtype(of) if self.wide else of.dtype
 
 
 class StepOutputs(NamedTuple):
@@ -69,7 +80,7 @@ class Statistics(NamedTuple):
 class Saved(NamedTuple):
     """Of a call's outputs, what its backward takes."""
 
-    smoothed: Tensor  # [N, D]
+    smoothed: Tensor | None  # [N, D] in x's type or the sums'; None where it has no gradient
     noisy_tokens: Tensor  # [N] int64
     best_score: Tensor  # [N]
     log_sum: Tensor  # [N]

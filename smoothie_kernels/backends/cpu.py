@@ -62,7 +62,7 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     x, (n, k) = inputs.x, (len(inputs.x), inputs.topk)
     tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
     lse, best_score, log_sum = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
-    smoothed = torch.empty_like(x) if inputs.mean else None
+    smoothed = torch.empty_like(x, dtype=inputs.result_dtype(x)) if inputs.mean else None
     top = x.new_empty(n, k, dtype=torch.float32), x.new_empty(n, k, dtype=torch.int64)
     rest = (tokens, noisy_tokens, lse, best_score, log_sum, *top)
     _ops().step_fwd(*_arguments(inputs), smoothed, *rest)
@@ -72,11 +72,11 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
 def step_bwd(
     inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = torch.empty_like(inputs.x) if needs_x else None
-    table = inputs.embeddings
+    x, table = inputs.x, inputs.embeddings
+    grad_x = torch.empty_like(x, dtype=inputs.result_dtype(x)) if needs_x else None
     grad_embeddings = table.new_empty(table.shape, dtype=torch.float32) if needs_embeddings else None
     _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, grad_embeddings)
-    return grad_x, None if grad_embeddings is None else grad_embeddings.to(table.dtype)
+    return grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.result_dtype(table))
 
 
 def _arguments(inputs: StepInputs) -> tuple[object, ...]:

@@ -276,7 +276,7 @@ def _redo_far(inputs: StepInputs, refs: Refs, first: Merged, acc: Tensor | None,
 def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
     """smoothed [N, D], and the statistics."""
     x, v = inputs.x, len(inputs.embeddings)
-    (n, d), smoothed = x.shape, torch.empty_like(x)
+    (n, d), smoothed = x.shape, torch.empty_like(x, dtype=inputs.result_dtype(x))
     if n <= FEW_ROWS or d <= NARROWEST:
         return smoothed, _mean_of_block(inputs, v, None, smoothed)
     row_bytes = 4 * d + 20 * cdiv(v, SCORE.v)  # its sum and its parts

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather
+from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather, sum_dtype
 from smoothie_kernels.backends.gather import average
 from smoothie_kernels.recall import Buckets, pick_buckets
 
@@ -20,10 +20,6 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-def _accumulate_in(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _ids(row_ids: Tensor | None, row_offset: int, x: Tensor) -> Tensor:
     return (
         torch.arange(row_offset, row_offset + x.shape[0], dtype=torch.int64, device=x.device)
@@ -34,14 +30,14 @@ def _ids(row_ids: Tensor | None, row_offset: int, x: Tensor) -> Tensor:
 
 def column_bias(embeddings: Tensor) -> Tensor:
     """-||E_j||^2 / 2, summed in float64: next to it the scores of near tokens cancel."""
-    bias = embeddings.new_empty(embeddings.shape[0], dtype=_accumulate_in(embeddings))
+    bias = embeddings.new_empty(embeddings.shape[0], dtype=sum_dtype(embeddings))
     for first in range(0, len(bias), CHUNK):
         bias[first : first + CHUNK] = -embeddings[first : first + CHUNK].double().square().sum(1) / 2
     return bias
 
 
 def step_fwd(inputs: StepInputs) -> StepOutputs:
-    x, embeddings, dtype = inputs.x, inputs.embeddings, _accumulate_in(inputs.x)
+    x, embeddings, dtype = inputs.x, inputs.embeddings, sum_dtype(inputs.x)
     rows, scale, ids = _rows(inputs)
     nearest = rows.new_full((len(rows),), -torch.inf)  # running maximum of the scores
     highest = nearest.clone()  # and of the logits, beside that of the nearest token without noise
@@ -69,7 +65,8 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
     log_sum = torch.where(highest.isfinite(), highest, 0) + total.log()
     lse = log_sum + scale * (nearest - rows.square().sum(1) / 2)
     top = kept.largest(nearest, log_sum)
-    return StepOutputs((smoothed / total[:, None]).to(x.dtype), tokens, noisy_tokens, lse, nearest, log_sum, *top)
+    smoothed = (smoothed / total[:, None]).to(inputs.result_dtype(x))
+    return StepOutputs(smoothed, tokens, noisy_tokens, lse, nearest, log_sum, *top)
 
 
 class _Kept:
@@ -123,44 +120,51 @@ def step_bwd(
 
     Then the chain rule: through a score's two ends, E_j - x_i and x_i - E_j, and the mean, P grad.
 
-    A row's dS add up to scale grad_lse, but for the rounding of delta. Where one token has all the weight, its dS is
-    nothing but that rounding: it is subtracted again, by the token's weight.
+    A row's P add up to 1 and its dS to scale grad_lse, but for the rounding of log_sum and delta. Where one token has
+    all the weight, its dS is nothing but that rounding: it is subtracted again, by the token's weight.
     """
-    embeddings, dtype = inputs.embeddings, _accumulate_in(inputs.x)
+    embeddings, dtype = inputs.embeddings, sum_dtype(inputs.x)
     rows, scale, ids = _rows(inputs)
-    smoothed = saved.smoothed.to(dtype)
+    smoothed = None if saved.smoothed is None else saved.smoothed.to(dtype)
     grad = torch.zeros_like(rows) if grads.smoothed is None else grads.smoothed.to(dtype)
     grad_lse = torch.zeros_like(saved.log_sum) if grads.lse is None else grads.lse
-    shift = grad_lse - (grad * smoothed).sum(1)
-    grad_x, total, largest = torch.zeros_like(rows), torch.zeros_like(scale), torch.zeros_like(scale)
+    shift = grad_lse if smoothed is None else grad_lse - (grad * smoothed).sum(1)
+    grad_x, missing, one = torch.zeros_like(rows), scale * grad_lse, torch.zeros_like(scale)
+    largest = torch.zeros_like(scale)
     grad_embeddings = embeddings.new_empty(embeddings.shape, dtype=dtype) if needs_embeddings else None
     for first in range(0, embeddings.shape[0], CHUNK):
         table = embeddings[first : first + CHUNK].to(dtype)
         scores = rows @ table.T + inputs.bias[first : first + CHUNK]
         logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, len(table))
-        weights = (logits - saved.log_sum[:, None]).exp()
+        weights = (logits - saved.log_sum[:, None]).clamp(max=0).exp()
         grad_scores = scale[:, None] * weights * (grad @ table.T + shift[:, None])
-        total += grad_scores.sum(1)
+        missing -= grad_scores.sum(1)
+        one += weights.sum(1)
         largest = largest.maximum(weights.amax(1))
         if needs_x:
             grad_x += grad_scores @ table
         if grad_embeddings is not None:
             part = weights.T @ grad + grad_scores.T @ rows - grad_scores.sum(0)[:, None] * table
             grad_embeddings[first : first + CHUNK] = part
-    missing, tokens = scale * grad_lse - total, saved.noisy_tokens
     if grad_embeddings is not None:
-        change = (missing * largest)[:, None] * (rows - embeddings[tokens].to(dtype))
+        tokens, share = saved.noisy_tokens, torch.where(one == 0, 1, largest / one)
+        change = missing[:, None] * (rows - embeddings[tokens].to(dtype)) + (1 - one)[:, None] * grad
+        change *= share[:, None]
         grad_embeddings[tokens] += gather.sum_by_token(tokens, change)  # the same sum where tokens are the same
-        grad_embeddings = grad_embeddings.to(embeddings.dtype)
+        grad_embeddings = grad_embeddings.to(inputs.result_dtype(embeddings))
     if not needs_x:
         return None, grad_embeddings
-    grad_x += missing[:, None] * smoothed - (scale * grad_lse)[:, None] * rows
-    return grad_x.to(inputs.x.dtype), grad_embeddings
+    if smoothed is None:
+        grad_x /= torch.where(one == 0, 1, one)[:, None]
+    else:
+        grad_x += missing[:, None] * smoothed
+    grad_x -= (scale * grad_lse)[:, None] * rows
+    return grad_x.to(inputs.result_dtype(inputs.x)), grad_embeddings
 
 
 def _rows(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """x, its scale and its row ids."""
-    x = inputs.x.to(_accumulate_in(inputs.x))
+    x = inputs.x.to(sum_dtype(inputs.x))
     return x, inputs.mu / inputs.sigma_min**2, _ids(inputs.row_ids, inputs.row_offset, x)
 
 
@@ -181,7 +185,7 @@ def _keep_first_max(best: Tensor, index: Tensor, values: Tensor, first: int) -> 
 
 
 def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    rows = x.to(_accumulate_in(x))
+    rows = x.to(sum_dtype(x))
     nearest = rows.new_full((len(rows),), -torch.inf)
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
     for first in range(0, embeddings.shape[0], CHUNK):

@@ -120,6 +120,8 @@ def _step(on: Target) -> Iterator[Probe]:
         yield from each("means of the top-k", probes.means_of_largest, shapes=topk[:2], k=7)
         shapes = _shapes(on, [(19, 261, 40), (70, 515, 384)], [(7, 131, 37)])
         yield from each("gradients", probes.gradients, quick=True, shapes=shapes)
+        alike: dict[str, Any] = {"shapes": shapes[:1], "levels": ("usual",), "common": 30.0}
+        yield from each("gradients beside a common mean", probes.gradients, **alike)
 
     # float16 has a way of its own to a mean, which the probes above take; what follows, it has in common with bfloat16.
     others = replace(on, dtypes=on.dtypes[:2]) if on.backend == "triton" else on

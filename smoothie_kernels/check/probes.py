@@ -279,13 +279,15 @@ def means_of_largest(found: Findings, on: Target, dtype: torch.dtype, shapes: Sh
 
 
 def gradients(
-    found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes, levels: Iterable[str] = ("usual", "peaked")
-) -> None:
+    found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes, levels: Iterable[str] = ("usual", "peaked"),
+    common: float = 0.0,
+) -> None:  # fmt: skip
+    """common is added to all of x and the table."""
     for n, v, d in shapes:
         for level in levels:
             found.case(NAMES[dtype], f"N {n} V {v} D {d} {level}")
             mu, std = LEVELS[level]
-            x, table = (leaf.requires_grad_() for leaf in inputs(on, n, v, d, dtype))
+            x, table = ((leaf + common).requires_grad_() for leaf in inputs(on, n, v, d, dtype))
             got = fused_smoothie_step(x, table, mu, std, **KEY, backend=on.backend)
             incoming = torch.randn_like(got.smoothed), torch.randn_like(got.lse)
             grads = torch.autograd.grad((got.smoothed, got.lse), (x, table), incoming)

@@ -29,10 +29,12 @@ struct Backward {
 enum Parts { kMean = 1, kLse = 2, kX = 4, kTable = 8, kAll = 15 };
 
 Gradients gradients(const Tier& tier, const StepParams& params, const Backward& b, int parts, int n_threads) {
-  Gradients r{Matrix(params.x_dtype, params.n_rows, params.width), array<float>(params.n_vocab * params.width, kNan)};
+  Gradients r{Matrix(params.smoothed_dtype, params.n_rows, params.width), array<float>(params.n_vocab * params.width, kNan)};
   smoothie::StepBwdParams p{};
   static_cast<smoothie::StepInputs&>(p) = params;
-  p.smoothed = b.forward.smoothed.data, p.noisy_tokens = b.forward.noisy_tokens.get();
+  p.smoothed = parts & kMean ? b.forward.smoothed.data : nullptr;
+  p.smoothed_dtype = p.grad_x_dtype = params.smoothed_dtype;
+  p.noisy_tokens = b.forward.noisy_tokens.get();
   p.best_score = b.forward.best_score.get(), p.log_sum = b.forward.log_sum.get();
   p.grad_smoothed = parts & kMean ? b.grad_smoothed.data : nullptr;
   p.grad_lse = parts & kLse ? b.grad_lse.get() : nullptr;
@@ -52,7 +54,7 @@ void check_gradients(const Problem& problem, const Backward& b, const Gradients&
   const StepParams& p = problem.params;
   const int64_t v = p.n_vocab, d = p.width;
   const double s2 = double(p.sigma_min) * p.sigma_min;
-  const double rounding = p.x_dtype == DType::kFloat32 ? kEps : half_step(p.x_dtype, 1.0);  // of smoothed
+  const double rounding = p.smoothed_dtype == DType::kFloat32 ? kEps : half_step(p.smoothed_dtype, 1.0);  // of smoothed
   std::vector<Sum> table(size_t(v * d));
   std::vector<double> e(size_t(v * d), 0.0), logit(size_t(v), 0.0), weight(logit), norm(logit);
   double table2 = 0.0;
@@ -103,7 +105,7 @@ void check_gradients(const Problem& problem, const Backward& b, const Gradients&
     for (int64_t k = 0; k < d; ++k)
       CHECK_CLOSE(
           r.x.get(i, k), row[size_t(k)].value,
-          row[size_t(k)].error * (1 + 4 * rounding / kEps * rounding) + half_step(p.x_dtype, row[size_t(k)].value));
+          row[size_t(k)].error * (1 + 4 * rounding / kEps * rounding) + half_step(p.smoothed_dtype, row[size_t(k)].value));
   }
   for (int64_t j = 0; parts & kTable && j < v * d; ++j)
     CHECK_CLOSE(r.table[size_t(j)], table[size_t(j)].value, table[size_t(j)].error);
@@ -138,7 +140,7 @@ void test_gradients(const Tier& tier) {
         Case c{n, v, d};
         c.x_dtype = kDTypes[count % 3], c.table_dtype = kDTypes[count / 3 % 3];
         c.gap = count % 4 == 1 ? 5 : 0, c.shift = count % 5 == 2;
-        c.row_ids = count % 7 % 3, c.fields = count % 6 == 5 ? 3 : 0;
+        c.row_ids = count % 7 % 3, c.fields = count % 6 == 5 ? 3 : 0, c.wide = count / 9 % 2;
         test_gradient_case(tier, c, parts[count % 7], count % 3 + 1);
         ++count;
       }

@@ -124,6 +124,7 @@ struct Case {
   double mu = 0.7, std = 0.5;  // of row 0; other rows have others
   double far = 0.0;            // added to every second row of x
   int fields = 0;              // of the noise; 0: one as it is
+  bool wide = false;           // smoothed and the gradient of x in fp32
 };
 
 std::string name(const Tier& tier, const Case& c, bool noise) {
@@ -166,6 +167,7 @@ struct Problem {
     params.row_offset = c.row_ids == 1 ? 4294967296 - c.n : 0;
     params.row_ids = c.row_ids == 2 ? row_ids.get() : nullptr;
     params.sigma_min = 1.5f;
+    params.smoothed_dtype = c.wide ? DType::kFloat32 : c.x_dtype;
     params.topk = 1 + (7 * c.n + 3 * c.d) % c.v;
     // Of several, the third has the first one's offset, and the fourth counts nothing.
     constexpr float weights[] = {0.8f, -0.5f, 0.3f, 0.0f, 1.1f};
@@ -215,7 +217,7 @@ struct Result {
 };
 
 Result run(const Tier& tier, StepParams params, int n_threads, bool mean = true) {
-  Result r{Matrix(params.x_dtype, params.n_rows, params.width),
+  Result r{Matrix(params.smoothed_dtype, params.n_rows, params.width),
            array<int64_t>(params.n_rows, -7),
            array<int64_t>(params.n_rows, -7),
            array<float>(params.n_rows, kNan),

@@ -182,7 +182,7 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
     CHECK_CLOSE(r.lse[size_t(i)], lse, bound + kEps * (2 * std::fabs(lse) + mu / s2 * x2) + 1e-6);
     for (int64_t d = 0; d < p.width; ++d) {
       const double value = wanted[size_t(d)] / sum;
-      CHECK_CLOSE(r.smoothed.get(i, d), value, 2 * bound * largest + half_step(p.x_dtype, value));
+      CHECK_CLOSE(r.smoothed.get(i, d), value, 2 * bound * largest + half_step(p.smoothed_dtype, value));
     }
     CHECK_WITHIN(r.tokens[size_t(i)], 0, double(p.n_vocab - 1));
     CHECK_WITHIN(r.noisy_tokens[size_t(i)], 0, double(p.n_vocab - 1));
@@ -267,6 +267,7 @@ void test_shapes(const Tier& tier) {
         c.x_dtype = kDTypes[count % 3], c.table_dtype = kDTypes[count / 3 % 3];
         c.gap = count % 4 == 1 ? 5 : 0, c.shift = count % 5 == 2;
         c.row_ids = count % 7 % 3, c.fields = count % 6 == 5 ? 1 + count % 7 : 0;
+        c.wide = count / 9 % 2;
         test_case(tier, c, {count % 2 ? 2 : 5});
         ++count;
       }

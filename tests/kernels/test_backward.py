@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, FIELDS, inputs, loudness
-from conftest import device_of
+from conftest import DEVICE, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,11 +39,11 @@ class Problem:
         found = iter(torch.autograd.grad(outputs, [i for i in inputs if i.requires_grad], grads))
         return [next(found) if i.requires_grad else None for i in inputs]
 
-    def wrong(self, grads, *, smoothed=True, lse=True, cancelled=0.0):
+    def wrong(self, grads, *, smoothed=True, lse=True, cancelled=0.0, loud=True):
         rows = torch.ones(len(self.x), device=self.x.device)
         incoming = self.grad_smoothed * smoothed, self.grad_lse * lse
         given = self.x, self.table, self.mu * rows, self.std * rows, self.eps
-        loud = loudness(self.where.get("field_weights", [1]))
+        loud = loudness(self.where.get("field_weights", [1])) if loud else 0.0
         return check_gradients(grads, *given, *incoming, cancelled=cancelled, loudness=loud)
 
 
@@ -110,6 +110,31 @@ def test_table_where_one_token_has_all_the_weight(backend, case, lse):
     assert problem.wrong(problem.grads(x=False, lse=lse), lse=lse) == []
 
 
+# Where log_sum is so large a number that its rounding is a factor of all weights of a row: mu, std, by what rows and
+# table are multiplied, and the type of both.
+LARGE_LOG_SUMS = {
+    "farthest token": (-0.3, 0.99, 100, torch.float32),
+    "farther": (-0.3, 0.99, 1000, torch.float32),
+    "loud": (0.05, 1e5, 1, torch.float32),
+    "louder": (0.05, 3e7, 1, torch.float32),
+    "loud, bfloat16": (0.05, 1e7, 1, torch.bfloat16),
+    "farthest, bfloat16": (-0.3, 0.0, 100, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("parts", [(True, False), (False, True), (True, True)], ids=["mean", "lse", "both"])
+@pytest.mark.parametrize("case", LARGE_LOG_SUMS)
+def test_weights_add_up_to_one(backend, case, parts):
+    mu, std, times, dtype = LARGE_LOG_SUMS[case]
+    problem = Problem(backend, 17, 150, 64, mu, std)
+    problem.x, problem.table = (times * problem.x).to(dtype), (times * problem.table).to(dtype)
+    problem.grad_smoothed = problem.grad_smoothed.to(dtype)
+    parts = dict(zip(("smoothed", "lse"), parts, strict=True))
+    # Without lse the gradient of x is nearly zero: a rounding of a rounding is left.
+    cancelled = 0.0 if parts["lse"] else 1e-6
+    assert problem.wrong(problem.grads(**parts), **parts, loud=False, cancelled=cancelled) == []
+
+
 def test_rows_that_do_not_fit_in_memory_at_once():
     """The CPU backward packs 1,536 rows of this width at a time; the four that are left round as all others do."""
     problem = Problem("cpu", 1540, 40, 1024, mu=0.3)
@@ -128,12 +153,16 @@ def test_types(backend, x_type, table_type):
     assert problem.wrong(grads) == []
 
 
-def test_rounding_of_the_mean_goes_out_again(backend):
-    """A 16-bit `smoothed` rounds delta; beside what all tokens have in common, x's gradient is small."""
-    problem = Problem(backend, 20, 150, 16, mu=0.02, x_type=torch.bfloat16)
-    problem.table += 8.0
-    problem.x += 8.0
-    grads = problem.grads(table=False, lse=False)
+@pytest.mark.parametrize("mean", [8.0, 30.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_all_tokens_have_in_common(backend, dtype, mean):
+    """It goes out of the gradients; delta of a 16-bit `smoothed` would round it."""
+    problem = Problem(backend, 20, 150, 16, mu=0.02)
+    problem.x, problem.table = ((m + mean).to(dtype) for m in (problem.x, problem.table))
+    if backend == "triton" and DEVICE == "cpu":
+        problem.table = problem.table.float()  # weights stay float32: the interpreter rounds dS after it has added them
+    problem.grad_smoothed = problem.grad_smoothed.to(dtype)
+    grads = problem.grads(lse=False)
     assert problem.wrong(grads, lse=False) == []
 
 

@@ -308,6 +308,7 @@ def test_opcheck(hopper):
         "full",
         4,
         1.0,
+        True,
     )
     torch.library.opcheck(library.step_fwd, (*args, "cuda"))
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, "cuda"))

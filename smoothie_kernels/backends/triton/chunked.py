@@ -134,7 +134,8 @@ def mean(inputs: StepInputs, tile: Tile | None = None) -> tuple[Tensor, Statisti
     row_bytes = 4 * d + 4 * len(Parts._fields) * triton.cdiv(v, tile.v)  # its sum and its parts
     block_n, block_v = pick_block(n, v, inputs.workspace, weight_type.itemsize, row_bytes, tile)
     workspace = x.new_empty(block_n * block_v, dtype=stored_type(weight_type))
-    smoothed = x.new_empty(n, d, dtype=stored_type(x.dtype))
+    result = inputs.result_dtype(x)
+    smoothed = x.new_empty(n, d, dtype=stored_type(result))
     statistics, far = [], []
     for rows in slices(n, block_n):
         of_rows = rows_of(inputs, rows)
@@ -146,7 +147,7 @@ def mean(inputs: StepInputs, tile: Tile | None = None) -> tuple[Tensor, Statisti
     again = forward.redo(inputs, torch.cat(far), smoothed)
     first = (torch.cat(same) for same in zip(*statistics, strict=True))
     rest = (torch.where(torch.cat(far), b, a) for a, b in zip(first, again, strict=True))
-    return smoothed.to(x.dtype), Statistics(*rest)
+    return smoothed.to(result), Statistics(*rest)
 
 
 def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> tuple[Parts, Tensor]:
@@ -199,8 +200,7 @@ def step_bwd(
     needs_embeddings: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As reference.step_bwd: a block of its loop in two. The dS of noisy tokens come last, from the others' sums, where
-    smoothed has a gradient."""
+    """As reference.step_bwd: a block of its loop in two. The dS of noisy tokens come last, from the others' sums."""
     inputs = noise_on_device(inputs)
     x, embeddings = inputs.x, inputs.embeddings
     (n, d), v = x.shape, embeddings.shape[0]
@@ -214,21 +214,22 @@ def step_bwd(
         saved = saved._replace(log_sum=_log_sum(inputs, saved, tile))
     shift = _shift(saved, grads, block_n)
     sums = x.new_zeros(n, d, dtype=torch.float32) if needs_x else None
-    total, noisy_p = (x.new_zeros(n, dtype=torch.float32) for _ in range(2))
-    grad_embeddings = embeddings.new_empty(embeddings.shape) if needs_embeddings else None
+    total, noisy_p, one = (x.new_zeros(n, dtype=torch.float32) for _ in range(3))  # sums of dS, noisy tokens' P, P
+    result = inputs.result_dtype(embeddings)
+    grad_embeddings = embeddings.new_empty(embeddings.shape, dtype=result) if needs_embeddings else None
     # The noisy tokens' rows of it before they are rounded to 16 bits.
-    grad_noisy = x.new_zeros(n, d, dtype=torch.float32) if matrices == 2 and embeddings.itemsize == 2 else None
+    grad_noisy = x.new_zeros(n, d, dtype=torch.float32) if needs_embeddings and result.itemsize == 2 else None
     for tokens in slices(v, block_v):
         table = embeddings[tokens]
         grad_table = table.new_zeros(table.shape, dtype=torch.float32) if needs_embeddings else None
         token_total = table.new_zeros(len(table), dtype=torch.float32)
         for rows in slices(n, block_n):
-            weights, row_sums, token_sums, block_p = _grad_scores(
-                rows_of(inputs, rows), Saved(*(s[rows] for s in saved)), shift[rows],
+            weights, token_sums, *row_sums = _grad_scores(
+                rows_of(inputs, rows), saved_of(saved, rows), shift[rows],
                 None if grads.smoothed is None else grads.smoothed[rows], tokens, workspace, matrices, tile,
             )  # fmt: skip
-            total[rows] += row_sums
-            noisy_p[rows] += block_p
+            for of_all, of_block in zip((total, noisy_p, one), row_sums, strict=True):
+                of_all[rows] += of_block
             if sums is not None:
                 add_product(sums[rows], weights[-1], table)
             if grad_table is not None:
@@ -242,21 +243,30 @@ def step_bwd(
                 at = saved.noisy_tokens - tokens.start
                 inside = (at >= 0) & (at < len(table))
                 grad_noisy = torch.where(inside[:, None], grad_table[at.where(inside, 0)], grad_noisy)
-    if grads.smoothed is not None:
-        noisy = saved.noisy_tokens
-        table = embeddings[noisy].float()
-        grad_scores = inputs.mu * inputs.sigma_min**-2 * noisy_p * ((grads.smoothed * table).sum(1) + shift)
-        if grad_embeddings is not None:
-            # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to
-            # `wanted`: by the token's weight it takes what the others leave of that.
-            left = (1 - noisy_p) * grad_scores + noisy_p * (_wanted(inputs, grads) - total)
-            grad_noisy = grad_embeddings[noisy] if grad_noisy is None else grad_noisy
-            grad_noisy += gather.sum_by_token(noisy, left[:, None] * (x - table))
-            grad_embeddings[noisy] = grad_noisy.to(embeddings.dtype)
-        if sums is not None:
-            sums += grad_scores[:, None] * table
-            total += grad_scores
+    noisy = saved.noisy_tokens
+    table = embeddings[noisy].float()
+    grad_weights = shift if grads.smoothed is None else shift + (grads.smoothed * table).sum(1)
+    grad_scores = inputs.mu * inputs.sigma_min**-2 * noisy_p * grad_weights
+    if grad_embeddings is not None:
+        # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to `wanted`:
+        # by its share of the weight the token takes what the others leave of that, and P lacks of 1.
+        share = torch.where(one == 0, 1, noisy_p / one)
+        left = (1 - share) * grad_scores + share * (_wanted(inputs, grads) - total)
+        change = left[:, None] * (x - table)
+        if grads.smoothed is not None:
+            change += (share * (1 - one))[:, None] * grads.smoothed
+        grad_noisy = grad_embeddings[noisy] if grad_noisy is None else grad_noisy
+        grad_noisy += gather.sum_by_token(noisy, change)
+        grad_embeddings[noisy] = grad_noisy.to(result)
+    if sums is not None:
+        sums += grad_scores[:, None] * table
+        total += grad_scores
     return None if sums is None else _grad_x(inputs, saved, grads, sums, total, block_n), grad_embeddings
+
+
+def saved_of(saved: Saved, rows: slice) -> Saved:
+    smoothed, *of_rows = saved
+    return Saved(None if smoothed is None else smoothed[rows], *(each[rows] for each in of_rows))
 
 
 def _wanted(inputs: StepInputs, grads: Grads) -> Tensor:
@@ -286,17 +296,22 @@ def _log_sum(inputs: StepInputs, saved: Saved, tile: Tile) -> Tensor:
 def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
     """grad_lse - delta, [N]"""
     shift = torch.zeros_like(saved.log_sum) if grads.lse is None else grads.lse.float().clone()
-    if grads.smoothed is not None:
+    if grads.smoothed is not None and saved.smoothed is not None:
         for rows in slices(len(shift), block_n):
             shift[rows] -= (grads.smoothed[rows].float() * saved.smoothed[rows].float()).sum(1)
     return shift
 
 
 def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
-    grad_x, wanted = torch.empty_like(inputs.x), _wanted(inputs, grads)
+    grad_x = torch.empty_like(inputs.x, dtype=inputs.result_dtype(inputs.x))
+    wanted = _wanted(inputs, grads)
     for rows in slices(len(sums), block_n):
-        # total is what the rounding of delta and of dS has made of the sum of dS: it goes out again.
-        part = sums[rows] + (wanted - total)[rows, None] * saved.smoothed[rows]
+        # total is what the rounding of delta, P and dS has made of the sum of dS: it goes out again.
+        part = sums[rows]
+        if saved.smoothed is None:
+            part = part * torch.where(total == 0, 1, wanted / total)[rows, None]
+        else:
+            part = part + (wanted - total)[rows, None] * saved.smoothed[rows]
         grad_x[rows] = part - wanted[rows, None] * inputs.x[rows] if grads.lse is not None else part
     return grad_x
 
@@ -304,24 +319,23 @@ def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total:
 def _grad_scores(
     inputs: StepInputs, saved: Saved, shift: Tensor, grad: Tensor | None, tokens: slice, workspace: Tensor,
     matrices: int, tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(P and) dS of a block, [matrices, n, v], the sums of dS over tokens [n] and over rows [v], and P of the noisy
-    tokens [n], whose dS are left out; 0 for those of other blocks, and where smoothed has no gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(P and) dS of a block, [matrices, n, v], the sum of dS over rows [v], its sum over tokens [n], P of the noisy
+    tokens [n], whose dS are left out, 0 for those of other blocks, and the sum of P over tokens [n]."""
     x, n, v = inputs.x, len(inputs.x), tokens.stop - tokens.start
     tiles_n, tiles_v = triton.cdiv(n, tile.n), triton.cdiv(v, tile.v)
     stride = tiles_v * tile.v  # so that rows begin on 16 bytes
     weights = workspace[: matrices * n * stride].view(matrices, n, stride)
-    row_sums, token_sums = x.new_empty(tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
-    noisy_p = torch.zeros_like(row_sums)
+    row_sums, token_sums = x.new_empty(3, tiles_v, n, dtype=torch.float32), x.new_empty(tiles_n, v, dtype=torch.float32)
     with device_of(x):
         chunk_bwd_kernel[tiles_n * tiles_v,](
             **arguments_of(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
             best_score_ptr=saved.best_score, log_sum_ptr=saved.log_sum, shift_ptr=shift,
-            noisy_tokens_ptr=saved.noisy_tokens, noisy_p_ptr=noisy_p,
+            noisy_tokens_ptr=saved.noisy_tokens,
             p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
-            row_sums_ptr=row_sums, token_sums_ptr=token_sums,
+            row_sums_ptr=row_sums[0], noisy_p_ptr=row_sums[1], p_sums_ptr=row_sums[2], token_sums_ptr=token_sums,
         )  # fmt: skip
-    return weights[..., :v].to(_weight_type(inputs)), row_sums.sum(0), token_sums.sum(0), noisy_p.sum(0)
+    return weights[..., :v].to(_weight_type(inputs)), token_sums.sum(0), *row_sums.sum(1)
 
 
 # --- blocks and products

@@ -151,12 +151,13 @@ def chunk_bwd_kernel(
     best_score_ptr,  # [N]
     log_sum_ptr,  # [N]
     shift_ptr,  # [N]: grad_lse - delta
-    noisy_tokens_ptr,  # [N]: where smoothed has a gradient, their dS are left out
+    noisy_tokens_ptr,  # [N]: their dS are left out
     p_ptr,  # [N, tiles of V], None where not needed
     ds_ptr,  # [N, tiles of V]
     row_sums_ptr,  # [V / BLOCK_V, N]
+    noisy_p_ptr,  # [V / BLOCK_V, N]: P of the noisy token, 0 in tiles that are not its own
+    p_sums_ptr,  # [V / BLOCK_V, N]
     token_sums_ptr,  # [N / BLOCK_N, V]
-    noisy_p_ptr,  # [V / BLOCK_V, N]: P of the noisy token, 0 in tiles that are not its own; with the last
     N,
     V,
     F,
@@ -191,24 +192,23 @@ def chunk_bwd_kernel(
         scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
-    weights = exp(logits - tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None])
-    if grad_ptr is not None:
-        noisy = (tl.load(noisy_tokens_ptr + o_n, mask=m_n, other=-1) - first_token).to(tl.int32)
-        is_noisy = noisy[:, None] == o_v[None, :]
-        tl.store(noisy_p_ptr + tile_v.to(tl.int64) * N + o_n, tl.sum(tl.where(is_noisy, weights, 0.0), 1), mask=m_n)
+    logits -= tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None]
+    weights = tl.where(m_v[None, :], exp(tl.where(logits > 0.0, 0.0, logits)), 0.0)  # log_sum may be rounded coarsely
+    noisy = (tl.load(noisy_tokens_ptr + o_n, mask=m_n, other=-1) - first_token).to(tl.int32)
+    is_noisy = noisy[:, None] == o_v[None, :]
+    at_part = tile_v.to(tl.int64) * N + o_n
+    tl.store(noisy_p_ptr + at_part, tl.sum(tl.where(is_noisy, weights, 0.0), 1), mask=m_n)
+    tl.store(p_sums_ptr + at_part, tl.sum(weights, 1), mask=m_n)
     at = o_n.to(tl.int64)[:, None] * stride_wn + o_v[None, :]
     if p_ptr is not None:
         tl.store(p_ptr + at, weights.to(WEIGHT), mask=m_n[:, None])
     shift = tl.load(shift_ptr + o_n, mask=m_n, other=0.0)[:, None]
-    if grad_ptr is not None:
-        grad_scores = tl.where(is_noisy, 0.0, scale[:, None] * weights * (grad_weights + shift))
-    else:
-        grad_scores = scale[:, None] * weights * shift
-    grad_scores = tl.where(m_n[:, None] & m_v[None, :], grad_scores, 0.0).to(WEIGHT)
+    grad_scores = scale[:, None] * weights * (grad_weights + shift)
+    grad_scores = tl.where(is_noisy | ~m_n[:, None], 0.0, grad_scores).to(WEIGHT)
     tl.store(ds_ptr + at, grad_scores, mask=m_n[:, None])
     # Sums of what the products will read, roundings included.
     rounded = grad_scores.to(tl.float32)
-    tl.store(row_sums_ptr + tile_v.to(tl.int64) * N + o_n, tl.sum(rounded, 1), mask=m_n)
+    tl.store(row_sums_ptr + at_part, tl.sum(rounded, 1), mask=m_n)
     tl.store(token_sums_ptr + tile_n.to(tl.int64) * V + o_v, tl.sum(rounded, 0), mask=m_v)
 
 

@@ -66,13 +66,14 @@ def mean(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None
     n, d = x.shape
     tile = tile or tile_of("mean", x, inputs.embeddings)
     splits = splits or _splits(x, inputs.embeddings, triton.cdiv(d, tile.d), tile)
-    smoothed = x.new_empty(n, d, dtype=stored_type(x.dtype))
+    result = inputs.result_dtype(x)
+    smoothed = x.new_empty(n, d, dtype=stored_type(result))
     # One part: its program writes the mean itself. Sums of few rows and all parts are about as large as one tile of
     # every processor: 64 x 512 x 132 numbers are 17 MB.
     acc = smoothed[None] if splits == 1 else x.new_empty(splits, n, d, dtype=torch.float32)
     parts = _stream(inputs, tile, splits, acc)
     rest = merge(inputs, parts) if splits == 1 else merge(inputs, parts, acc, smoothed)
-    return smoothed.to(x.dtype), rest
+    return smoothed.to(result), rest
 
 
 def statistics(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> Statistics:

@@ -193,8 +193,9 @@ def _call_all(dtype: torch.dtype, d: int, all_noises: bool) -> None:
 
 
 def _call_forward(inputs: StepInputs) -> None:
-    topk.step_fwd(inputs)
-    topk.step_fwd(inputs._replace(workspace=0))  # streaming
+    for given in (inputs, inputs._replace(wide=True)):
+        topk.step_fwd(given)
+        topk.step_fwd(given._replace(workspace=0))  # streaming
     topk.step_fwd(inputs._replace(mean=False))
 
 
@@ -202,8 +203,9 @@ def _call_backward(inputs: StepInputs) -> None:
     saved = Saved(inputs.x, _empty(len(inputs.x), dtype=torch.int64), inputs.mu, inputs.mu)
     grad = inputs.x
     for grads in (Grads(grad, inputs.mu), Grads(None, inputs.mu)):
+        of_grads = saved if grads.smoothed is not None else saved._replace(smoothed=None)
         for needs_embeddings in (True, False):
-            chunked.step_bwd(inputs, saved, grads, True, needs_embeddings)
+            chunked.step_bwd(inputs, of_grads, grads, True, needs_embeddings)
 
 
 def _call_others(inputs: StepInputs) -> None:
