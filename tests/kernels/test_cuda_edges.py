@@ -235,6 +235,10 @@ def test_what_the_backward_takes(hopper, take, dtype, mean, path):
     found = cuda.step_fwd(step_inputs(x, table, mean=mean))
     exact = exact_step(step_inputs(x, table, mean=mean))
     assert (found.smoothed.shape, found.smoothed.dtype) == ((70, 72 * mean), dtype)
+    if mean:
+        wide = cuda.step_fwd(step_inputs(x, table, wide=True)).smoothed
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.to(dtype), found.smoothed)
     assert torch.equal(found.tokens, exact.tokens)
     assert torch.equal(found.noisy_tokens, exact.noisy_tokens)
     rounding = 0.3 / 1.5**2 * 3e-7 * exact.best_score.abs() + 1e-5  # of scores

@@ -119,6 +119,9 @@ def test_forward_types_in_small_blocks(x_type, table_type):
     outputs = mean(how, SMALL)
     assert outputs.smoothed.dtype == x_type
     assert wrong_step(how, outputs) == []
+    wide = mean(how._replace(wide=True), SMALL).smoothed
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.to(x_type), outputs.smoothed)
 
 
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
