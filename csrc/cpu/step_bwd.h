@@ -21,6 +21,7 @@
 // fixed order: the same call gives the same bits.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -72,6 +73,7 @@ class StepBackward {
     Buffer<RowGrads<S>> rows;    // [vector of rows]
     Buffer<float> p, ds;         // [panel of a group][kTile][lanes]
     Buffer<float> eps, columns;  // [kTile][lanes]
+    double sums[kTile];          // of dS over all rows
     Buffer<float> out;           // [kTile][D, padded]
     Buffer<float> tile;
 
@@ -166,14 +168,17 @@ class StepBackward {
     for (int64_t i = 0; i < panels_ * 2; ++i) s.rows[i] = rows_[i];
     for (int64_t t = split * tiles / splits_; t < (split + 1) * tiles / splits_; ++t) {
       const Tile tile = read_tile<S>(p_, t, s.tile);
-      std::memset(s.columns, 0, size_t(kTile * kLanes) * sizeof(float));
+      std::fill(s.sums, s.sums + kTile, 0.0);
       for (int64_t group = 0; group < panels_; group += kGroupRows / kPanel) {
         const int64_t last = least(panels_, group + kGroupRows / kPanel);
+        std::memset(s.columns, 0, size_t(kTile * kLanes) * sizeof(float));
         for (int64_t panel = group; panel < last; ++panel)
           layout_.with(count_of(panel), [&](auto vectors, auto lanes) {
             one_panel<vectors(), lanes()>(panel, weights_of(panel - group), tile, s);
           });
-        if (p_.grad_table) spread(group, last, tile, s);
+        if (!p_.grad_table) continue;
+        add_columns(s);
+        spread(group, last, tile, s);
       }
       if (p_.grad_table) finish_tile(tile, s);
     }
@@ -217,10 +222,15 @@ class StepBackward {
       });
   }
 
+  // In double: thousands of groups of equal rows would round a float one way.
+  void add_columns(Split& s) const {
+    for (int64_t v = 0; v < kTile; ++v)
+      for (int64_t lane = 0; lane < kLanes; lane += layout_.group()) s.sums[v] += s.columns[v * kLanes + lane];
+  }
+
   void finish_tile(const Tile& tile, Split& s) const {
     for (int64_t v = 0; v < tile.count; ++v) {
-      float sum = 0.0f;
-      for (int64_t lane = 0; lane < kLanes; lane += layout_.group()) sum += s.columns[v * kLanes + lane];
+      const float sum = float(s.sums[v]);
       const float *out = s.out + v * padded_width_, *e = tile.rows + v * tile.stride;
       float* grad = p_.grad_table + (tile.first + v) * p_.width;
       for (int64_t d = 0; d < p_.width; ++d) grad[d] = (first_ > 0 ? grad[d] : 0.0f) + S::fma(-sum, e[d], out[d]);

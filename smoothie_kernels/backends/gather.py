@@ -29,15 +29,22 @@ def dots(vectors: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype
 
 
 def spread(weights: Tensor, tokens: Tensor, vectors: Tensor, vocabulary: int) -> Tensor:
-    """out[j] = sum of weights[i, k] vectors[i] over all tokens[i, k] = j, [V, D] in the type of weights."""
+    """out[j] = sum of weights[i, k] vectors[i] over all tokens[i, k] = j, [V, D] in the type of weights.
+
+    Summed in float64: embedding_bag adds one by one, and thousands of rows may have one token."""
     by_token = tokens.flatten().argsort(stable=True)
     starts = torch.searchsorted(
         tokens.flatten()[by_token], torch.arange(vocabulary, dtype=torch.int64, device=tokens.device)
     )
-    rows = by_token // max(1, tokens.shape[1])
-    return functional.embedding_bag(
-        rows, vectors.to(weights.dtype), starts, mode="sum", per_sample_weights=weights.flatten()[by_token]
-    )
+    rows, of_rows = by_token // max(1, tokens.shape[1]), weights.flatten()[by_token].double()
+    out = vectors.new_empty(vocabulary, vectors.shape[1], dtype=weights.dtype)
+    at_once = max(1, ROOM // (8 * vocabulary))
+    for first in range(0, vectors.shape[1], at_once):
+        part = vectors[:, first : first + at_once].double()
+        out[:, first : first + at_once] = functional.embedding_bag(
+            rows, part, starts, mode="sum", per_sample_weights=of_rows
+        )
+    return out
 
 
 def sum_by_token(tokens: Tensor, vectors: Tensor) -> Tensor:

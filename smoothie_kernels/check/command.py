@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from smoothie_kernels.arguments import Parser
 from smoothie_kernels.check import machine
 from smoothie_kernels.check.isolate import Call, run_calls
 from smoothie_kernels.check.plan import probes_of
@@ -33,7 +34,7 @@ OUTCOMES = ("ok", "wrong", "error", "crash", "hang")
 
 def command(argv: Sequence[str] | None = None) -> int:
     """0 where all is ok, 1 where a probe is not, 2 where nothing could run."""
-    parser = argparse.ArgumentParser(prog="smoothie-kernels check", description=__doc__)
+    parser = Parser(prog="smoothie-kernels check", description=__doc__)
     parser.add_argument(
         "--backend", action="append", default=[], metavar="NAME",
         help=f"one or more of {', '.join(machine.BACKENDS)}; several times, or with commas. Without it all that can "
@@ -43,7 +44,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the lines of JSON go there as well")
     parser.add_argument("--in-process", action="store_true", help="all in one process: for compute-sanitizer")
     parser.add_argument("--emulated", type=Path, help=argparse.SUPPRESS)  # a library of tests/compiled.py
-    arguments = parser.parse_args(argv)
+    arguments, unknown_options = parser.parse_known_args(argv)
+    parser.refuse(unknown_options)
     names = [name for several in arguments.backend for name in several.split(",")]
     if unknown := [name for name in names if name not in machine.BACKENDS]:
         parser.error(f"--backend must be one of {', '.join(machine.BACKENDS)}, got {unknown[0]!r}")
