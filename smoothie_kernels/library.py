@@ -9,23 +9,24 @@ Autocast changes nothing here: a call takes its inputs in the types that they ha
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from smoothie_kernels import checks
-from smoothie_kernels.backends import Grads, Saved, StepInputs, gather, sum_dtype
+from smoothie_kernels.backends import Grads, Saved, gather
 from smoothie_kernels.dispatch import pick_backend
+from smoothie_kernels.stream import Kind, Request, Rows, Tokens, bound, kinds, signature, sum_dtype
 
 # Namespace of the operators. torch.compile's cache on disk knows them by name alone, and would hand the arguments of an
 # older version to this one: another schema takes another number.
-OPERATORS = "smoothie_kernels_3"
+OPERATORS = "smoothie_kernels_4"
 
-Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Average = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Body = TypeVar("Body", bound=Callable[..., Any])
+Part = TypeVar("Part")
 
 
 def without_autocast(body: Body) -> Body:
@@ -61,148 +62,143 @@ def _(embeddings: Tensor, check_finite: bool, backend: str) -> Tensor:
 # --- the step
 
 
-@custom_op(f"{OPERATORS}::step_fwd", mutates_args=())
+class Kept(NamedTuple):
+    """What the backward takes of the forward."""
+
+    smoothed: Tensor  # not rounded to 16 bits
+    noisy_tokens: Tensor
+    best_score: Tensor
+    log_sum: Tensor
+    top_tokens: Tensor  # [N, K]
+
+
+class Incoming(NamedTuple):
+    """Gradients; None where the loss does not use an output: its products are left out."""
+
+    grad_smoothed: Tensor | None  # [N, D]
+    grad_lse: Tensor | None  # [N]
+    grad_top: Tensor | None  # [N, K]
+
+
+class Needs(NamedTuple):
+    needs_x: bool
+    needs_embeddings: bool
+
+
+class Step(NamedTuple):
+    """StepOutputs, and smoothed before it was rounded to 16 bits, [N, 0] where it was not."""
+
+    smoothed: Tensor
+    tokens: Tensor
+    noisy_tokens: Tensor
+    lse: Tensor
+    best_score: Tensor
+    log_sum: Tensor
+    top_logits: Tensor
+    top_tokens: Tensor
+    wide: Tensor
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # Step: torch takes no names
+
+
+def operator(name: str, *parts: Any, returns: Any) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """A custom operator whose arguments are the fields of `parts`."""
+
+    def define(body: Callable[..., Any]) -> CustomOpDef:
+        body.__signature__ = signature(*parts, returns=returns)  # type: ignore[attr-defined]
+        return custom_op(f"{OPERATORS}::{name}", body, mutates_args=())
+
+    return define
+
+
+@operator("step_fwd", Request, returns=Outputs)
 @without_autocast
-def step_fwd(
-    x: Tensor,  # [N, D]
-    embeddings: Tensor,  # [V, D], rows contiguous
-    bias: Tensor,  # [V]
-    mu: Tensor,  # [N]
-    std: Tensor,  # [N]
-    row_ids: Tensor | None,  # [N], instead of row_offset + i
-    seed: Tensor,  # []
-    offsets: Tensor,  # [F]
-    field_weights: Tensor | None,  # [F], None for one field as it is
-    row_offset: int,
-    sigma_min: Tensor,  # [] float64, on the host
-    has_noise: bool,
-    workspace: int,
-    smooth: str,
-    topk: int,
-    recall_target: float,
-    for_backward: bool,  # whether a backward may follow
-    backend: str,
-) -> Nine:
-    """StepOutputs, and smoothed before it is rounded to 16 bits, for the backward; empty where it is not needed."""
-    checks.check_row_offset(row_offset, len(x))
-    checks.check_sigma_min(float(sigma_min))
-    if x.shape[0] == 0:
-        return _empty_step(x, smooth, topk, for_backward)
+def step_fwd(*arguments: Any) -> Outputs:
+    request = _as_backends_take_it(Request(*arguments))
+    x, row_ids = request.x, request.row_ids
+    checks.check_row_offset(request.row_offset, len(x))
+    checks.check_sigma_min(request.sigma_min)
+    if len(x) == 0:
+        return _empty_step(request)
     if x.device.type == "cpu":
-        checks.check_logits(mu, float(sigma_min), std, field_weights)
+        checks.check_logits(request.mu, request.sigma_min, request.std, request.field_weights)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
-    wide = _keeps_wide(x, smooth, for_backward)
-    inputs = _inputs(
-        x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
-        workspace, smooth, topk, recall_target, wide,
-    )  # fmt: skip
-    smoothed, *rest = pick_backend(backend, x.device, x.dtype).step_fwd(inputs)
-    nothing = x.new_empty(len(x), 0, dtype=sum_dtype(x))
-    return (smoothed.to(x.dtype), *rest, smoothed) if wide else (smoothed, *rest, nothing)
+    smoothed, *rest = pick_backend(request.backend, x.device, x.dtype).step_fwd(request)
+    rounded = smoothed.to(x.dtype)
+    wide = x.new_empty(len(x), 0, dtype=sum_dtype(x)) if rounded is smoothed else smoothed
+    return Step._make((rounded, *rest, wide))
 
 
 @step_fwd.register_fake
-def _(x: Tensor, *rest: Any) -> Nine:
-    smooth, topk, _, for_backward, _ = rest[-5:]
-    return _empty_step(x, smooth, topk, for_backward)
+def _(*arguments: Any) -> Outputs:
+    return _empty_step(Request(*arguments))
 
 
-def _keeps_wide(x: Tensor, smooth: str, for_backward: bool) -> bool:
-    return for_backward and smooth == "full" and x.dtype != sum_dtype(x)
-
-
-def _empty_step(x: Tensor, smooth: str, topk: int, for_backward: bool) -> Nine:
-    n, d = x.shape
+def _empty_step(request: Request) -> Outputs:
+    x, k = request.x, request.topk
+    n, d = x.shape[0], x.shape[1] if request.mean else 0
     tokens = [x.new_empty(n, dtype=torch.int64) for _ in range(2)]
     sums = [x.new_empty(n, dtype=sum_dtype(x)) for _ in range(3)]
-    return (
-        x.new_empty(n, d if smooth == "full" else 0), tokens[0], tokens[1], sums[0], sums[1], sums[2],
-        x.new_empty(n, topk, dtype=sum_dtype(x)), x.new_empty(n, topk, dtype=torch.int64),
-        x.new_empty(n, d if _keeps_wide(x, smooth, for_backward) else 0, dtype=sum_dtype(x)),
-    )  # fmt: skip
+    top = x.new_empty(n, k, dtype=sum_dtype(x)), x.new_empty(n, k, dtype=torch.int64)
+    rounded = request.result_dtype(x) != x.dtype
+    wide = x.new_empty(n, d if rounded else 0, dtype=sum_dtype(x))
+    return Step._make((x.new_empty(n, d), *tokens, *sums, *top, wide))
 
 
-def _inputs(
-    x: Tensor, embeddings: Tensor, bias: Tensor, mu: Tensor, std: Tensor, row_ids: Tensor | None, seed: Tensor,
-    offsets: Tensor, field_weights: Tensor | None, row_offset: int, sigma_min: Tensor, has_noise: bool, workspace: int,
-    smooth: str, topk: int, recall_target: float, wide: bool,
-) -> StepInputs:  # fmt: skip
-    return StepInputs(
-        x.contiguous(), embeddings, bias, mu.contiguous(), std.contiguous() if has_noise else None,
-        None if row_ids is None else row_ids.contiguous(), row_offset, seed, offsets.contiguous(),
-        None if field_weights is None else field_weights.contiguous(), float(sigma_min), workspace, smooth == "full",
-        topk, recall_target, wide,
-    )  # fmt: skip
+CONTIGUOUS = [kind in (Kind.ROWS, Kind.SHARED) for kind in kinds(Request).values()]
+
+
+def _as_backends_take_it(request: Request) -> Request:
+    """Contiguous, but for the table, of which rows are."""
+    fields = [
+        value.contiguous() if contiguous and value is not None else value
+        for value, contiguous in zip(request, CONTIGUOUS, strict=True)
+    ]
+    return Request._make(fields)._replace(sigma_min=float(request.sigma_min))
 
 
 # --- its gradients
 
 
-@custom_op(f"{OPERATORS}::step_bwd", mutates_args=())
+@operator("step_bwd", Request, Kept, Incoming, Needs, returns=tuple[Tensor, Tensor])
 @without_autocast
-def step_bwd(
-    x: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    std: Tensor,
-    row_ids: Tensor | None,
-    seed: Tensor,
-    offsets: Tensor,
-    field_weights: Tensor | None,
-    row_offset: int,
-    sigma_min: Tensor,  # [] float64, on the host
-    has_noise: bool,
-    workspace: int,
-    smooth: str,
-    topk: int,
-    recall_target: float,
-    for_backward: bool,
-    backend: str,
-    smoothed: Tensor,  # as step_fwd kept it
-    noisy_tokens: Tensor,
-    best_score: Tensor,
-    log_sum: Tensor,
-    top_tokens: Tensor,  # [N, K]
-    grad_smoothed: Tensor | None,  # [N, D]
-    grad_lse: Tensor | None,  # [N]
-    grad_top: Tensor | None,  # [N, K]
-    needs_x: bool,
-    needs_embeddings: bool,
-) -> tuple[Tensor, Tensor]:  # of x and embeddings; empty where not needed
-    if x.shape[0] == 0 or (grad_smoothed is None and grad_lse is None and grad_top is None):
-        no_x, no_embeddings = _empty_grads(x, embeddings, needs_x, needs_embeddings)
+def step_bwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Of x and embeddings; empty where not needed."""
+    request, kept, incoming, needs = bound(arguments, Request, Kept, Incoming, Needs)
+    if len(request.x) == 0 or all(grad is None for grad in incoming):
+        no_x, no_embeddings = _empty_grads(request.x, request.embeddings, *needs)
         return no_x.zero_(), no_embeddings.zero_()
-    inputs = _inputs(
-        x, embeddings, bias, mu, std, row_ids, seed, offsets, field_weights, row_offset, sigma_min, has_noise,
-        workspace, smooth, topk, recall_target, wide=grad_top is not None,
-    )  # fmt: skip
-    chosen = pick_backend(backend, x.device, x.dtype)
+    of_smoothed, of_lse, of_top = (None if grad is None else grad.contiguous() for grad in incoming)
+    x, embeddings, *_ = request = _as_backends_take_it(request)._replace(wide=of_top is not None)
+    chosen = pick_backend(request.backend, x.device, x.dtype)
     grad_x = grad_embeddings = None
-    if grad_smoothed is not None or grad_lse is not None:
-        grads = Grads(
-            None if grad_smoothed is None else grad_smoothed.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(),
-        )
-        saved = Saved(None if grad_smoothed is None else smoothed, noisy_tokens, best_score, log_sum)
-        grad_x, grad_embeddings = chosen.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
-    if grad_top is not None:
-        of_top = _top_grads(inputs, top_tokens, grad_top.contiguous(), chosen.average, needs_x, needs_embeddings)
+    if of_smoothed is not None or of_lse is not None:
+        smoothed = None if of_smoothed is None else kept.smoothed
+        saved = Saved(smoothed, kept.noisy_tokens, kept.best_score, kept.log_sum)
+        grad_x, grad_embeddings = chosen.step_bwd(request, saved, Grads(of_smoothed, of_lse), *needs)
+    if of_top is not None:
+        through_top = _top_grads(request, kept.top_tokens, of_top, chosen.average, *needs)
         grad_x, grad_embeddings = (
             a if b is None else b.to(of.dtype) if a is None else (a + b).to(of.dtype)
-            for a, b, of in zip((grad_x, grad_embeddings), of_top, (x, embeddings), strict=True)
+            for a, b, of in zip((grad_x, grad_embeddings), through_top, (x, embeddings), strict=True)
         )
     nothing = _empty_grads(x, embeddings, False, False)
     return nothing[0] if grad_x is None else grad_x, nothing[1] if grad_embeddings is None else grad_embeddings
 
 
 def _top_grads(
-    inputs: StepInputs, tokens: Tensor, grad: Tensor, average: Average, needs_x: bool, needs_embeddings: bool
+    request: Request,
+    tokens: Tensor,
+    grad: Tensor,
+    average: Callable[..., Tensor],
+    needs_x: bool,
+    needs_embeddings: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Through scale (x . E_j - ||E_j||^2 / 2 - ||x||^2 / 2) of some tokens j: scale (E_j - x) and scale (x - E_j)."""
-    x, embeddings = inputs.x, inputs.embeddings
-    weights = ((inputs.mu / inputs.sigma_min**2)[:, None] * grad).contiguous()  # [N, K]
+    x, embeddings = request.x, request.embeddings
+    weights = ((request.mu / request.sigma_min**2)[:, None] * grad).contiguous()  # [N, K]
     grad_x = grad_embeddings = None
     if needs_x:
         grad_x = average(weights, tokens, embeddings, weights.dtype) - weights.sum(1, keepdim=True) * x
@@ -213,41 +209,41 @@ def _top_grads(
 
 
 @step_bwd.register_fake
-def _(x: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_grads(x, embeddings, *rest[-2:])
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    request, *_, needs = bound(arguments, Request, Kept, Incoming, Needs)
+    return _empty_grads(request.x, request.embeddings, *needs)
 
 
 def _empty_grads(x: Tensor, embeddings: Tensor, needs_x: bool, needs_embeddings: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_x else 0), embeddings.new_empty(embeddings.shape if needs_embeddings else 0)
 
 
-STEP_ARGUMENTS = 18  # of step_fwd; step_bwd begins with the same
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:
-    smoothed, tokens, noisy_tokens, _, best_score, log_sum, top_logits, top_tokens, wide = output
-    absent = [o for o in (smoothed, top_logits) if o.shape[1] == 0]
-    ctx.mark_non_differentiable(tokens, noisy_tokens, best_score, log_sum, top_tokens, wide, *absent)
-    ctx.set_materialize_grads(False)  # None where the loss does not use an output: its products are left out
-    ctx.is_tensor = [isinstance(i, Tensor) for i in inputs]
-    ctx.numbers = [i for i in inputs if not isinstance(i, Tensor)]
-    saved = wide if wide.shape[1] else smoothed, noisy_tokens, best_score, log_sum, top_tokens
-    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), *saved)
-
-
-def _backward(ctx: Any, grad_smoothed: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
-    inputs = [next(tensors) if is_tensor else next(numbers) for is_tensor in ctx.is_tensor]
-    needs_x, needs_embeddings = ctx.needs_input_grad[:2]
-    with torch.autocast(inputs[0].device.type, enabled=False):  # in which vmap's own stack may fail
-        grad_x, grad_embeddings = step_bwd(
-            *inputs, *tensors, grad_smoothed, rest[2], rest[5], needs_x, needs_embeddings
-        )  # fmt: skip
-    return (
-        grad_x if needs_x else None,
-        grad_embeddings if needs_embeddings else None,
-        *(None for _ in range(STEP_ARGUMENTS - 2)),
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    step = Step(*output)
+    kept = {name: getattr(step, name) for name in Kept._fields}
+    if step.wide.shape[1]:
+        kept["smoothed"] = step.wide
+    absent = [o for o in (step.smoothed, step.top_logits) if o.shape[1] == 0]
+    ctx.mark_non_differentiable(
+        step.tokens, step.noisy_tokens, step.best_score, step.log_sum, step.top_tokens, step.wide, *absent
     )
+    ctx.set_materialize_grads(False)
+    ctx.others = [None if isinstance(i, Tensor) else i for i in inputs]
+    ctx.save_for_backward(*(i if isinstance(i, Tensor) else None for i in inputs), *kept.values())
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    of = Step(*grads)  # type: ignore[arg-type]
+    count = len(ctx.others)
+    given = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=False)]
+    needed = dict(zip(Request._fields, ctx.needs_input_grad, strict=True))
+    needs = Needs(needed["x"], needed["embeddings"])
+    with torch.autocast(given[0].device.type, enabled=False):  # in which vmap's own stack may fail
+        grad_x, grad_embeddings = step_bwd(
+            *given, *ctx.saved_tensors[count:], of.smoothed, of.lse, of.top_logits, *needs
+        )
+    found = {"x": grad_x if needs.needs_x else None, "embeddings": grad_embeddings if needs.needs_embeddings else None}
+    return tuple(found.get(name) for name in Request._fields)
 
 
 step_fwd.register_autograd(_backward, setup_context=_save)
@@ -265,8 +261,6 @@ step_bwd.register_autograd(no_second_derivative)
 
 # --- torch.func.vmap
 
-_PER_ROW = (0, 3, 4, 5)  # x, mu, std, row_ids: arguments of step_fwd with one entry for every row
-
 
 def one_for_all(name: str) -> NotImplementedError:
     return NotImplementedError(f"smoothie_kernels takes one {name} for all samples of torch.func.vmap")
@@ -277,25 +271,36 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
     raise one_for_all("embeddings")  # what every use of a table begins with
 
 
+def more_rows(
+    part: Callable[..., Part], info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> Part:
+    """Samples are more rows of one call."""
+
+    def flat(name: str, kind: Kind, value: Any, dim: int | None) -> Any:
+        if kind == Kind.ROWS and value is not None:
+            samples = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return samples.flatten(0, 1)
+        if dim is not None:
+            raise one_for_all(name)
+        return value
+
+    of_part = kinds(part)
+    return part(*map(flat, of_part, of_part.values(), arguments, in_dims))
+
+
+def by_sample(rows: Any, info: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return tuple(o.unflatten(0, (info.batch_size, -1)) for o in rows), (0,) * len(rows)
+
+
 @step_fwd.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
-    """Samples are more rows of one call. Each keeps its row ids, so every sample has the same noise."""
-    for position, name in ((6, "seed"), (7, "offset"), (8, "field_weights")):
-        if in_dims[position] is not None:
-            raise one_for_all(name)
-    flat, samples = list(arguments), info.batch_size
-    for position in _PER_ROW:
-        if arguments[position] is not None:
-            flat[position] = _samples_first(arguments[position], in_dims[position], samples).flatten(0, 1)
-    if flat[5] is None:
-        row_offset, n = flat[9], flat[0].shape[0] // samples
-        flat[5] = torch.arange(row_offset, row_offset + n, dtype=torch.int64, device=flat[0].device).repeat(samples)
-        flat[9] = 0
-    return tuple(o.unflatten(0, (samples, -1)) for o in step_fwd(*flat)), (0,) * 9
-
-
-def _samples_first(rows: Tensor, dim: int | None, samples: int) -> Tensor:
-    return rows.expand(samples, *rows.shape) if dim is None else rows.movedim(dim, 0)
+    """Each sample keeps its row ids, so all have the same noise."""
+    request = more_rows(Request, info, in_dims, arguments)
+    if request.row_ids is None:
+        first, n = request.row_offset, len(request.x) // info.batch_size
+        ids = torch.arange(first, first + n, dtype=torch.int64, device=request.x.device)
+        request = request._replace(row_ids=ids.repeat(info.batch_size), row_offset=0)
+    return by_sample(step_fwd(*request), info)
 
 
 def _one_call_each(
@@ -315,15 +320,18 @@ step_bwd.register_vmap(partial(_one_call_each, step_bwd))
 # --- means of a few tokens a row
 
 
-@custom_op(f"{OPERATORS}::average_fwd", mutates_args=())
+class Mean(NamedTuple):
+    weights: Rows  # [N, K]
+    tokens: Rows  # [N, K] int64
+    embeddings: Tokens  # [V, D], rows contiguous
+    dtype: torch.dtype
+    backend: str
+
+
+@operator("average_fwd", Mean, returns=Tensor)
 @without_autocast
-def average_fwd(
-    weights: Tensor,  # [N, K]
-    tokens: Tensor,  # [N, K] int64
-    embeddings: Tensor,  # [V, D], rows contiguous
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+def average_fwd(*arguments: Any) -> Tensor:
+    weights, tokens, embeddings, dtype, backend = Mean(*arguments)
     if weights.numel() == 0:
         return _empty_average(tokens, embeddings, dtype).zero_()
     mean: Tensor = pick_backend(backend, embeddings.device, embeddings.dtype).average(
@@ -333,7 +341,8 @@ def average_fwd(
 
 
 @average_fwd.register_fake
-def _(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    _, tokens, embeddings, dtype, _ = Mean(*arguments)
     return _empty_average(tokens, embeddings, dtype)
 
 
@@ -360,11 +369,12 @@ def _(grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, *needs:
 
 
 def _save_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    weights, tokens, embeddings, *_ = inputs
+    ctx.save_for_backward(weights, tokens, embeddings)
 
 
 def _average_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs_weights, _, needs_embeddings = ctx.needs_input_grad[:3]
+    needs_weights, _, needs_embeddings, *_ = ctx.needs_input_grad
     with torch.autocast(grad.device.type, enabled=False):
         grad_weights, grad_embeddings = average_bwd(grad, *ctx.saved_tensors, needs_weights, needs_embeddings)
     return grad_weights if needs_weights else None, None, grad_embeddings if needs_embeddings else None, None, None
@@ -376,12 +386,8 @@ average_bwd.register_autograd(no_second_derivative)
 
 @average_fwd.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    """As in step_fwd: more rows of one call."""
-    if in_dims[2] is not None:
-        raise one_for_all("embeddings")
-    weights, tokens = (_samples_first(a, dim, info.batch_size) for a, dim in zip(arguments, in_dims[:2], strict=False))
-    mean: Tensor = average_fwd(weights.flatten(0, 1), tokens.flatten(0, 1), *arguments[2:])
-    return mean.view(info.batch_size, -1, mean.shape[1]), 0
+    (mean,), (dim,) = by_sample((average_fwd(*more_rows(Mean, info, in_dims, arguments)),), info)
+    return mean, dim
 
 
 average_bwd.register_vmap(partial(_one_call_each, average_bwd))
@@ -390,10 +396,18 @@ average_bwd.register_vmap(partial(_one_call_each, average_bwd))
 # --- the nearest token, the noise
 
 
-@custom_op(f"{OPERATORS}::nearest_fwd", mutates_args=())
+class Nearest(NamedTuple):
+    x: Rows  # [N, D]
+    embeddings: Tokens  # [V, D], rows contiguous
+    bias: Tokens  # [V]
+    backend: str
+
+
+@operator("nearest_fwd", Nearest, returns=tuple[Tensor, Tensor])
 @without_autocast
-def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if x.shape[0] == 0:
+def nearest_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, embeddings, bias, backend = Nearest(*arguments)
+    if len(x) == 0:
         return _empty_nearest(x)
     outputs: tuple[Tensor, Tensor] = pick_backend(backend, x.device, x.dtype).nearest_fwd(
         x.contiguous(), embeddings, bias
@@ -416,9 +430,8 @@ nearest_fwd.register_autograd(_no_derivative)
 
 
 @nearest_fwd.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Any, tuple[int, int]]:
-    rows = x.movedim(in_dims[0] or 0, 0)
-    return tuple(o.unflatten(0, rows.shape[:2]) for o in nearest_fwd(rows.flatten(0, 1), *rest)), (0, 0)
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
+    return by_sample(nearest_fwd(*more_rows(Nearest, info, in_dims, arguments)), info)
 
 
 def _empty_nearest(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from smoothie_kernels import library
-from smoothie_kernels.backends import sum_dtype
+from smoothie_kernels.stream import sum_dtype
 
 BLOCK = 1024  # tokens at a time
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import checks, library
+from smoothie_kernels.stream import Request
 from smoothie_kernels.topk import TopK, largest, smooth_topk, smooth_topk_and_mean
 from smoothie_kernels.vocabulary import Vocabulary, as_vocabulary
 
@@ -132,25 +133,25 @@ def fused_smoothie_step(
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
     flat, weights_of_distances = x.reshape(-1, x.shape[-1]), checks.per_row("mu", mu, x)
     shape = x.shape[:-1]
-    smoothed, tokens, noisy_tokens, lse, _, log_sum, *top, _ = library.step_fwd(
+    request = Request(
         flat,
         vocabulary.embeddings,
         vocabulary.bias,
         weights_of_distances,
-        checks.per_row("std", std, x),
+        None if isinstance(std, Real) and std == 0 else checks.per_row("std", std, x),
         ids,
+        row_offset,
         checks.word("seed", _draw_seed() if seed is None else seed),
         *checks.noise_fields(offset, field_weights, x),
-        row_offset,
         scale_of_distances,
-        not (isinstance(std, Real) and std == 0),
         workspace,
-        smooth,
+        smooth == "full",
         k,
         float(recall_target),
         torch.is_grad_enabled() and (x.requires_grad or vocabulary.embeddings.requires_grad),
         backend,
     )
+    smoothed, tokens, noisy_tokens, lse, _, log_sum, *top, _ = library.step_fwd(*request)
     found = None
     if topk is not None:
         top_logits, top_tokens = top

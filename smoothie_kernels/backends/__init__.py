@@ -2,8 +2,8 @@
 
 supports(device_type, dtype) -> why not, or None; dtype is None where no input has one
 column_bias(embeddings) -> [V]
-step_fwd(inputs) -> StepOutputs
-step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
+step_fwd(request) -> StepOutputs
+step_bwd(request, saved, grads, needs_x, needs_embeddings)
     -> gradients of x [N, D] and embeddings [V, D], in their types or the sums'; None where not needed
 average(weights, tokens, embeddings, dtype)
     -> [N, D] in dtype, the sums of weights [N, K] times the embeddings of tokens [N, K]
@@ -13,38 +13,7 @@ gaussian(out, row_ids, row_offset, seed, offset) -> out
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums over x's numbers have."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-class StepInputs(NamedTuple):
-    """What one call of the step is given."""
-
-    x: Tensor  # [N, D] contiguous
-    embeddings: Tensor  # [V, D], rows contiguous
-    bias: Tensor  # [V]: -||E_j||^2 / 2
-    mu: Tensor  # [N]
-    std: Tensor | None  # [N], None where there is no noise
-    row_ids: Tensor | None  # [N], instead of row_offset + i
-    row_offset: int
-    seed: Tensor  # []
-    offsets: Tensor  # [F]: the noise is the sum of so many fields
-    field_weights: Tensor | None  # [F], None for one field as it is; these three may be on the host
-    sigma_min: float
-    workspace: int  # bytes that a backend may take for weights of some rows and tokens
-    mean: bool = True  # whether smoothed is wanted
-    topk: int = 0  # how many of the largest logits
-    recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
-    wide: bool = False  # whether smoothed and gradients keep the type of their sums: 16 bits would round them
-
-    def result_dtype(self, of: Tensor) -> torch.dtype:
-        """Of smoothed, which is like x, and of the gradient of x or embeddings."""
-        return sum_dtype(of) if self.wide else of.dtype
 
 
 class StepOutputs(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import StepInputs
+from smoothie_kernels.stream import Request
 
 MAX_ROWS = 4096  # of a block: more do not make the products any faster
 USEFUL_TOKENS = 1024  # of a block, before it takes more rows
@@ -54,7 +54,7 @@ def even(size: int, most: int, by: int) -> int:
     return -(-size // (blocks * by)) * by
 
 
-def rows_of(inputs: StepInputs, rows: slice | Tensor) -> StepInputs:
+def rows_of(inputs: Request, rows: slice | Tensor) -> Request:
     """The same call with some of its rows."""
     row_ids, row_offset = inputs.row_ids, inputs.row_offset
     if row_ids is not None:
@@ -97,12 +97,12 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
 # --- what names the noise, on the device
 
 
-def noise_on_device(inputs: StepInputs) -> StepInputs:
+def noise_on_device(inputs: Request) -> Request:
     """The same call; what names its noise stands beside x."""
     device, weights = inputs.x.device, inputs.field_weights
     return inputs._replace(
         seed=on_device(device, inputs.seed),
-        offsets=on_device(device, inputs.offsets),
+        offset=on_device(device, inputs.offset),
         field_weights=None if weights is None else on_device(device, weights),
     )
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, StepOutputs
 from smoothie_kernels.backends.shared_library import why_not
+from smoothie_kernels.stream import Request
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cpu.so"
 BUILD = "install a C++ compiler and torch >= 2.10, then install smoothie-kernels again"
@@ -58,7 +59,7 @@ def column_bias(embeddings: Tensor) -> Tensor:
     return bias
 
 
-def step_fwd(inputs: StepInputs) -> StepOutputs:
+def step_fwd(inputs: Request) -> StepOutputs:
     x, (n, k) = inputs.x, (len(inputs.x), inputs.topk)
     tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
     lse, best_score, log_sum = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
@@ -70,7 +71,7 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
 
 
 def step_bwd(
-    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     x, table = inputs.x, inputs.embeddings
     grad_x = torch.empty_like(x, dtype=inputs.result_dtype(x)) if needs_x else None
@@ -79,12 +80,12 @@ def step_bwd(
     return grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.result_dtype(table))
 
 
-def _arguments(inputs: StepInputs) -> tuple[object, ...]:
+def _arguments(inputs: Request) -> tuple[object, ...]:
     """As the compiled operators take them."""
     std = inputs.std if inputs.std is not None and inputs.std.any() else None
     return (
         inputs.x, inputs.embeddings, inputs.bias, inputs.mu, std, inputs.row_ids, inputs.row_offset,
-        int(inputs.seed), inputs.offsets.cpu(), inputs.field_weights, inputs.sigma_min, _tier(),
+        int(inputs.seed), inputs.offset.cpu(), inputs.field_weights, inputs.sigma_min, _tier(),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, Statistics, StepInputs, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, Statistics, StepOutputs
 from smoothie_kernels.backends.blocks import (
     HEADROOM,
     HIGHEST,
@@ -36,6 +36,7 @@ from smoothie_kernels.backends.blocks import (
 from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, largest_of_all, with_largest
 from smoothie_kernels.backends.shared_library import why_not
 from smoothie_kernels.recall import Buckets, expected_found
+from smoothie_kernels.stream import Request
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
 # The same, but what hangs ends with an error: where setup.py is given SMOOTHIE_WATCHDOG=1. Both register the same
@@ -181,12 +182,12 @@ class Parts(NamedTuple):
     tokens: Tensor  # [2, C, N] int32: of the best score, of the best logit
 
 
-def _prepare(inputs: StepInputs) -> Refs:
+def _prepare(inputs: Request) -> Refs:
     """Logits are bounded beforehand: a row's reference lies HEADROOM below the highest that there can be."""
     x, n = inputs.x, len(inputs.x)
-    refs = Refs(x.new_empty(len(inputs.offsets), 3, dtype=torch.int32), _floats(x, n), _floats(x, n))
+    refs = Refs(x.new_empty(len(inputs.offset), 3, dtype=torch.int32), _floats(x, n), _floats(x, n))
     _call(
-        "prepare", x, x, inputs.std, inputs.seed, inputs.offsets, inputs.field_weights, HEADROOM,
+        "prepare", x, x, inputs.std, inputs.seed, inputs.offset, inputs.field_weights, HEADROOM,
         refs.ref_score, refs.highest, refs.fields,
     )  # fmt: skip
     return refs
@@ -198,7 +199,7 @@ def _known(refs: Refs, found: Statistics) -> Refs:
 
 
 def _score(
-    mode: int, inputs: StepInputs, refs: Refs | None, tokens: slice, *, parts: int | None = None,
+    mode: int, inputs: Request, refs: Refs | None, tokens: slice, *, parts: int | None = None,
     weights: Tensor | None = None, keys: Tensor | None = None,
 ) -> Parts:  # fmt: skip
     x = inputs.x
@@ -213,19 +214,19 @@ def _score(
     return found
 
 
-def _narrow(inputs: StepInputs, refs: Refs, acc: Tensor, chunks: int, cluster: int) -> Parts:
+def _narrow(inputs: Request, refs: Refs, acc: Tensor, chunks: int, cluster: int) -> Parts:
     found = _empty_parts(inputs.x, chunks)
     _call("narrow", inputs.x, *_of_step(inputs, refs), chunks, cluster, *found, acc)
     return found
 
 
-def _stream(inputs: StepInputs, refs: Refs, acc: Tensor | None, chunks: int, only: Tensor | None = None) -> Parts:
+def _stream(inputs: Request, refs: Refs, acc: Tensor | None, chunks: int, only: Tensor | None = None) -> Parts:
     found = _empty_parts(inputs.x, chunks)
     _call("stream", inputs.x, *_of_step(inputs, refs), chunks, only, *found, acc)
     return found
 
 
-def _of_step(inputs: StepInputs, refs: Refs | None) -> tuple[object, ...]:
+def _of_step(inputs: Request, refs: Refs | None) -> tuple[object, ...]:
     """What all passes take."""
     return (
         inputs.x, inputs.embeddings, inputs.bias, inputs.mu if refs else None, inputs.std, inputs.row_ids,
@@ -247,7 +248,7 @@ class Merged(NamedTuple):
 
 
 def _merge(
-    inputs: StepInputs, refs: Refs, parts: Parts, acc: Tensor | None, smoothed: Tensor | None,
+    inputs: Request, refs: Refs, parts: Parts, acc: Tensor | None, smoothed: Tensor | None,
     only: Tensor | None = None, into: Statistics | None = None,
 ) -> Merged:  # fmt: skip
     """acc: [A, N, D], sums of weights times the table, of every chunk or of all (A = 1)."""
@@ -263,7 +264,7 @@ def _merge(
     return Merged(into, far)
 
 
-def _redo_far(inputs: StepInputs, refs: Refs, first: Merged, acc: Tensor | None, smoothed: Tensor | None) -> None:
+def _redo_far(inputs: Request, refs: Refs, first: Merged, acc: Tensor | None, smoothed: Tensor | None) -> None:
     """Blocks without such rows return at once: to ask first, the host would have to wait for the device."""
     again = _known(refs, first.statistics)
     parts = _stream(inputs, again, acc, 1 if acc is None else len(acc), first.far)
@@ -273,7 +274,7 @@ def _redo_far(inputs: StepInputs, refs: Refs, first: Merged, acc: Tensor | None,
 # --- what they are for
 
 
-def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
+def _mean(inputs: Request) -> tuple[Tensor, Statistics]:
     """smoothed [N, D], and the statistics."""
     x, v = inputs.x, len(inputs.embeddings)
     (n, d), smoothed = x.shape, torch.empty_like(x, dtype=inputs.result_dtype(x))
@@ -290,7 +291,7 @@ def _mean(inputs: StepInputs) -> tuple[Tensor, Statistics]:
     return smoothed, Statistics(*(torch.cat(same) for same in zip(*blocks, strict=True)))
 
 
-def _mean_of_block(inputs: StepInputs, block_v: int, weights: Tensor | None, smoothed: Tensor) -> Statistics:
+def _mean_of_block(inputs: Request, block_v: int, weights: Tensor | None, smoothed: Tensor) -> Statistics:
     refs = _prepare(inputs)
     # The weights of a flat row would vanish in float16, beside those that overflow: it takes the true reference.
     half = inputs.x.dtype == torch.float16
@@ -303,7 +304,7 @@ def _mean_of_block(inputs: StepInputs, block_v: int, weights: Tensor | None, smo
     return merged.statistics
 
 
-def _gather(inputs: StepInputs, refs: Refs) -> tuple[Parts, Tensor]:
+def _gather(inputs: Request, refs: Refs) -> tuple[Parts, Tensor]:
     (n, d), v = inputs.x.shape, len(inputs.embeddings)
     few = n <= FEW_ROWS
     tile = STREAM if few else NARROW
@@ -315,7 +316,7 @@ def _gather(inputs: StepInputs, refs: Refs) -> tuple[Parts, Tensor]:
     return _stream(inputs, refs, acc, chunks) if few else _narrow(inputs, refs, acc, chunks, cluster), acc
 
 
-def _gather_by_blocks(inputs: StepInputs, refs: Refs, block_v: int, weights: Tensor) -> tuple[Parts, Tensor]:
+def _gather_by_blocks(inputs: Request, refs: Refs, block_v: int, weights: Tensor) -> tuple[Parts, Tensor]:
     (n, d), embeddings = inputs.x.shape, inputs.embeddings
     acc = inputs.x.new_zeros(1, n, d, dtype=torch.float32)
     found = []
@@ -325,19 +326,19 @@ def _gather_by_blocks(inputs: StepInputs, refs: Refs, block_v: int, weights: Ten
     return Parts(*(torch.cat(same, 1) for same in zip(*found, strict=True))), acc
 
 
-def _score_statistics(inputs: StepInputs, refs: Refs) -> Merged:
+def _score_statistics(inputs: Request, refs: Refs) -> Merged:
     parts = _score(STATISTICS, inputs, refs, slice(0, len(inputs.embeddings)))
     return _merge(inputs, refs, parts, None, None)
 
 
-def _statistics(inputs: StepInputs) -> Statistics:
+def _statistics(inputs: Request) -> Statistics:
     refs = _prepare(inputs)
     merged = _score_statistics(inputs, refs)
     _redo_far(inputs, refs, merged, None, None)
     return merged.statistics
 
 
-def _approximate(inputs: StepInputs, buckets: Buckets) -> tuple[Statistics, Tensor, Tensor]:
+def _approximate(inputs: Request, buckets: Buckets) -> tuple[Statistics, Tensor, Tensor]:
     """Where tiles are too few for the buckets, all logits are written down."""
     x = inputs.x
     parts = pick_parts(len(inputs.embeddings), inputs.topk, inputs.recall_target, buckets)
@@ -347,7 +348,7 @@ def _approximate(inputs: StepInputs, buckets: Buckets) -> tuple[Statistics, Tens
     return largest_kept(inputs, parts * BUCKETS_OF_PART * buckets.keep, SCORE.n, partial(_kept, parts, buckets.keep))
 
 
-def _kept(parts: int, keep: int, inputs: StepInputs) -> tuple[Statistics, Tensor]:
+def _kept(parts: int, keep: int, inputs: Request) -> tuple[Statistics, Tensor]:
     refs = _prepare(inputs)
     keys = inputs.x.new_empty(len(inputs.x), parts, keep, BUCKETS_OF_PART, dtype=torch.int64)
     found = _score(KEEP[keep], inputs, refs, slice(0, len(inputs.embeddings)), parts=parts, keys=keys)
@@ -356,11 +357,11 @@ def _kept(parts: int, keep: int, inputs: StepInputs) -> tuple[Statistics, Tensor
     return merged.statistics, keys
 
 
-def _exact(inputs: StepInputs, ref_score: Tensor) -> Tensor:
+def _exact(inputs: Request, ref_score: Tensor) -> Tensor:
     return largest_of_all(inputs, SCORE, partial(_write_keys, _prepare(inputs).fields), ref_score)
 
 
-def _write_keys(fields: Tensor, inputs: StepInputs, tokens: slice, ref_score: Tensor, keys: Tensor) -> None:
+def _write_keys(fields: Tensor, inputs: Request, tokens: slice, ref_score: Tensor, keys: Tensor) -> None:
     _score(KEYS, inputs, Refs(fields, ref_score, torch.zeros_like(ref_score)), tokens, keys=keys)
 
 
@@ -373,7 +374,7 @@ def column_bias(embeddings: Tensor) -> Tensor:
     return bias
 
 
-def step_fwd(inputs: StepInputs) -> StepOutputs:
+def step_fwd(inputs: Request) -> StepOutputs:
     x, embeddings = _both_aligned(inputs.x, inputs.embeddings)
     inputs = noise_on_device(inputs._replace(x=x, embeddings=embeddings))
     smoothed, found = _mean(inputs) if inputs.mean else (inputs.x.new_empty(len(inputs.x), 0), None)
@@ -384,7 +385,7 @@ def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Te
     x, embeddings = _both_aligned(x, embeddings)
     tokens, distance = x.new_empty(len(x), dtype=torch.int64), _floats(x, len(x))
     nothing = x.new_empty(0, dtype=torch.float32)
-    inputs = StepInputs(x, embeddings, bias, nothing, None, None, 0, nothing, nothing, None, 1.0, 0)
+    inputs = Request(x, embeddings, bias, nothing, None, None, 0, nothing, nothing, None, 1.0, 0)
     found = _score(NEAREST, inputs, None, slice(0, len(embeddings)))
     _call("nearest", x, x, embeddings, found.numbers[:1], found.tokens[:1], tokens, distance)
     return tokens, distance
@@ -397,7 +398,7 @@ def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor,
 
 
 def step_bwd(
-    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     from smoothie_kernels.backends import triton
 

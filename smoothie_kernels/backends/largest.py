@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Statistics, StepInputs, StepOutputs
+from smoothie_kernels.backends import Statistics, StepOutputs
 from smoothie_kernels.backends.blocks import Tile, cdiv, even, pick_block, rows_of, slices
 from smoothie_kernels.recall import FEW, STEP, Buckets, pick_buckets
+from smoothie_kernels.stream import Request
 
 KEY = 8  # bytes
 NO_KEY = torch.iinfo(torch.int64).min
@@ -26,15 +27,15 @@ ROOM = 2**26  # bytes that the keys of all buckets of some rows may take, whatev
 class Passes(NamedTuple):
     """What a backend has for it."""
 
-    statistics: Callable[[StepInputs], Statistics]
+    statistics: Callable[[Request], Statistics]
     # the statistics, the K largest keys of all that the buckets keep, [N, K], and whether these are certainly the
     # largest of all tokens, [N]
-    approximate: Callable[[StepInputs, Buckets], tuple[Statistics, Tensor, Tensor]]
+    approximate: Callable[[Request, Buckets], tuple[Statistics, Tensor, Tensor]]
     # the K largest keys of all tokens' logits relative to best_score [N], [N, K]
-    exact: Callable[[StepInputs, Tensor], Tensor]
+    exact: Callable[[Request, Tensor], Tensor]
 
 
-def with_largest(inputs: StepInputs, smoothed: Tensor, found: Statistics | None, passes: Passes) -> StepOutputs:
+def with_largest(inputs: Request, smoothed: Tensor, found: Statistics | None, passes: Passes) -> StepOutputs:
     """found: the statistics, where a pass has them already."""
     x, k = inputs.x, inputs.topk
     if k == 0:
@@ -75,7 +76,7 @@ def certifying_buckets(v: int, k: int) -> Buckets | None:
     return Buckets(count, keep) if count else None
 
 
-def _certified(inputs: StepInputs, buckets: Buckets, passes: Passes) -> tuple[Statistics, Tensor]:
+def _certified(inputs: Request, buckets: Buckets, passes: Passes) -> tuple[Statistics, Tensor]:
     """The statistics, and the K largest keys of all tokens, [N, K].
 
     What a bucket drops is below all that it keeps. So a row has its largest where no bucket has the last of what it
@@ -89,7 +90,7 @@ def _certified(inputs: StepInputs, buckets: Buckets, passes: Passes) -> tuple[St
 
 
 def largest_kept(
-    inputs: StepInputs, kept: int, tile_rows: int, keep: Callable[[StepInputs], tuple[Statistics, Tensor]]
+    inputs: Request, kept: int, tile_rows: int, keep: Callable[[Request], tuple[Statistics, Tensor]]
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Passes.approximate, of keys [N, ..., keep, buckets] that `keep` gives for some rows: `kept` of each."""
     most = max(inputs.workspace, ROOM) // (KEY * kept)
@@ -104,7 +105,7 @@ def largest_kept(
 
 
 def largest_of_all(
-    inputs: StepInputs, tile: Tile, write: Callable[[StepInputs, slice, Tensor, Tensor], None], ref_score: Tensor
+    inputs: Request, tile: Tile, write: Callable[[Request, slice, Tensor, Tensor], None], ref_score: Tensor
 ) -> Tensor:
     """Passes.exact: write(inputs of some rows, tokens, ref_score, keys) writes the keys of a block. They stand beside
     the largest of the blocks before it."""

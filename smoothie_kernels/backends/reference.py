@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs, gather, sum_dtype
+from smoothie_kernels.backends import Grads, Saved, StepOutputs, gather
 from smoothie_kernels.backends.gather import average
 from smoothie_kernels.recall import Buckets, pick_buckets
+from smoothie_kernels.stream import Request, sum_dtype
 
 __all__ = ["average", "column_bias", "gaussian", "nearest_fwd", "step_bwd", "step_fwd", "supports"]
 
@@ -36,7 +37,7 @@ def column_bias(embeddings: Tensor) -> Tensor:
     return bias
 
 
-def step_fwd(inputs: StepInputs) -> StepOutputs:
+def step_fwd(inputs: Request) -> StepOutputs:
     x, embeddings, dtype = inputs.x, inputs.embeddings, sum_dtype(inputs.x)
     rows, scale, ids = _rows(inputs)
     nearest = rows.new_full((len(rows),), -torch.inf)  # running maximum of the scores
@@ -72,7 +73,7 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
 class _Kept:
     """The largest logits so far of every bucket; exact is one bucket that keeps K."""
 
-    def __init__(self, inputs: StepInputs, rows: Tensor) -> None:
+    def __init__(self, inputs: Request, rows: Tensor) -> None:
         v, self.k = inputs.embeddings.shape[0], inputs.topk
         self.buckets, self.keep = pick_buckets(v, self.k, inputs.recall_target) or Buckets(1, self.k)
         self.scale = (inputs.mu / inputs.sigma_min**2)[:, None, None]
@@ -114,7 +115,7 @@ class _Kept:
 
 
 def step_bwd(
-    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """With weights P and delta = sum(grad * smoothed): dS = scale P (grad . E - delta + grad_lse).
 
@@ -162,18 +163,18 @@ def step_bwd(
     return grad_x.to(inputs.result_dtype(inputs.x)), grad_embeddings
 
 
-def _rows(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(inputs: Request) -> tuple[Tensor, Tensor, Tensor]:
     """x, its scale and its row ids."""
     x = inputs.x.to(sum_dtype(inputs.x))
     return x, inputs.mu / inputs.sigma_min**2, _ids(inputs.row_ids, inputs.row_offset, x)
 
 
-def _noise(inputs: StepInputs, ids: Tensor, first: int, count: int) -> Tensor | float:
+def _noise(inputs: Request, ids: Tensor, first: int, count: int) -> Tensor | float:
     if inputs.std is None:
         return 0.0
     eps: Tensor | float = 0.0
     weights = [1.0] if inputs.field_weights is None else inputs.field_weights.tolist()
-    for weight, offset in zip(weights, inputs.offsets.tolist(), strict=True):
+    for weight, offset in zip(weights, inputs.offset.tolist(), strict=True):
         eps = weight * noise.normals(ids, first, count, int(inputs.seed), offset) + eps
     return inputs.std[:, None] * torch.as_tensor(eps).to(inputs.std.dtype)
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import StepInputs, cuda
+from smoothie_kernels.backends import cuda
 from smoothie_kernels.backends.blocks import HEADROOM, cdiv
 from smoothie_kernels.backends.cuda import Parts, Refs
 from smoothie_kernels.backends.largest import of_keys
 from smoothie_kernels.check.findings import Findings
 from smoothie_kernels.check.probes import NAMES, Shapes, Target, inputs, integers
+from smoothie_kernels.stream import Request
 
 ONE, OWN = 0.0, 2.0**13  # scale, by the weights that are one; both leave scores exact
 EXP = 2.0**-21  # relative error of ex2.approx, twice
@@ -31,7 +32,7 @@ NOT_WRITTEN = 0  # a key of no token
 
 
 class Problem(NamedTuple):
-    given: StepInputs
+    given: Request
     refs: Refs
     scores: Tensor  # [N, V] float64, on the CPU: exact
 
@@ -41,7 +42,7 @@ def problem(on: Target, n: int, v: int, d: int, dtype: torch.dtype, scale: float
     bias = -table.double().square().sum(1) / 2 * biased
     scores = x.double().cpu() @ table.double().cpu().T + bias.cpu()
     number = torch.tensor(0, device=on.device)
-    given = StepInputs(
+    given = Request(
         x, table, bias.float(), torch.full((n,), scale, device=on.device), None, None, 0, number, number[None], None,
         1.0, 2**28,
     )  # fmt: skip
@@ -70,7 +71,7 @@ def prepare(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> 
         x, _ = inputs(on, n, v, d, dtype)
         std, weights = torch.rand(n).to(on.device), torch.tensor([0.6, -0.8]).to(on.device)
         offsets, seed = torch.tensor([2**40 + 1, -5]), torch.tensor(-3)
-        given = StepInputs(
+        given = Request(
             x, x, x[:, 0].float(), std, std, None, 0, seed.to(on.device), offsets.to(on.device), weights, 1.5, 2**28
         )
         refs = cuda._prepare(given)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import Vocabulary, dispatch, fused_smoothie_step, nearest_token, noise, testing
-from smoothie_kernels.backends import StepInputs
 from smoothie_kernels.check.findings import Findings
 from smoothie_kernels.ops import NearestToken, SmoothieStep
+from smoothie_kernels.stream import Request
 from smoothie_kernels.topk import TopK
 
 KEY: dict[str, Any] = {"seed": 3, "offset": 1}
@@ -236,9 +236,7 @@ def statistics(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) 
         given = noisy(x, table, *LEVELS["usual"])
         seed, offsets = torch.tensor(KEY["seed"]), torch.tensor([KEY["offset"]])
         mu, std = (each.to(bias.dtype) for each in given[2:4])
-        got = backend.step_fwd(
-            StepInputs(x, table, bias, mu, std, None, 0, seed, offsets, None, 1.5, 2**28, mean=False)
-        )
+        got = backend.step_fwd(Request(x, table, bias, mu, std, None, 0, seed, offsets, None, 1.5, 2**28, mean=False))
         exact = testing.dense_step(*given.double()).smoothed
         found.take(*testing.compare_step(SmoothieStep(exact.to(x.dtype), *got[1:4]), *given)[1:])
 

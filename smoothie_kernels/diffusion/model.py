@@ -12,10 +12,10 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from smoothie_kernels import Vocabulary
-from smoothie_kernels.backends import sum_dtype
 from smoothie_kernels.diffusion.generation import Generation
 from smoothie_kernels.diffusion.layers import KeysValues, Layer, Places
 from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
+from smoothie_kernels.stream import sum_dtype
 from smoothie_kernels.vocabulary import OneStep
 
 ROWS_BYTES = 2**27  # of a block of logits of the token head

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
-from smoothie_kernels.backends import sum_dtype
 from smoothie_kernels.checks import per_row
 from smoothie_kernels.diffusion.schedules import Schedule
+from smoothie_kernels.stream import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
 STEPS = ("fused", "eager")

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from smoothie_kernels import Vocabulary, nearest_token
-from smoothie_kernels.backends import sum_dtype
 from smoothie_kernels.diffusion.live import FREE, Finished, Live, before, counts
 from smoothie_kernels.diffusion.schedules import Schedule
 from smoothie_kernels.diffusion.solvers import make_route
 from smoothie_kernels.diffusion.states import State, make_state
+from smoothie_kernels.stream import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
 MAX_ROW_ID = 2**32

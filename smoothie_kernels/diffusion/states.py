@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
-from smoothie_kernels.backends import sum_dtype
 from smoothie_kernels.diffusion.noising import STEPS, eager_distances
 from smoothie_kernels.diffusion.solvers import Fields, Route
+from smoothie_kernels.stream import sum_dtype
 
 Seed = int | None
 

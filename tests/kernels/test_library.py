@@ -8,45 +8,58 @@ from conftest import DEVICE, device_of
 from torch._library.custom_ops import CustomOpDef
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, library, moments, nearest_token, noise
+from smoothie_kernels.stream import Request
 
 SIGMA_MIN = torch.tensor(1.5, dtype=torch.float64)
 
 
-def step_args(backend="auto", weights=None):
+def request_of(backend="auto", weights=None):
     table = torch.randn(40, 8, device=DEVICE)
     rows = torch.ones(6, device=DEVICE)
-    seed, offsets = torch.tensor(3), torch.arange(len(weights or [1]))
+    seed, offset = torch.tensor(3), torch.arange(len(weights or [1]))
     weights = None if weights is None else torch.tensor(weights, device=DEVICE)
-    x, bias = table[:6] + 0.1, Vocabulary(table).bias
-    return (
-        x, table, bias, 0.1 * rows, 0.9 * rows, None, seed, offsets, weights, 0, SIGMA_MIN, True, 2**28,
-        "full", 0, 1.0, False, backend,
-    )  # fmt: skip
+    bias = Vocabulary(table, backend=backend).bias
+    return Request(
+        table[:6] + 0.1,
+        table,
+        bias,
+        0.1 * rows,
+        0.9 * rows,
+        None,
+        0,
+        seed,
+        offset,
+        weights,
+        SIGMA_MIN,
+        2**28,
+        backend=backend,
+    )
 
 
 @pytest.mark.compilers
 @pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]], ids=["one field", "three"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck(backend, weights):
-    x, table, bias, *_ = args = step_args(backend, weights)
-    torch.library.opcheck(library.step_fwd, args)
-    torch.library.opcheck(library.step_fwd, [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]])
-    args = (*args[:-4], 4, *args[-3:])  # the four largest logits
-    wanted = [x.detach().requires_grad_(), table.detach().requires_grad_(), *args[2:]]
-    torch.library.opcheck(library.step_fwd, wanted)
-    differentiable = [True, False, False, True, False, False, True, False, False]
-    assert [o.requires_grad for o in library.step_fwd(*wanted)] == differentiable
-    smoothed, _, noisy_tokens, _, best_score, log_sum, _, top_tokens, _ = library.step_fwd(*args)
+    request = request_of(backend, weights)
+    x, table = request.x, request.embeddings
+    leaves = {"x": x.detach().requires_grad_(), "embeddings": table.detach().requires_grad_()}
+    for given in (request, request._replace(**leaves), request._replace(**leaves, topk=4)):
+        torch.library.opcheck(library.step_fwd, given)
+    outputs = library.step_fwd(*request._replace(**leaves, topk=4))
+    differentiable = {name for name, o in zip(library.Step._fields, outputs, strict=True) if o.requires_grad}
+    assert differentiable == {"smoothed", "lse", "top_logits"}
+    given = request._replace(topk=4)
+    step = library.Step(*library.step_fwd(*given))
+    kept = library.Kept(*(getattr(step, name) for name in library.Kept._fields))
     grads = torch.randn_like(x), torch.randn(6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
     for used in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)):
         incoming = [grad if use else None for grad, use in zip(grads, used, strict=True)]
         for needs in ((True, True), (True, False), (False, True)):
-            saved = smoothed, noisy_tokens, best_score, log_sum, top_tokens
-            torch.library.opcheck(library.step_bwd, (*args, *saved, *incoming, *needs))
-    torch.library.opcheck(library.nearest_fwd, (x, table, bias, backend))
+            torch.library.opcheck(library.step_bwd, (*given, *kept, *incoming, *needs))
+    torch.library.opcheck(library.nearest_fwd, (x, table, request.bias, backend))
     torch.library.opcheck(library.column_bias, (table, True, backend))
-    like = x.new_empty(6, 0)
-    torch.library.opcheck(library.gaussian, (like, 11, None, *args[6:9], 5, backend))
+    noise_of = request.seed, request.offset, request.field_weights
+    torch.library.opcheck(library.gaussian, (x.new_empty(6, 0), 11, None, *noise_of, 5, backend))
 
 
 @pytest.mark.compilers
@@ -280,4 +293,4 @@ def test_another_schema_takes_another_namespace():
     assert len(operators) == 9
     arguments = [argument.name for operator in operators for argument in operator._opoverload._schema.arguments]
     known = hashlib.sha256(" ".join(arguments).encode()).hexdigest()[:12]
-    assert (library.OPERATORS, known) == ("smoothie_kernels_3", "af994202f69c")
+    assert (library.OPERATORS, known) == ("smoothie_kernels_4", "1691010a908c")

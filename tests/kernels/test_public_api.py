@@ -16,8 +16,8 @@ PACKAGE = Path(smoothie_kernels.__file__).parent
 # A module may import only what stands left of it here. Backends are loaded by name, when they are needed; what they
 # take and give is in backends/__init__.py.
 LAYERS = [
-    "dispatch", "words", "checks", "recall", "library", "moments", "noise", "vocabulary", "topk", "ops", "testing",
-    "arguments", "cli",
+    "stream", "dispatch", "words", "checks", "recall", "library", "moments", "noise", "vocabulary", "topk", "ops",
+    "testing", "arguments", "cli",
 ]  # fmt: skip
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names, and three
 # modules of it.
@@ -29,7 +29,7 @@ DIFFUSION = [
 ]  # fmt: skip
 # The same in smoothie_kernels.check, which uses whatever it checks.
 CHECK = ["findings", "isolate", "probes", "cuda_kernels", "plan", "machine", "run", "command"]
-PUBLIC = {*smoothie_kernels.__all__, "checks", "library", "vocabulary", "diffusion"}
+PUBLIC = {*smoothie_kernels.__all__, "checks", "stream", "vocabulary", "diffusion"}
 BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "nearest_fwd", "gaussian"}
 
 
@@ -90,7 +90,7 @@ def test_imports_go_downward():
         allowed = set(LAYERS[:position]) | {"library": {"backends"}, "cli": {"backends", "check"}}.get(name, set())
         assert imported(PACKAGE / f"{name}.py") <= allowed, name
     for path in (PACKAGE / "backends").rglob("*.py"):
-        assert imported(path) <= {"noise", "recall", "backends"}, path
+        assert imported(path) <= {"stream", "noise", "recall", "backends"}, path
 
 
 def test_imports_of_diffusion_go_downward():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from smoothie_kernels import Vocabulary, dispatch, fused_smoothie_step, library, noise
 from smoothie_kernels.backends import gather, reference
 from smoothie_kernels.recall import pick_buckets
+from smoothie_kernels.stream import Request
 from smoothie_kernels.testing import FLOOR, check_step, check_topk, dense_logits, relative_error
 
 KEY = {"seed": 3, "offset": 1}
@@ -392,26 +393,19 @@ def test_same_call_same_bits(backend):
 # --- as PyTorch sees it
 
 
-def library_args(backend, **how):
-    table = torch.randn(40, 8, device=device_of(backend))
-    rows, zero = torch.ones(6, device=table.device), torch.tensor(0)
-    bias = Vocabulary(table, backend=backend).bias
-    given = {"smooth": "topk", "topk": 5, "recall_target": 1.0, "for_backward": False} | how
-    return (
-        table[:6] + 0.1, table, bias, 0.1 * rows, 0.9 * rows, None, zero, zero[None], None, 0,
-        torch.tensor(1.5, dtype=torch.float64), True, 2**28,
-        *given.values(), backend,
-    )  # fmt: skip
-
-
 @pytest.mark.compilers
-@pytest.mark.parametrize("smooth", ["full", "topk"])
-def test_opcheck(backend, smooth):
-    x, table, *rest = args = library_args(backend, smooth=smooth)
-    torch.library.opcheck(library.step_fwd, args)
-    torch.library.opcheck(library.step_fwd, (x.requires_grad_(), table.requires_grad_(), *rest))
-    x, table = x.detach(), table.detach()
-    *_, logits, tokens, _ = library.step_fwd(x, table, *rest)
+@pytest.mark.parametrize("mean", [True, False])
+def test_opcheck(backend, mean):
+    table = torch.randn(40, 8, device=device_of(backend))
+    x, bias = table[:6] + 0.1, Vocabulary(table, backend=backend).bias
+    rows, zero, sigma_min = torch.ones(6, device=table.device), torch.tensor(0), torch.tensor(1.5).double()
+    given = Request(
+        x, table, bias, 0.1 * rows, 0.9 * rows, None, 0, zero, zero[None], None, sigma_min, 2**28, mean, 5
+    )._replace(backend=backend)
+    torch.library.opcheck(library.step_fwd, given)
+    leaves = {"x": x.detach().requires_grad_(), "embeddings": table.detach().requires_grad_()}
+    torch.library.opcheck(library.step_fwd, given._replace(**leaves))
+    *_, logits, tokens, _ = library.step_fwd(*given)
     weights = logits.softmax(1)
     torch.library.opcheck(library.average_fwd, (weights, tokens, table, torch.float32, backend))
     leaves = weights.requires_grad_(), tokens, table.requires_grad_(), torch.float32, backend

@@ -13,8 +13,9 @@ from cases import words_of
 from conftest import DEVICE
 
 from smoothie_kernels import fused_smoothie_step, nearest_token, noise
-from smoothie_kernels.backends import StepInputs, reference
+from smoothie_kernels.backends import reference
 from smoothie_kernels.backends import triton as backend
+from smoothie_kernels.stream import Request
 from smoothie_kernels.testing import FLOOR, truncation
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -48,7 +49,7 @@ def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0, field_weights=None
     if field_weights is not None:
         offsets = offset - 2**40 * torch.arange(len(field_weights), device=x.device)
         field_weights = torch.tensor(field_weights, device=x.device)
-    return StepInputs(
+    return Request(
         x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, row_offset, seed, offsets,
         field_weights, sigma_min=1.5, workspace=0,
     )  # fmt: skip

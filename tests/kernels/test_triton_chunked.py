@@ -11,8 +11,9 @@ from test_backward import CASES
 from test_triton import Step
 
 from smoothie_kernels import fused_smoothie_step, noise
-from smoothie_kernels.backends import Grads, Saved, StepInputs, reference
+from smoothie_kernels.backends import Grads, Saved, reference
 from smoothie_kernels.ops import SmoothieStep
+from smoothie_kernels.stream import Request
 from smoothie_kernels.testing import check_gradients, check_step, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -42,7 +43,7 @@ def inputs(
     if field_weights is not None:
         offsets = 1 + 2**40 * torch.arange(len(field_weights), device=DEVICE)
         field_weights = torch.tensor(field_weights, device=DEVICE)
-    return StepInputs(
+    return Request(
         x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, ROW_OFFSET,
         seed, offsets, field_weights, 1.5, workspace,
     )  # fmt: skip
@@ -57,7 +58,7 @@ def mean(how, tile=None):
 def field(how):
     """std [N] and the noise [N, V]."""
     ids = how.row_offset + torch.arange(len(how.x)) if how.row_ids is None else how.row_ids.cpu()
-    offset, weights = how.offsets.cpu(), None if how.field_weights is None else how.field_weights.cpu()
+    offset, weights = how.offset.cpu(), None if how.field_weights is None else how.field_weights.cpu()
     where = {"seed": 3, "offset": offset[0] if weights is None else offset, "field_weights": weights, "row_ids": ids}
     eps = noise.gaussian(len(how.x), len(how.embeddings), **where, backend="reference")
     return torch.zeros_like(how.mu) if how.std is None else how.std, eps.to(DEVICE)

@@ -6,9 +6,10 @@ from conftest import DEVICE
 from test_triton import tiles_of
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import StepInputs, StepOutputs, reference
+from smoothie_kernels.backends import StepOutputs, reference
 from smoothie_kernels.backends import triton as backend
 from smoothie_kernels.recall import KEEPS, STEP, Buckets
+from smoothie_kernels.stream import Request
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
@@ -54,7 +55,7 @@ def inputs(
     if field_weights is not None:
         offsets = 1 - 2**40 * torch.arange(len(field_weights), device=DEVICE)
         field_weights = torch.tensor(field_weights, device=DEVICE)
-    step = StepInputs(
+    step = Request(
         x, table.to(DEVICE, dtype), rows, mu * rows, std * rows if std else None, None, 2**32 - 5, seed, offsets,
         field_weights, 1.5, workspace, mean, **how,
     )  # fmt: skip
@@ -78,7 +79,7 @@ def all_logits(how):
     wide = in_double(how)
     scores = wide.x @ wide.embeddings.T + wide.bias
     ids = (how.row_offset + torch.arange(len(how.x), device=DEVICE)) % 2**32
-    eps = noise.normals(ids, 0, scores.shape[1], int(how.seed), int(how.offsets)).double()
+    eps = noise.normals(ids, 0, scores.shape[1], int(how.seed), int(how.offset)).double()
     std = 0.0 if wide.std is None else wide.std[:, None]
     return (wide.mu / how.sigma_min**2)[:, None] * (scores - scores.amax(1, keepdim=True)) + std * eps
 

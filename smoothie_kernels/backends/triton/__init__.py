@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, StepInputs, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, StepOutputs
+from smoothie_kernels.stream import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 products, and the shared memory of the tiles
@@ -64,13 +65,13 @@ def column_bias(embeddings: Tensor) -> Tensor:
     return bias
 
 
-def step_fwd(inputs: StepInputs) -> StepOutputs:
+def step_fwd(inputs: Request) -> StepOutputs:
     outputs: StepOutputs = _topk().step_fwd(inputs)
     return outputs
 
 
 def step_bwd(
-    inputs: StepInputs, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
+    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     gradients: tuple[Tensor | None, Tensor | None] = _chunked().step_bwd(
         inputs, saved, grads, needs_x, needs_embeddings

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, Statistics, StepInputs, gather
+from smoothie_kernels.backends import Grads, Saved, Statistics, gather
 from smoothie_kernels.backends.blocks import (
     HEADROOM,
     HIGHEST,
@@ -53,6 +53,7 @@ from smoothie_kernels.backends.triton.launch import (
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
+from smoothie_kernels.stream import Request
 
 
 class Tile(NamedTuple):
@@ -84,7 +85,7 @@ BACKWARD = {
 }
 
 
-def pick_tile(table: dict[str, dict[int, Tile]], inputs: StepInputs) -> Tile:
+def pick_tile(table: dict[str, dict[int, Tile]], inputs: Request) -> Tile:
     tile = table[launch.gpu(inputs.x.device).family][dot_type(inputs.x, inputs.embeddings).itemsize]
     return tile if inputs.field_weights is None else tile_of_fields(tile)
 
@@ -97,7 +98,7 @@ def tile_of_fields(tile: Tile) -> Tile:
 # --- forward
 
 
-def prefers(inputs: StepInputs) -> bool:
+def prefers(inputs: Request) -> bool:
     """Whether mean here should be faster than forward.mean: from arithmetic, not yet measured on any GPU.
 
     Up to D = 256 the streaming kernel keeps a row's mean in registers, and reads the table once for both products. A
@@ -124,7 +125,7 @@ def prefers(inputs: StepInputs) -> bool:
     )
 
 
-def mean(inputs: StepInputs, tile: Tile | None = None) -> tuple[Tensor, Statistics]:
+def mean(inputs: Request, tile: Tile | None = None) -> tuple[Tensor, Statistics]:
     """As forward.mean, but with no running maximum: logits are at most 6.77 std sum_f |weight_f|, so a row's
     reference is known before, and blocks add."""
     x, embeddings = inputs.x, inputs.embeddings
@@ -150,7 +151,7 @@ def mean(inputs: StepInputs, tile: Tile | None = None) -> tuple[Tensor, Statisti
     return smoothed.to(result), Statistics(*rest)
 
 
-def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> tuple[Parts, Tensor]:
+def _weigh(inputs: Request, block_v: int, workspace: Tensor, tile: Tile) -> tuple[Parts, Tensor]:
     """What every tile of the vocabulary says of these rows, and the sum of all weights times the table, [n, d]."""
     n, d = inputs.x.shape
     v = inputs.embeddings.shape[0]
@@ -169,13 +170,13 @@ def _weigh(inputs: StepInputs, block_v: int, workspace: Tensor, tile: Tile) -> t
     return parts, acc
 
 
-def _launch_fwd(inputs: StepInputs, tokens: slice, tile: Tile, **arguments: Any) -> None:
+def _launch_fwd(inputs: Request, tokens: slice, tile: Tile, **arguments: Any) -> None:
     tiles = triton.cdiv(len(inputs.x), tile.n) * triton.cdiv(tokens.stop - tokens.start, tile.v)
     with device_of(inputs.x):
         chunk_fwd_kernel[tiles,](**arguments_of(inputs, tokens, tile), **arguments)
 
 
-def _empty_parts(inputs: StepInputs, tiles: int) -> Parts:
+def _empty_parts(inputs: Request, tiles: int) -> Parts:
     """With the reference that all tiles share: distance 0 and the loudest noise, less HEADROOM."""
     x, n = inputs.x, inputs.x.shape[0]
     ref_score = -forward.column_bias(x)
@@ -193,7 +194,7 @@ def _empty_parts(inputs: StepInputs, tiles: int) -> Parts:
 
 
 def step_bwd(
-    inputs: StepInputs,
+    inputs: Request,
     saved: Saved,
     grads: Grads,
     needs_x: bool,
@@ -269,12 +270,12 @@ def saved_of(saved: Saved, rows: slice) -> Saved:
     return Saved(None if smoothed is None else smoothed[rows], *(each[rows] for each in of_rows))
 
 
-def _wanted(inputs: StepInputs, grads: Grads) -> Tensor:
+def _wanted(inputs: Request, grads: Grads) -> Tensor:
     """The sum of a row's dS, [N]."""
     return torch.zeros_like(inputs.mu) if grads.lse is None else inputs.mu * inputs.sigma_min**-2 * grads.lse
 
 
-def _log_sum(inputs: StepInputs, saved: Saved, tile: Tile) -> Tensor:
+def _log_sum(inputs: Request, saved: Saved, tile: Tile) -> Tensor:
     """log_sum anew, [N], with the scores as this tile rounds them: the weights then add up to 1 to the last bit.
 
     Of rows far from the origin scores are large, and another tile's roundings of them, in best_score, would be a common
@@ -302,7 +303,7 @@ def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
     return shift
 
 
-def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
+def _grad_x(inputs: Request, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
     grad_x = torch.empty_like(inputs.x, dtype=inputs.result_dtype(inputs.x))
     wanted = _wanted(inputs, grads)
     for rows in slices(len(sums), block_n):
@@ -317,7 +318,7 @@ def _grad_x(inputs: StepInputs, saved: Saved, grads: Grads, sums: Tensor, total:
 
 
 def _grad_scores(
-    inputs: StepInputs, saved: Saved, shift: Tensor, grad: Tensor | None, tokens: slice, workspace: Tensor,
+    inputs: Request, saved: Saved, shift: Tensor, grad: Tensor | None, tokens: slice, workspace: Tensor,
     matrices: int, tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(P and) dS of a block, [matrices, n, v], the sum of dS over rows [v], its sum over tokens [n], P of the noisy
@@ -341,7 +342,7 @@ def _grad_scores(
 # --- blocks and products
 
 
-def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any]:
+def arguments_of(inputs: Request, tokens: slice, tile: Tile) -> dict[str, Any]:
     """What all kernels take for a block."""
     x, embeddings = inputs.x, inputs.embeddings[tokens]
     return dict(
@@ -355,6 +356,6 @@ def arguments_of(inputs: StepInputs, tokens: slice, tile: Tile) -> dict[str, Any
     )  # fmt: skip
 
 
-def _weight_type(inputs: StepInputs) -> torch.dtype:
+def _weight_type(inputs: Request) -> torch.dtype:
     both = inputs.x.dtype == inputs.embeddings.dtype == torch.bfloat16
     return torch.bfloat16 if both else torch.float32

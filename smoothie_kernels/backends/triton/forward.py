@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import Statistics, StepInputs
+from smoothie_kernels.backends import Statistics
 from smoothie_kernels.backends.blocks import on_device
 from smoothie_kernels.backends.triton import launch
 from smoothie_kernels.backends.triton.launch import (
@@ -54,13 +54,14 @@ from smoothie_kernels.backends.triton.parts import (
     sum_of_squares,
 )
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS, Tile, pick_splits, pick_tile
+from smoothie_kernels.stream import Request
 
 __all__ = ["INTERPRETED", "MIXED", "column_bias", "gaussian", "kept", "mean", "nearest_fwd", "redo", "statistics"]
 
 ROWS, COLUMNS = 32, 128  # of a program, where there is no product
 
 
-def mean(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> tuple[Tensor, Statistics]:
+def mean(inputs: Request, tile: Tile | None = None, splits: int | None = None) -> tuple[Tensor, Statistics]:
     """smoothed [N, D], and the statistics of the same pass."""
     x = inputs.x
     n, d = x.shape
@@ -76,14 +77,14 @@ def mean(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None
     return smoothed.to(result), rest
 
 
-def statistics(inputs: StepInputs, tile: Tile | None = None, splits: int | None = None) -> Statistics:
+def statistics(inputs: Request, tile: Tile | None = None, splits: int | None = None) -> Statistics:
     """Without the second product."""
     tile = tile or tile_of("statistics", inputs.x, inputs.embeddings)
     splits = splits or _splits(inputs.x, inputs.embeddings, 1, tile)
     return merge(inputs, _stream(inputs, tile, splits, None))
 
 
-def kept(inputs: StepInputs, keep: int, tile: Tile, splits: int) -> tuple[Statistics, Tensor]:
+def kept(inputs: Request, keep: int, tile: Tile, splits: int) -> tuple[Statistics, Tensor]:
     """statistics, and of the same pass what splits * tile.v buckets keep: keys [N, splits, keep, tile.v], which are
     parts.sort_key of logits relative to best_score. Of a bucket with fewer tokens some have the logit -inf."""
     keys = inputs.x.new_empty(len(inputs.x), splits, keep, tile.v, dtype=torch.int64)
@@ -93,7 +94,7 @@ def kept(inputs: StepInputs, keep: int, tile: Tile, splits: int) -> tuple[Statis
     return statistics, keys
 
 
-def redo(inputs: StepInputs, only: Tensor, smoothed: Tensor) -> Statistics:
+def redo(inputs: Request, only: Tensor, smoothed: Tensor) -> Statistics:
     """mean for the rows that only [N] bool names: their means go into smoothed [N, D], which keeps the others; of
     the statistics of other rows nothing is known. Programs without such rows return at once: the host does not ask."""
     x, embeddings = inputs.x, inputs.embeddings
@@ -131,7 +132,7 @@ def _splits(x: Tensor, embeddings: Tensor, column_blocks: int, tile: Tile) -> in
 
 
 def _stream(
-    inputs: StepInputs,
+    inputs: Request,
     tile: Tile,
     splits: int,
     acc: Tensor | None,

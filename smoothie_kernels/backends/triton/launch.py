@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import StepInputs
 from smoothie_kernels.backends.triton.parts import load_tile
+from smoothie_kernels.stream import Request
 
 # Triton decides where it decorates a function: for its own when it is imported, for ours when this module is.
 INTERPRETED = not isinstance(load_tile, triton.JITFunction)
@@ -68,10 +68,10 @@ def stored_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def noise_arguments(inputs: StepInputs) -> dict[str, Any]:
+def noise_arguments(inputs: Request) -> dict[str, Any]:
     """What kernels need for the noise besides std and row ids."""
     return dict(
-        seed_ptr=inputs.seed, offsets_ptr=inputs.offsets, field_weights_ptr=inputs.field_weights, F=len(inputs.offsets)
+        seed_ptr=inputs.seed, offsets_ptr=inputs.offset, field_weights_ptr=inputs.field_weights, F=len(inputs.offset)
     )
 
 

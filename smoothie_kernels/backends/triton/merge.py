@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import Statistics, StepInputs
+from smoothie_kernels.backends import Statistics
 from smoothie_kernels.backends.triton.launch import OPTIONS, device_of
 from smoothie_kernels.backends.triton.parts import of_key, sort_key, squared_distance
+from smoothie_kernels.stream import Request
 
 PARTS = 16  # of the vocabulary, at a time
 # Rows, sums, columns and warps of a program. With others ptxas spills a word or more in one type or another, on sm_80,
@@ -51,7 +52,7 @@ class Parts(NamedTuple):
 
 
 def merge(
-    inputs: StepInputs, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None,
+    inputs: Request, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None,
     only: Tensor | None = None,
 ) -> Statistics:  # fmt: skip
     """acc: fp32 [A, N, D], sums of exp(logit - highest) E of each part, or of all of them (A = 1: then they share
@@ -78,7 +79,7 @@ def merge(
     return Statistics(tokens, noisy_tokens, lse, best_score, log_sum, best_logit)
 
 
-def merge_kept(inputs: StepInputs, parts: Parts, best_score: Tensor, keys: Tensor) -> None:
+def merge_kept(inputs: Request, parts: Parts, best_score: Tensor, keys: Tensor) -> None:
     """Brings keys [N, S, KEEP, BLOCK_V] of logits relative to ref_score to best_score [N], in place."""
     size = keys[0, 0].numel()
     blocks = {"BLOCK_S": max(1, KEYS // size), "SIZE": size}

@@ -32,10 +32,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothie_kernels.backends import Grads, Saved, StepInputs
+from smoothie_kernels.backends import Grads, Saved
 from smoothie_kernels.backends.triton import chunked, forward, launch, topk
 from smoothie_kernels.backends.triton.tiles import FAMILIES
 from smoothie_kernels.recall import KEEPS, STEP, Buckets
+from smoothie_kernels.stream import Request
 
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a program; sm_80: of all its family
 MUST_FIT = (384, 768)  # widths for which a kernel must not spill
@@ -178,7 +179,7 @@ def recorded(target: str, *, all_types: bool = True) -> list[Kernel]:
 def _call_all(dtype: torch.dtype, d: int, all_noises: bool) -> None:
     for n in ROWS:
         plain = _inputs(n, V, d, dtype, dtype)
-        noises = [plain, plain._replace(offsets=_empty(3, dtype=torch.int64), field_weights=_empty(3))]
+        noises = [plain, plain._replace(offset=_empty(3, dtype=torch.int64), field_weights=_empty(3))]
         if all_noises:
             noises += [plain._replace(row_ids=_empty(n, dtype=torch.int64)), plain._replace(std=None)]
         for inputs in noises:
@@ -192,14 +193,14 @@ def _call_all(dtype: torch.dtype, d: int, all_noises: bool) -> None:
     _call_forward(_inputs(1, 100, d, dtype, dtype))  # few rows, one part
 
 
-def _call_forward(inputs: StepInputs) -> None:
+def _call_forward(inputs: Request) -> None:
     for given in (inputs, inputs._replace(wide=True)):
         topk.step_fwd(given)
         topk.step_fwd(given._replace(workspace=0))  # streaming
     topk.step_fwd(inputs._replace(mean=False))
 
 
-def _call_backward(inputs: StepInputs) -> None:
+def _call_backward(inputs: Request) -> None:
     saved = Saved(inputs.x, _empty(len(inputs.x), dtype=torch.int64), inputs.mu, inputs.mu)
     grad = inputs.x
     for grads in (Grads(grad, inputs.mu), Grads(None, inputs.mu)):
@@ -208,15 +209,15 @@ def _call_backward(inputs: StepInputs) -> None:
             chunked.step_bwd(inputs, of_grads, grads, True, needs_embeddings)
 
 
-def _call_others(inputs: StepInputs) -> None:
+def _call_others(inputs: Request) -> None:
     n, table = len(inputs.x), inputs.embeddings
     forward.nearest_fwd(inputs.x, table, forward.column_bias(table))
     topk.average(_empty(n, 8), _empty(n, 8, dtype=torch.int64), table, inputs.x.dtype)
 
 
-def _inputs(n: int, v: int, d: int, x_type: torch.dtype, table_type: torch.dtype) -> StepInputs:
+def _inputs(n: int, v: int, d: int, x_type: torch.dtype, table_type: torch.dtype) -> Request:
     seed, offset = _words()
-    return StepInputs(
+    return Request(
         _empty(n, d, dtype=x_type), _empty(v, d, dtype=table_type), _empty(v), _empty(n), _empty(n), None, 0,
         seed, offset[None], None, sigma_min=1.5, workspace=2**40,
     )  # fmt: skip

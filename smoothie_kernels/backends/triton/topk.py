@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import Statistics, StepInputs, StepOutputs
+from smoothie_kernels.backends import Statistics, StepOutputs
 from smoothie_kernels.backends.blocks import noise_on_device
 from smoothie_kernels.backends.largest import Passes, largest_kept, largest_of_all, with_largest
 from smoothie_kernels.backends.triton import chunked, forward, launch
@@ -29,6 +29,7 @@ from smoothie_kernels.backends.triton.launch import OPTIONS, device_of, stored_t
 from smoothie_kernels.backends.triton.parts import load_tile
 from smoothie_kernels.backends.triton.tiles import Tile, pick_bucket_splits
 from smoothie_kernels.recall import Buckets
+from smoothie_kernels.stream import Request
 
 # With keys in place of weights these take up to 255 registers and 128 KiB (64 KiB on gfx942), without spilling.
 KEYS = chunked.FORWARD
@@ -36,7 +37,7 @@ KEYS = chunked.FORWARD
 BLOCK_K, BLOCK_D = 16, 128  # tokens at a time and columns of a program of _average_kernel
 
 
-def step_fwd(inputs: StepInputs) -> StepOutputs:
+def step_fwd(inputs: Request) -> StepOutputs:
     """All but the mean is of one pass, or brought to it. What buckets keep takes registers that a mean has not: with
     both, top-k is a pass of its own, and so one product more."""
     inputs = noise_on_device(inputs)
@@ -47,7 +48,7 @@ def step_fwd(inputs: StepInputs) -> StepOutputs:
 
 
 def approximate(
-    inputs: StepInputs, buckets: Buckets, tile: Tile | None = None, splits: int | None = None
+    inputs: Request, buckets: Buckets, tile: Tile | None = None, splits: int | None = None
 ) -> tuple[Statistics, Tensor, Tensor]:
     """As largest.Passes has it."""
     x, embeddings = inputs.x, inputs.embeddings
@@ -60,13 +61,13 @@ def approximate(
     )
 
 
-def exact(inputs: StepInputs, ref_score: Tensor, tile: BlockTile | None = None) -> Tensor:
+def exact(inputs: Request, ref_score: Tensor, tile: BlockTile | None = None) -> Tensor:
     """As largest.Passes has it."""
     tile = tile or pick_tile(KEYS, inputs)
     return largest_of_all(inputs, tile, partial(_launch_keys, tile), ref_score)
 
 
-def _launch_keys(tile: BlockTile, inputs: StepInputs, tokens: slice, ref_score: Tensor, keys: Tensor) -> None:
+def _launch_keys(tile: BlockTile, inputs: Request, tokens: slice, ref_score: Tensor, keys: Tensor) -> None:
     tiles = triton.cdiv(len(inputs.x), tile.n) * triton.cdiv(tokens.stop - tokens.start, tile.v)
     with device_of(inputs.x):
         chunk_keys_kernel[tiles,](

@@ -1,0 +1,92 @@
+"""One call of the pass over the vocabulary: every argument, declared once with its kind. The operators' schemas, their
+fake kernels, vmap rules and derivatives follow from it (library.py), and backends are given it as it is.
+"""
+
+import inspect
+from collections.abc import Iterator
+from enum import Enum
+from functools import cache
+from itertools import islice
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+class Kind(Enum):
+    ROWS = "one entry a row"
+    TOKENS = "one entry a token"
+    SHARED = "the same for all rows"
+    NUMBER = "a number that may change without another compilation: on its way to a backend a tensor on the host"
+    FIXED = "another value compiles again"
+
+
+Rows = Annotated[Tensor, Kind.ROWS]
+Tokens = Annotated[Tensor, Kind.TOKENS]
+Shared = Annotated[Tensor, Kind.SHARED]
+Number = Annotated[Any, Kind.NUMBER]  # Tensor, and for a backend float
+
+
+class Request(NamedTuple):
+    """What one call is given."""
+
+    x: Rows  # [N, D] contiguous
+    embeddings: Tokens  # [V, D], rows contiguous
+    bias: Tokens  # [V]: -||E_j||^2 / 2
+    mu: Rows  # [N]
+    std: Rows | None  # [N], None where there is no noise
+    row_ids: Rows | None  # [N], instead of row_offset + i
+    row_offset: int
+    seed: Shared  # []
+    offset: Shared  # [F]: the noise is the sum of so many fields
+    field_weights: Shared | None  # [F], None for one field as it is; these three may be on the host
+    sigma_min: Number  # []
+    workspace: int  # bytes that a backend may take for weights of some rows and tokens
+    mean: bool = True  # whether smoothed is wanted
+    topk: int = 0  # how many of the largest logits
+    recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
+    wide: bool = False  # whether smoothed and gradients keep the type of their sums: 16 bits would round them
+    backend: str = "auto"  # which was asked for
+
+    def result_dtype(self, of: Tensor) -> torch.dtype:
+        """Of smoothed, which is like x, and of the gradient of x or embeddings."""
+        return sum_dtype(of) if self.wide else of.dtype
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x's numbers have."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- parts of an operator's arguments: NamedTuples, one behind the other
+
+
+@cache
+def kinds(part: Any) -> dict[str, Kind]:
+    """Of every field."""
+    return {name: _kind(hint) for name, hint in get_type_hints(part, include_extras=True).items()}
+
+
+def _kind(hint: Any) -> Kind:
+    within = [hint, *get_args(hint)]  # Rows | None
+    found = (extra for each in within for extra in getattr(each, "__metadata__", ()))
+    return next(found, Kind.FIXED)
+
+
+def signature(*parts: Any, returns: Any) -> inspect.Signature:
+    """Of an operator, as torch.library takes it."""
+    arguments = [
+        inspect.Parameter(
+            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor if kind == Kind.NUMBER else hint
+        )
+        for part in parts
+        for (name, hint), kind in zip(get_type_hints(part).items(), kinds(part).values(), strict=True)
+    ]
+    return inspect.Signature(arguments, return_annotation=returns)
+
+
+def bound(arguments: tuple[Any, ...], *parts: Any) -> Iterator[Any]:
+    """The arguments of an operator by their names."""
+    rest = iter(arguments)
+    for part in parts:
+        yield part(*islice(rest, len(part._fields)))
