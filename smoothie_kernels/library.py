@@ -234,14 +234,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     of = Step(*grads)  # type: ignore[arg-type]
-    count = len(ctx.others)
-    given = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=False)]
+    saved = iter(ctx.saved_tensors)  # once: checkpointing recomputes them, and gives them no second time
+    given = [other if tensor is None else tensor for other, tensor in zip(ctx.others, saved, strict=False)]
     needed = dict(zip(Request._fields, ctx.needs_input_grad, strict=True))
     needs = Needs(needed["x"], needed["embeddings"])
     with torch.autocast(given[0].device.type, enabled=False):  # in which vmap's own stack may fail
-        grad_x, grad_embeddings = step_bwd(
-            *given, *ctx.saved_tensors[count:], of.smoothed, of.lse, of.top_logits, *needs
-        )
+        grad_x, grad_embeddings = step_bwd(*given, *saved, of.smoothed, of.lse, of.top_logits, *needs)
     found = {"x": grad_x if needs.needs_x else None, "embeddings": grad_embeddings if needs.needs_embeddings else None}
     return tuple(found.get(name) for name in Request._fields)
 

@@ -33,8 +33,9 @@ class Vocabulary:
 
     Of a table that requires a gradient nothing is kept: every call computes the bias from the table as it is, so one
     Vocabulary serves all steps of an optimizer. A frozen table may be written to as well (an average of weights,
-    load_state_dict): a call that sees it computes anew. It sees what PyTorch counts, so neither writes through `.data`
-    nor those to a tensor made in inference mode, and under torch.compile none: build a new Vocabulary then.
+    load_state_dict): a call that sees it computes anew. It sees what PyTorch counts, so neither writes through `.data`,
+    those to a tensor made in inference mode nor those of an optimizer with fused=True, and under torch.compile none:
+    build a new Vocabulary then.
     """
 
     table: Tensor  # (V, D): as it was given

@@ -6,7 +6,7 @@
 //         score   p[v][lanes]  = E[tile] xt + bias             product over D
 //         weigh   p            = exp(mu D + std eps - ref)     noise, argmax twice, row sum: all in cache
 //         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
-//     finish: smoothed = ot / sum, lse = ref + log(sum)
+//     finish: smoothed = ot / sum, lse = ref + log(sum), of the nearest token's distance
 //
 // Logits are at most 6.77 std sum_f |weight_f| (distances are never positive), so no running maximum: `ref` is fixed
 // beforehand and partial sums of any tiles add. Rows whose largest logit turns out far from it are done again: exact
@@ -33,12 +33,12 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 template <class S>
 inline double squared_distance(const float* a, const float* b, int64_t count) {
-  double sum = 0.0;
+  double sums[4] = {};  // one alone would be a chain
   for (int64_t d = 0; d < count; ++d) {
     const double apart = double(a[d]) - b[d];
-    sum = S::fma(apart, apart, sum);
+    sums[d % 4] = S::fma(apart, apart, sums[d % 4]);
   }
-  return sum;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // What is taken off a row's scores and logits so that fp32 holds its weights:
@@ -49,7 +49,6 @@ struct Reference {
   static constexpr int kPasses = 3;
 
   float score, logit;
-  double half_square;  // ||x||^2 / 2
   bool done;
 };
 
@@ -231,16 +230,16 @@ class Step {
         }
         p_.tokens[r] = total.token[lane];
         if (kLogits) {
-          finish_logits(parts, panel * p_.width * kPanel, i, lanes, r, total, lane, sum);
+          finish_logits(parts, panel * p_.width * kPanel, i, lanes, r, total, lane, sum, s);
           if (kTop && references_[r].done) finish_top(parts, vector, lane, r, s.keys);
         } else
-          p_.distance[r] = distance(r, total.token[lane], s);
+          p_.distance[r] = float(distance(r, total.token[lane], s));
       }
     });
   }
 
   void finish_logits(Partial<S>* parts, int64_t start, int64_t i, int lanes, int64_t r, const RowState<S>& total,
-                     int64_t lane, double sum) const {
+                     int64_t lane, double sum, Scratch<S>& s) const {
     Reference& ref = references_[r];
     const float best = total.best_logit[lane];
     const bool fits = best >= kSmallest && best <= kLargest;
@@ -253,10 +252,11 @@ class Step {
       return;
     }
     p_.noisy_tokens[r] = total.noisy_token[lane];
-    const double scale = score_scale(p_, r), nearest = total.best_score[lane], log_sum = ref.logit + std::log(sum);
-    p_.lse[r] = fits ? float(S::fma(scale, ref.score - ref.half_square, log_sum)) : kNaN;
+    const double scale = score_scale(p_, r), nearest = total.best_score[lane];
+    const double log_sum = S::fma(scale, double(ref.score) - nearest, ref.logit + std::log(sum));
+    p_.lse[r] = fits ? float(S::fma(-scale / 2, distance(r, total.token[lane], s), log_sum)) : kNaN;
     p_.best_score[r] = float(nearest);
-    p_.log_sum[r] = fits ? float(S::fma(scale, double(ref.score) - nearest, log_sum)) : kNaN;
+    p_.log_sum[r] = fits ? float(log_sum) : kNaN;
     const float inverse = fits ? float(1.0 / sum) : kNaN;
     for (int64_t d = 0; d < smoothed_width(); ++d) {
       const int64_t at = start + layout_.element(i, d, lanes);
@@ -287,10 +287,10 @@ class Step {
   }
 
   // The winner's distance directly: the scores' difference of large numbers would cancel.
-  float distance(int64_t r, int64_t token, Scratch<S>& s) const {
+  double distance(int64_t r, int64_t token, Scratch<S>& s) const {
     widen<S>(at(p_.x, p_.x_dtype, r * p_.width), p_.x_dtype, p_.width, s.row);
     widen<S>(at(p_.table, p_.table_dtype, token * p_.table_stride), p_.table_dtype, p_.width, s.row2);
-    return float(squared_distance<S>(s.row, s.row2, p_.width));
+    return squared_distance<S>(s.row, s.row2, p_.width);
   }
 
   const StepParams& p_;
@@ -317,7 +317,7 @@ void step_with_logits(const StepParams& p, const Threads& threads) {
   const float most_noise = loudest(p);
   half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, [&](int64_t i, double half_square) {
     const float highest = kNoise ? most_noise * p.std[i] : 0.0f;
-    references[i] = {float(half_square), highest > kLargest ? highest - kLargest : 0.0f, half_square, false};
+    references[i] = {float(half_square), highest > kLargest ? highest - kLargest : 0.0f, false};
   });
   Buffer<int64_t> rows(p.n_rows);
   int64_t n_rows = p.n_rows;

@@ -64,7 +64,8 @@ def step_fwd(inputs: Request) -> StepOutputs:
             smoothed = smoothed * rescale[:, None] + weights @ table
         highest = new_highest
     log_sum = torch.where(highest.isfinite(), highest, 0) + total.log()
-    lse = log_sum + scale * (nearest - rows.square().sum(1) / 2)
+    # The winner's distance directly: the scores' difference of large numbers would cancel.
+    lse = log_sum - scale * (rows - embeddings[tokens].to(dtype)).square().sum(1) / 2
     top = kept.largest(nearest, log_sum)
     smoothed = (smoothed / total[:, None]).to(inputs.result_dtype(x))
     return StepOutputs(smoothed, tokens, noisy_tokens, lse, nearest, log_sum, *top)

@@ -128,6 +128,13 @@ def test_real_shape(backend):
     assert check_step(step, x, table, 0.05 * rows, 0.99 * rows, eps) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lse_of_rows_that_are_tokens(backend, dtype):
+    """Its distance is zero. That of rounded scores is not."""
+    table = torch.randn(150, 384, device=device_of(backend)).to(dtype)
+    assert fused_smoothie_step(table[:9], table, 3.0, 0.0, backend=backend).lse.abs().max() <= 1e-6
+
+
 def test_leading_dimensions_and_per_row_values(backend):
     x, table = inputs(24, 140, 24, 1.0, device_of(backend))
     mu, std = torch.rand(2, 1, device=x.device), torch.rand(2, 12, device=x.device)

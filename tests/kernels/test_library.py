@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import DEVICE, device_of
 from torch._library.custom_ops import CustomOpDef
 
@@ -217,6 +218,20 @@ def test_vmap(backend):
     torch.testing.assert_close(lse, one_by_one)
     one_row = torch.func.vmap(lambda x: nearest_token(x, table, backend=backend).tokens)(x)
     assert torch.equal(one_row, nearest_token(x, table, backend=backend).tokens)
+
+
+@pytest.mark.parametrize("smooth", ["full", "topk"])
+def test_checkpointing(backend, smooth):
+    """It gives saved tensors once."""
+    x, table = (t.requires_grad_() for t in (torch.randn(4, 5), torch.randn(20, 5)))
+
+    def loss(x, table):
+        step = fused_smoothie_step(x, table, 0.3, 0.9, seed=3, topk=2, smooth=smooth, backend=backend)
+        return step.smoothed.square().sum() + step.lse.sum() + step.topk.values.sum()
+
+    expected = torch.autograd.grad(loss(x, table), (x, table))
+    again = torch.utils.checkpoint.checkpoint(loss, x, table, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, (x, table)), expected, strict=True))
 
 
 def test_vmap_says_what_it_cannot():
