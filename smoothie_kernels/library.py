@@ -151,7 +151,7 @@ CONTIGUOUS = [kind in (Kind.ROWS, Kind.SHARED) for kind in kinds(Request).values
 
 
 def _as_backends_take_it(request: Request) -> Request:
-    """Contiguous, but for the table, of which rows are."""
+    """Tensors are contiguous; of the table, its rows. sigma_min is a number."""
     fields = [
         value.contiguous() if contiguous and value is not None else value
         for value, contiguous in zip(request, CONTIGUOUS, strict=True)
@@ -234,7 +234,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     of = Step(*grads)  # type: ignore[arg-type]
-    saved = iter(ctx.saved_tensors)  # once: checkpointing recomputes them, and gives them no second time
+    saved = iter(ctx.saved_tensors)  # read once: checkpointing recomputes tensors, and refuses a second time
     given = [other if tensor is None else tensor for other, tensor in zip(ctx.others, saved, strict=False)]
     needed = dict(zip(Request._fields, ctx.needs_input_grad, strict=True))
     needs = Needs(needed["x"], needed["embeddings"])

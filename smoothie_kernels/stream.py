@@ -1,5 +1,5 @@
-"""One call of the pass over the vocabulary: every argument, declared once with its kind. The operators' schemas, their
-fake kernels, vmap rules and derivatives follow from it (library.py), and backends are given it as it is.
+"""One call of the pass over the vocabulary: every argument is declared once, with its kind. library.py makes the
+operators' schemas, fake kernels, vmap rules and positions of gradients from it, and backends take it as it is.
 """
 
 import inspect
@@ -38,7 +38,7 @@ class Request(NamedTuple):
     row_ids: Rows | None  # [N], instead of row_offset + i
     row_offset: int
     seed: Shared  # []
-    offset: Shared  # [F]: the noise is the sum of so many fields
+    offset: Shared  # [F]: the noise is a sum of F fields
     field_weights: Shared | None  # [F], None for one field as it is; these three may be on the host
     sigma_min: Number  # []
     workspace: int  # bytes that a backend may take for weights of some rows and tokens
@@ -46,24 +46,24 @@ class Request(NamedTuple):
     topk: int = 0  # how many of the largest logits
     recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
     wide: bool = False  # whether smoothed and gradients keep the type of their sums: 16 bits would round them
-    backend: str = "auto"  # which was asked for
+    backend: str = "auto"  # the name that the caller gave
 
     def result_dtype(self, of: Tensor) -> torch.dtype:
-        """Of smoothed, which is like x, and of the gradient of x or embeddings."""
+        """The type of smoothed (of x), or of the gradient of x or embeddings."""
         return sum_dtype(of) if self.wide else of.dtype
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums over x's numbers have."""
+    """The type in which sums over x's numbers are kept."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# --- parts of an operator's arguments: NamedTuples, one behind the other
+# --- an operator's arguments: the fields of one or several NamedTuples
 
 
 @cache
 def kinds(part: Any) -> dict[str, Kind]:
-    """Of every field."""
+    """The kind of every field."""
     return {name: _kind(hint) for name, hint in get_type_hints(part, include_extras=True).items()}
 
 
@@ -74,7 +74,7 @@ def _kind(hint: Any) -> Kind:
 
 
 def signature(*parts: Any, returns: Any) -> inspect.Signature:
-    """Of an operator, as torch.library takes it."""
+    """The signature of an operator that takes the fields of all parts, as torch.library reads it."""
     arguments = [
         inspect.Parameter(
             name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor if kind == Kind.NUMBER else hint
@@ -86,7 +86,7 @@ def signature(*parts: Any, returns: Any) -> inspect.Signature:
 
 
 def bound(arguments: tuple[Any, ...], *parts: Any) -> Iterator[Any]:
-    """The arguments of an operator by their names."""
+    """An operator's arguments, as the parts that its signature was made of."""
     rest = iter(arguments)
     for part in parts:
         yield part(*islice(rest, len(part._fields)))
