@@ -29,7 +29,8 @@ struct Backward {
 enum Parts { kMean = 1, kLse = 2, kX = 4, kTable = 8, kAll = 15 };
 
 Gradients gradients(const Tier& tier, const StepParams& params, const Backward& b, int parts, int n_threads) {
-  Gradients r{Matrix(params.smoothed_dtype, params.n_rows, params.width), array<float>(params.n_vocab * params.width, kNan)};
+  Gradients r{Matrix(params.smoothed_dtype, params.n_rows, params.width),
+              array<float>(params.n_vocab * params.width, kNan)};
   smoothie::StepBwdParams p{};
   static_cast<smoothie::StepInputs&>(p) = params;
   p.smoothed = parts & kMean ? b.forward.smoothed.data : nullptr;
@@ -103,9 +104,9 @@ void check_gradients(const Problem& problem, const Backward& b, const Gradients&
     }
     if (!(parts & kX)) continue;
     for (int64_t k = 0; k < d; ++k)
-      CHECK_CLOSE(
-          r.x.get(i, k), row[size_t(k)].value,
-          row[size_t(k)].error * (1 + 4 * rounding / kEps * rounding) + half_step(p.smoothed_dtype, row[size_t(k)].value));
+      CHECK_CLOSE(r.x.get(i, k), row[size_t(k)].value,
+                  row[size_t(k)].error * (1 + 4 * rounding / kEps * rounding) +
+                      half_step(p.smoothed_dtype, row[size_t(k)].value));
   }
   for (int64_t j = 0; parts & kTable && j < v * d; ++j)
     CHECK_CLOSE(r.table[size_t(j)], table[size_t(j)].value, table[size_t(j)].error);
