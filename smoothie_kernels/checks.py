@@ -257,19 +257,21 @@ def check_values(name: str, value: float | Tensor, dtype: torch.dtype = torch.fl
     return magnitude
 
 
-def check_logits(mu: Tensor, sigma_min: float, std: Tensor | None, field_weights: Tensor | None) -> None:
-    """The values of what makes logits, alone and together."""
+def check_logits(mu: Tensor, sigma_min: float, std: Tensor | None, field_weights: Tensor | None) -> float:
+    """The values of what makes logits, alone and together; gives the largest std."""
     if (scale := check_values("mu", mu) / sigma_min**2) > torch.finfo(mu.dtype).max:
         raise ValueError(f"mu / sigma_min**2 must be finite in {mu.dtype}, got {scale:.3g}")
     if field_weights is not None:
         check_values("field_weights", field_weights)
     if std is None:
-        return
-    loudness, of_fields = check_values("std", std), ""
+        return 0.0
+    largest = check_values("std", std)
+    loudness, of_fields = largest, ""
     if field_weights is not None:
         loudness, of_fields = loudness * float(field_weights.abs().sum()), " times the sum of |field_weights|"
     if loudness > LOUDEST and std.dtype == torch.float32:
         raise ValueError(f"std{of_fields} must be at most 2**25 in float32, got {loudness:.3g}")
+    return largest
 
 
 def check_row_ids(row_ids: object, row_offset: object, x: Tensor) -> tuple[Tensor | None, int]:

@@ -117,18 +117,20 @@ def operator(name: str, *parts: Any, returns: Any) -> Callable[[Callable[..., An
 def step_fwd(*arguments: Any) -> Outputs:
     request = _as_backends_take_it(Request(*arguments))
     x, row_ids = request.x, request.row_ids
-    checks.check_row_offset(request.row_offset, len(x))
+    n = x.shape[0]
+    checks.check_row_offset(request.row_offset, n)
     checks.check_sigma_min(request.sigma_min)
-    if len(x) == 0:
+    if n == 0:
         return _empty_step(request)
     if x.device.type == "cpu":
-        checks.check_logits(request.mu, request.sigma_min, request.std, request.field_weights)
+        if checks.check_logits(request.mu, request.sigma_min, request.std, request.field_weights) == 0:
+            request = request._replace(std=None)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
     smoothed, *rest = pick_backend(request.backend, x.device, x.dtype).step_fwd(request)
-    rounded = smoothed.to(x.dtype)
-    wide = x.new_empty(len(x), 0, dtype=sum_dtype(x)) if rounded is smoothed else smoothed
-    return Step._make((rounded, *rest, wide))
+    if smoothed.dtype == x.dtype:
+        return smoothed, *rest, x.new_empty(n, 0, dtype=sum_dtype(x))
+    return smoothed.to(x.dtype), *rest, smoothed
 
 
 @step_fwd.register_fake
@@ -147,16 +149,19 @@ def _empty_step(request: Request) -> Outputs:
     return Step._make((x.new_empty(n, d), *tokens, *sums, *top, wide))
 
 
-CONTIGUOUS = [kind in (Kind.ROWS, Kind.SHARED) for kind in kinds(Request).values()]
+KINDS = tuple(kinds(Request).values())
+NUMBER, OTHERS = Kind.NUMBER, (Kind.TOKENS, Kind.FIXED)
+
+
+def _as_taken(value: Any, kind: Kind) -> Any:
+    if value is None or kind in OTHERS:
+        return value
+    return float(value) if kind is NUMBER else value.contiguous()
 
 
 def _as_backends_take_it(request: Request) -> Request:
     """Tensors are contiguous; of the table, its rows. sigma_min is a number."""
-    fields = [
-        value.contiguous() if contiguous and value is not None else value
-        for value, contiguous in zip(request, CONTIGUOUS, strict=True)
-    ]
-    return Request._make(fields)._replace(sigma_min=float(request.sigma_min))
+    return Request._make(map(_as_taken, request, KINDS))
 
 
 # --- its gradients
@@ -405,7 +410,7 @@ class Nearest(NamedTuple):
 @without_autocast
 def nearest_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, embeddings, bias, backend = Nearest(*arguments)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return _empty_nearest(x)
     outputs: tuple[Tensor, Tensor] = pick_backend(backend, x.device, x.dtype).nearest_fwd(
         x.contiguous(), embeddings, bias

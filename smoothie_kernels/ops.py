@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,8 +131,7 @@ def fused_smoothie_step(
     scale_of_distances = checks.sigma_min_tensor(sigma_min)
     workspace = checks.count("workspace", workspace)
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
-    flat, weights_of_distances = x.reshape(-1, x.shape[-1]), checks.per_row("mu", mu, x)
-    shape = x.shape[:-1]
+    flat, weights_of_distances = _rows(x), checks.per_row("mu", mu, x)
     request = Request(
         flat,
         vocabulary.embeddings,
@@ -161,8 +160,9 @@ def fused_smoothie_step(
         elif smooth == "topk+mean":
             scale = weights_of_distances / scale_of_distances.to(flat.device, weights_of_distances.dtype) ** 2
             smoothed = smooth_topk_and_mean(found, weights, flat, scale, vocabulary, backend)
-        found = TopK(found.values.view(*shape, k), found.indices.view(*shape, k), found.tail_mass.view(shape))
-    return SmoothieStep(smoothed.view(x.shape), tokens.view(shape), noisy_tokens.view(shape), lse.view(shape), found)
+        found = TopK(*_like(x, found))
+    smoothed, tokens, noisy_tokens, lse = _like(x, (smoothed, tokens, noisy_tokens, lse))
+    return SmoothieStep(smoothed, tokens, noisy_tokens, lse, found)
 
 
 def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = "auto") -> NearestToken:
@@ -190,9 +190,17 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
-    shape = x.shape[:-1]
-    tokens, distance = library.nearest_fwd(x.reshape(-1, x.shape[-1]), vocabulary.embeddings, vocabulary.bias, backend)
-    return NearestToken(tokens.view(shape), distance.view(shape))
+    found = library.nearest_fwd(_rows(x), vocabulary.embeddings, vocabulary.bias, backend)
+    return NearestToken(*_like(x, found))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _like(x: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """With the leading dimensions of x; a call of plain rows saves its views."""
+    return outputs if x.dim() == 2 else tuple(o.view((*x.shape[:-1], *o.shape[1:])) for o in outputs)
 
 
 def _draw_seed() -> Tensor:

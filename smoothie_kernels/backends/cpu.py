@@ -76,15 +76,16 @@ def step_bwd(
     x, table = inputs.x, inputs.embeddings
     grad_x = torch.empty_like(x, dtype=inputs.result_dtype(x)) if needs_x else None
     grad_embeddings = table.new_empty(table.shape, dtype=torch.float32) if needs_embeddings else None
+    if inputs.std is not None and not inputs.std.any():
+        inputs = inputs._replace(std=None)
     _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, grad_embeddings)
     return grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.result_dtype(table))
 
 
 def _arguments(inputs: Request) -> tuple[object, ...]:
     """As the compiled operators take them."""
-    std = inputs.std if inputs.std is not None and inputs.std.any() else None
     return (
-        inputs.x, inputs.embeddings, inputs.bias, inputs.mu, std, inputs.row_ids, inputs.row_offset,
+        inputs.x, inputs.embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids, inputs.row_offset,
         int(inputs.seed), inputs.offset.cpu(), inputs.field_weights, inputs.sigma_min, _tier(),
     )  # fmt: skip
 
