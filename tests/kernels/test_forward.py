@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CASES, FIELDS, inputs, loudness
 from conftest import device_of
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
@@ -235,7 +235,6 @@ def test_cpu_shapes_and_threads(n, v, d, threads):
     """Any shape and any number of threads (rows shared out, or the vocabulary): float64's result; one thread's bits."""
     if device_of("cpu") != "cpu":
         pytest.skip("a CPU test")
-    assume(n * d >= 8)  # fewer numbers may all come out next to zero by chance
     x, table = inputs(n, v, d, 1.0, "cpu")
     before = torch.get_num_threads()
     try:
@@ -250,7 +249,10 @@ def test_cpu_shapes_and_threads(n, v, d, threads):
     assert torch.equal(step.tokens, one.tokens)
     torch.testing.assert_close(step.smoothed, one.smoothed, rtol=2e-6, atol=2e-6)
     eps, rows = noise.gaussian(n, v, seed=1, backend="reference"), torch.ones(n)
-    assert check_step(step, x, table, 0.1 * rows, 0.9 * rows, eps) == []
+    wrong = check_step(step, x, table, 0.1 * rows, 0.9 * rows, eps)
+    if n * d < 8:  # so few numbers may all come out next to zero, by chance
+        wrong = [each for each in wrong if not each.startswith("smoothed")]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])

@@ -314,7 +314,9 @@ def test_bad_options(options, message, capsys):
     with pytest.raises(SystemExit) as ended:
         command.command(options)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1  # without the usage
 
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch, capsys):

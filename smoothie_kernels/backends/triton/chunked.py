@@ -313,7 +313,7 @@ def _grad_x(inputs: Request, saved: Saved, grads: Grads, sums: Tensor, total: Te
     grad_x = torch.empty_like(inputs.x, dtype=inputs.result_dtype(inputs.x))
     wanted = _wanted(inputs, grads)
     for rows in slices(len(sums), block_n):
-        # total is what the rounding of delta, P and dS has made of the sum of dS: it goes out again.
+        # A row's dS add up to `wanted`, but for the rounding of delta, P and dS: add the difference back.
         part = sums[rows]
         if saved.smoothed is None:
             part = part * torch.where(total == 0, 1, wanted / total)[rows, None]
