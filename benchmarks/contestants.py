@@ -112,9 +112,9 @@ def without_mean(
 ) -> StepOutputs:
     """One pass of the library that gives everything but a mean embedding."""
     *outputs, _ = library.step_fwd(
-        inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std if inputs.noisy else None, row_ids=None,
-        row_offset=0, seed=torch.tensor(SEED), offset=torch.tensor([offset]), field_weights=None,
-        sigma_min=torch.tensor(SIGMA_MIN, dtype=torch.float64), workspace=2**28, mean=False, topk=topk,
+        inputs.x, table.embeddings, table.bias, inputs.mu / SIGMA_MIN**2, inputs.std if inputs.noisy else None,
+        row_ids=None, row_offset=0, seed=torch.tensor(SEED), offset=torch.tensor([offset]), field_weights=None,
+        workspace=2**28, mean=False, logits=True, topk=topk,
         recall_target=recall_target, wide=False, backend=backend,
     )  # fmt: skip
     return StepOutputs(*outputs)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import UninitializedBuffer, UninitializedParameter
 
 from smoothie_kernels import words
+from smoothie_kernels.stream import sum_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REAL = (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -22,7 +23,7 @@ MAX_ROW_ID = 2**32
 SIGMA_MIN = (2.0**-63, 2.0**63)
 # std sum(|field_weights|): logits then stay below 2**28, where float32 rounds one and its reference by 8 each at most;
 # the CPU kernel's last pass bears 20 (csrc/cpu/step_fwd.h).
-LOUDEST = 2.0**25
+LOUDEST = 2.0**24
 DEVICES = ("cpu", "cuda")  # PyTorch calls AMD's GPUs "cuda" as well
 OFFSETS = "an int or a 0-d int64 tensor, or several: a sequence of ints or a 1-d int64 tensor"
 
@@ -132,7 +133,7 @@ def check_device(name: str, device: torch.device) -> None:
 def as_device(name: str, value: torch.device | str | int) -> torch.device:
     try:
         device = torch.device(value)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError, ValueError):
         raise ValueError(f"{name} must be a device that PyTorch knows, got {value!r}") from None
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise ValueError(f"{name} must be on this machine, which has {torch.cuda.device_count()} GPUs, got {device}")
@@ -185,20 +186,21 @@ def one_to_v(name: str, value: object, vocabulary: int, wanted: str = "an int") 
     return number
 
 
-def sigma_min_tensor(value: object) -> Tensor:
-    """sigma_min as a 0-d float64 tensor on the host."""
-    number = _number("sigma_min", value)
-    if not torch.compiler.is_compiling():
-        check_sigma_min(number)
-    return _filled((), number, torch.float64, "cpu")
-
-
-def check_sigma_min(number: float) -> None:
+def scale(mu: object, sigma_min: object, x: Tensor) -> Tensor:
+    """mu / sigma_min^2, one number per row; shape (N,)."""
+    number, (low, high) = _number("sigma_min", sigma_min), SIGMA_MIN
+    if torch.compiler.is_compiling():  # a comparison would fix the number; the operator finds what is not a number
+        sigma = torch.ones((), dtype=torch.float64, device=x.device) * number
+        return per_row("mu", mu, x) / torch.where((sigma >= low) & (sigma <= high), sigma * sigma, math.nan)
     if not 0 < number < math.inf:
         raise ValueError(f"sigma_min must be positive and finite, got {number}")
-    low, high = SIGMA_MIN
     if not low <= number <= high:
         raise ValueError(f"sigma_min must be in [2**-63, 2**63], got {number}")
+    if isinstance(mu, Tensor):
+        return per_row("mu", mu, x) / number**2
+    value = _number("mu", mu, "a number or a tensor")
+    check_values("mu", value, sum_dtype(x))
+    return per_row("mu / sigma_min**2", value / number**2, x)
 
 
 def _filled(shape: tuple[int, ...], number: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -209,8 +211,7 @@ def _filled(shape: tuple[int, ...], number: float, dtype: torch.dtype, device: t
 
 def per_row(name: str, value: object, x: Tensor) -> Tensor:
     """`value`, a number or a tensor that broadcasts to the rows of x, as one number per row; shape (N,)."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.shape[:-1]
+    dtype, rows = sum_dtype(x), x.shape[:-1]
     if isinstance(value, Tensor):
         value = _small(name, value)
         if value.dtype not in REAL:
@@ -257,10 +258,9 @@ def check_values(name: str, value: float | Tensor, dtype: torch.dtype = torch.fl
     return magnitude
 
 
-def check_logits(mu: Tensor, sigma_min: float, std: Tensor | None, field_weights: Tensor | None) -> float:
+def check_logits(scale: Tensor, std: Tensor | None, field_weights: Tensor | None) -> float:
     """The values of what makes logits, alone and together; gives the largest std."""
-    if (scale := check_values("mu", mu) / sigma_min**2) > torch.finfo(mu.dtype).max:
-        raise ValueError(f"mu / sigma_min**2 must be finite in {mu.dtype}, got {scale:.3g}")
+    check_values("mu / sigma_min**2", scale)
     if field_weights is not None:
         check_values("field_weights", field_weights)
     if std is None:
@@ -270,7 +270,7 @@ def check_logits(mu: Tensor, sigma_min: float, std: Tensor | None, field_weights
     if field_weights is not None:
         loudness, of_fields = loudness * float(field_weights.abs().sum()), " times the sum of |field_weights|"
     if loudness > LOUDEST and std.dtype == torch.float32:
-        raise ValueError(f"std{of_fields} must be at most 2**25 in float32, got {loudness:.3g}")
+        raise ValueError(f"std{of_fields} must be at most 2**24 in float32, got {loudness:.3g}")
     return largest
 
 
@@ -375,10 +375,7 @@ def _several(value: object) -> bool:
 
 
 def _field_weights(value: object, count: int, x: Tensor) -> Tensor:
-    dtype, wanted = (
-        torch.float64 if x.dtype == torch.float64 else torch.float32,
-        "a sequence of numbers or a 1-d tensor",
-    )
+    dtype, wanted = sum_dtype(x), "a sequence of numbers or a 1-d tensor"
     if isinstance(value, Tensor):
         value = _small("field_weights", value)
         if value.dtype not in DTYPES:

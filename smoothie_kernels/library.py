@@ -17,13 +17,13 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from smoothie_kernels import checks
-from smoothie_kernels.backends import Grads, Saved, gather
+from smoothie_kernels.backends import NOTHING, Grads, Saved, gather
 from smoothie_kernels.dispatch import pick_backend
 from smoothie_kernels.stream import Kind, Request, Rows, Tokens, bound, kinds, signature, sum_dtype
 
 # Namespace of the operators. torch.compile's cache on disk knows them by name alone, and would hand the arguments of an
 # older version to this one: another schema takes another number.
-OPERATORS = "smoothie_kernels_4"
+OPERATORS = "smoothie_kernels_5"
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 Part = TypeVar("Part")
@@ -119,15 +119,14 @@ def step_fwd(*arguments: Any) -> Outputs:
     x, row_ids = request.x, request.row_ids
     n = x.shape[0]
     checks.check_row_offset(request.row_offset, n)
-    checks.check_sigma_min(request.sigma_min)
     if n == 0:
         return _empty_step(request)
     if x.device.type == "cpu":
-        if checks.check_logits(request.mu, request.sigma_min, request.std, request.field_weights) == 0:
+        if checks.check_logits(request.scale, request.std, request.field_weights) == 0:
             request = request._replace(std=None)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
-    smoothed, *rest = pick_backend(request.backend, x.device, x.dtype).step_fwd(request)
+    smoothed, *rest, _ = pick_backend(request.backend, x.device, x.dtype).step_fwd(request)
     if smoothed.dtype == x.dtype:
         return smoothed, *rest, x.new_empty(n, 0, dtype=sum_dtype(x))
     return smoothed.to(x.dtype), *rest, smoothed
@@ -150,17 +149,15 @@ def _empty_step(request: Request) -> Outputs:
 
 
 KINDS = tuple(kinds(Request).values())
-NUMBER, OTHERS = Kind.NUMBER, (Kind.TOKENS, Kind.FIXED)
+AS_GIVEN = Kind.TOKENS, Kind.FIXED
 
 
 def _as_taken(value: Any, kind: Kind) -> Any:
-    if value is None or kind in OTHERS:
-        return value
-    return float(value) if kind is NUMBER else value.contiguous()
+    return value if value is None or kind in AS_GIVEN else value.contiguous()
 
 
 def _as_backends_take_it(request: Request) -> Request:
-    """Tensors are contiguous; of the table, its rows. sigma_min is a number."""
+    """Tensors are contiguous; of the table, its rows."""
     return Request._make(map(_as_taken, request, KINDS))
 
 
@@ -203,7 +200,7 @@ def _top_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Through scale (x . E_j - ||E_j||^2 / 2 - ||x||^2 / 2) of some tokens j: scale (E_j - x) and scale (x - E_j)."""
     x, embeddings = request.x, request.embeddings
-    weights = ((request.mu / request.sigma_min**2)[:, None] * grad).contiguous()  # [N, K]
+    weights = (request.scale[:, None] * grad).contiguous()  # [N, K]
     grad_x = grad_embeddings = None
     if needs_x:
         grad_x = average(weights, tokens, embeddings, weights.dtype) - weights.sum(1, keepdim=True) * x
@@ -406,16 +403,18 @@ class Nearest(NamedTuple):
     backend: str
 
 
+NO_LOGITS = NOTHING, None, None, 0, NOTHING, NOTHING, None, 0, False, False  # of a Request, behind bias
+
+
 @operator("nearest_fwd", Nearest, returns=tuple[Tensor, Tensor])
 @without_autocast
 def nearest_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, embeddings, bias, backend = Nearest(*arguments)
     if x.shape[0] == 0:
         return _empty_nearest(x)
-    outputs: tuple[Tensor, Tensor] = pick_backend(backend, x.device, x.dtype).nearest_fwd(
-        x.contiguous(), embeddings, bias
-    )
-    return outputs
+    request = Request(x.contiguous(), embeddings, bias, *NO_LOGITS)
+    found = pick_backend(backend, x.device, x.dtype).step_fwd(request)
+    return found.tokens, found.distance
 
 
 @nearest_fwd.register_fake
@@ -423,13 +422,25 @@ def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _empty_nearest(x)
 
 
-def _no_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "nearest_token has no derivatives: of its distance, (x - embeddings[tokens]).square().sum(-1) has them"
-    )
+def _save_nearest(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tokens, _ = output
+    ctx.mark_non_differentiable(tokens)
+    ctx.save_for_backward(*inputs[:2], tokens)
 
 
-nearest_fwd.register_autograd(_no_derivative)
+def _nearest_backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of ||x - E_token||^2."""
+    x, embeddings, tokens = ctx.saved_tensors
+    needs_x, needs_embeddings, *_ = ctx.needs_input_grad
+    grad_x = 2 * grad[:, None] * (x.to(grad.dtype) - embeddings[tokens].to(grad.dtype))
+    grad_embeddings = None
+    if needs_embeddings:
+        minus = -torch.ones_like(grad[:, None])
+        grad_embeddings = gather.spread(minus, tokens[:, None], grad_x, len(embeddings)).to(embeddings.dtype)
+    return grad_x.to(x.dtype) if needs_x else None, grad_embeddings, None, None
+
+
+nearest_fwd.register_autograd(_nearest_backward, setup_context=_save_nearest)
 
 
 @nearest_fwd.register_vmap

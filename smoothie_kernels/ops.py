@@ -65,7 +65,7 @@ def fused_smoothie_step(
             and computes what depends on it alone once.
         mu: weight of the distances; a number or a tensor that broadcasts to `x.shape[:-1]`.
         std: standard deviation of the noise, not negative; likewise. The number 0 leaves the noise out. In float32 at
-            most 2**25, times the sum of |field_weights|: louder noise has no digits for the distances.
+            most 2**24, times the sum of |field_weights|: louder noise has no digits for the distances.
         sigma_min: scale of the distances, in [2**-63, 2**63].
         seed: 64 bits that name the noise field. None draws one from torch's default generator, so that
             `torch.manual_seed` rules. An int, or a 0-d int64 tensor.
@@ -128,23 +128,22 @@ def fused_smoothie_step(
     checks.check_x(x, vocabulary.embeddings)
     checks.check_can_be_saved(x, vocabulary.embeddings)
     k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
-    scale_of_distances = checks.sigma_min_tensor(sigma_min)
     workspace = checks.count("workspace", workspace)
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
-    flat, weights_of_distances = _rows(x), checks.per_row("mu", mu, x)
+    flat, scale = _rows(x), checks.scale(mu, sigma_min, x)
     request = Request(
         flat,
         vocabulary.embeddings,
         vocabulary.bias,
-        weights_of_distances,
+        scale,
         None if isinstance(std, Real) and std == 0 else checks.per_row("std", std, x),
         ids,
         row_offset,
         checks.word("seed", _draw_seed() if seed is None else seed),
         *checks.noise_fields(offset, field_weights, x),
-        scale_of_distances,
         workspace,
         smooth == "full",
+        True,
         k,
         float(recall_target),
         torch.is_grad_enabled() and (x.requires_grad or vocabulary.embeddings.requires_grad),
@@ -158,7 +157,6 @@ def fused_smoothie_step(
         if smooth == "topk":
             smoothed = smooth_topk(top_logits, top_tokens, vocabulary, x.dtype, backend)
         elif smooth == "topk+mean":
-            scale = weights_of_distances / scale_of_distances.to(flat.device, weights_of_distances.dtype) ** 2
             smoothed = smooth_topk_and_mean(found, weights, flat, scale, vocabulary, backend)
         found = TopK(*_like(x, found))
     smoothed, tokens, noisy_tokens, lse = _like(x, (smoothed, tokens, noisy_tokens, lse))
@@ -185,11 +183,12 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: the named backend cannot run here, and why.
 
-    There is no gradient: that of distance is `2 * (x - embeddings[tokens])`.
+    Gradients flow to x and embeddings from distance; the choice of the token is taken for constant.
     """
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
+    checks.check_can_be_saved(x, vocabulary.embeddings)
     found = library.nearest_fwd(_rows(x), vocabulary.embeddings, vocabulary.bias, backend)
     return NearestToken(*_like(x, found))
 

@@ -17,14 +17,12 @@ class Kind(Enum):
     ROWS = "one entry a row"
     TOKENS = "one entry a token"
     SHARED = "the same for all rows"
-    NUMBER = "a number that may change without another compilation: on its way to a backend a tensor on the host"
     FIXED = "another value compiles again"
 
 
 Rows = Annotated[Tensor, Kind.ROWS]
 Tokens = Annotated[Tensor, Kind.TOKENS]
 Shared = Annotated[Tensor, Kind.SHARED]
-Number = Annotated[Any, Kind.NUMBER]  # Tensor, and for a backend float
 
 
 class Request(NamedTuple):
@@ -33,16 +31,16 @@ class Request(NamedTuple):
     x: Rows  # [N, D] contiguous
     embeddings: Tokens  # [V, D], rows contiguous
     bias: Tokens  # [V]: -||E_j||^2 / 2
-    mu: Rows  # [N]
+    scale: Rows  # [N]: logits are scale (x . E + bias) + std eps, but for what is the same in a row
     std: Rows | None  # [N], None where there is no noise
     row_ids: Rows | None  # [N], instead of row_offset + i
     row_offset: int
     seed: Shared  # []
     offset: Shared  # [F]: the noise is a sum of F fields
     field_weights: Shared | None  # [F], None for one field as it is; these three may be on the host
-    sigma_min: Number  # []
     workspace: int  # bytes that a backend may take for weights of some rows and tokens
     mean: bool = True  # whether smoothed is wanted
+    logits: bool = True  # False: the nearest token and its distance alone; scale, std and the noise are not read
     topk: int = 0  # how many of the largest logits
     recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
     wide: bool = False  # whether smoothed and gradients keep the type of their sums: 16 bits would round them
@@ -76,11 +74,9 @@ def _kind(hint: Any) -> Kind:
 def signature(*parts: Any, returns: Any) -> inspect.Signature:
     """The signature of an operator that takes the fields of all parts, as torch.library reads it."""
     arguments = [
-        inspect.Parameter(
-            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor if kind == Kind.NUMBER else hint
-        )
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
         for part in parts
-        for (name, hint), kind in zip(get_type_hints(part).items(), kinds(part).values(), strict=True)
+        for name, hint in get_type_hints(part).items()
     ]
     return inspect.Signature(arguments, return_annotation=returns)
 

@@ -122,6 +122,8 @@ class Vocabulary:
 def _state(table: Tensor) -> tuple[object, ...]:
     """Differs after a write that PyTorch counts, and where `.data` was set, as by Module.to. The weak reference keeps
     the address of a storage that has gone from being given to another one."""
+    if functorch.is_batchedtensor(table):
+        raise library.one_for_all("embeddings")
     storage = StorageWeakRef(table.untyped_storage())  # type: ignore[no-untyped-call]
     return None if table.is_inference() else table._version, storage, table.dtype
 

@@ -2,6 +2,8 @@
 
 import torch
 
+VARIANCE = 1.5**2  # sigma_min^2, where none is given: a backend's scale is mu over it
+
 # id: N, V, D, mu, std, x scale
 CASES = {
     "even": (32, 256, 64, 0.05, 0.99, 1.0),

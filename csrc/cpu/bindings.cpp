@@ -70,14 +70,13 @@ std::vector<smoothie::NoiseField> noise_fields(int64_t seed, const Tensor& offse
 }
 
 template <class Params>
-Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const Tensor& mu,
+Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const Tensor& scale,
               const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset,
-              const std::vector<smoothie::NoiseField>& fields, double sigma_min) {
+              const std::vector<smoothie::NoiseField>& fields) {
   Params p = inputs<Params>(x, embeddings, bias);
-  p.mu = pointer<float>(mu, "mu", {p.n_rows});
+  p.scale = pointer<float>(scale, "scale", {p.n_rows});
   p.std = pointer<float>(std, "std", {p.n_rows});
   p.row_ids = pointer<int64_t>(row_ids, "row_ids", {p.n_rows}), p.row_offset = row_offset;
-  p.sigma_min = float(sigma_min);
   p.fields = fields.data(), p.n_fields = int64_t(fields.size());
   return p;
 }
@@ -95,13 +94,13 @@ void* rows_of_x(const std::optional<Tensor>& t, const char* name, const Tensor& 
   return data(*t, name, {x.size(0), x.size(1)});
 }
 
-void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, std::optional<Tensor> smoothed,
-              Tensor tokens, Tensor noisy_tokens, Tensor lse, Tensor best_score, Tensor log_sum, Tensor top_logits,
+              std::optional<Tensor> field_weights, int64_t tier_index, std::optional<Tensor> smoothed, Tensor tokens,
+              Tensor noisy_tokens, Tensor lse, Tensor best_score, Tensor log_sum, Tensor top_logits,
               Tensor top_tokens) {
   const auto fields = noise_fields(seed, offsets, field_weights);
-  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
+  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, scale, std, row_ids, row_offset, fields);
   const int64_t n = p.n_rows;
   p.smoothed = rows_of_x(smoothed, "smoothed", x, p.smoothed_dtype);
   p.tokens = pointer<int64_t>(tokens, "tokens", {n});
@@ -115,13 +114,13 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional
   tier(tier_index).step_fwd(p, torch_threads());
 }
 
-void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, double sigma_min, int64_t tier_index, std::optional<Tensor> smoothed,
+              std::optional<Tensor> field_weights, int64_t tier_index, std::optional<Tensor> smoothed,
               Tensor noisy_tokens, Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed,
               std::optional<Tensor> grad_lse, std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
   const auto fields = noise_fields(seed, offsets, field_weights);
-  auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, mu, std, row_ids, row_offset, fields, sigma_min);
+  auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, scale, std, row_ids, row_offset, fields);
   const int64_t n = p.n_rows;
   p.smoothed = rows_of_x(smoothed, "smoothed", x, p.smoothed_dtype);
   p.noisy_tokens = pointer<int64_t>(noisy_tokens, "noisy_tokens", {n});
@@ -179,13 +178,13 @@ int64_t supported_tiers() {
 
 STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
   m.def(
-      "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor(a!)? smoothed, "
+      "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, Tensor? std, Tensor? row_ids, int row_offset, "
+      "int seed, Tensor offsets, Tensor? field_weights, int tier, Tensor(a!)? smoothed, "
       "Tensor(b!) tokens, Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, "
       "Tensor(g!) top_logits, Tensor(h!) top_tokens) -> ()");
   m.def(
-      "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, float sigma_min, int tier, Tensor? smoothed, "
+      "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, Tensor? std, Tensor? row_ids, int row_offset, "
+      "int seed, Tensor offsets, Tensor? field_weights, int tier, Tensor? smoothed, "
       "Tensor noisy_tokens, Tensor best_score, Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, "
       "Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
   m.def(

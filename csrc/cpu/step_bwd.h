@@ -144,7 +144,7 @@ class StepBackward {
   int64_t column(int64_t group, int64_t row) const { return (group * n_rows_ + row) * kColumns; }
 
   RowConstants constants_of(int64_t r) const {
-    RowConstants row{score_scale(p_, r), 0.0f, p_.best_score[r], p_.log_sum[r], 0};
+    RowConstants row{p_.scale[r], 0.0f, p_.best_score[r], p_.log_sum[r], 0};
     if (kNoise) {
       row.std = p_.std[r];
       row.row_id = int32_t(row_id(p_.row_ids, p_.row_offset, r));
@@ -252,7 +252,7 @@ class StepBackward {
       p += double(rows.sum_p[lane % kLanes]) + rows.sum_p_low[lane % kLanes];
       largest = std::fmax(largest, rows.largest[lane % kLanes]);
     }
-    return {float(score_scale(p_, r) * grad_lse(r) - ds), float(p), p == 0.0 ? 1.0f : float(largest / p)};
+    return {float(p_.scale[r] * grad_lse(r) - ds), float(p), p == 0.0 ? 1.0f : float(largest / p)};
   }
 
   // Some columns of what is missing, for the noisy tokens of all rows, which may share one.
@@ -279,7 +279,7 @@ class StepBackward {
     for (int64_t i = 0; i < count_of(panel); ++i) {
       const int64_t r = first_ + panel * kPanel + i;
       const auto [missing, sum, share] = sums_of(panel * kPanel + i, splits);
-      const float of_lse = score_scale(p_, r) * grad_lse(r), of_tokens = kMean || sum == 0.0f ? 1.0f : 1.0f / sum;
+      const float of_lse = p_.scale[r] * grad_lse(r), of_tokens = kMean || sum == 0.0f ? 1.0f : 1.0f / sum;
       const float* x = row_of(p_.x, p_.x_dtype, r, room);
       const float* smoothed = kMean ? row_of(p_.smoothed, p_.smoothed_dtype, r, room + p_.width) : nullptr;
       for (int64_t d = 0; d < p_.width; ++d) {

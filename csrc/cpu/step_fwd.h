@@ -4,7 +4,7 @@
 //     for a tile of kTile tokens:               E[tile] straight from the table, or widened to fp32 once
 //       for a panel of rows:                    (step_panel.h)
 //         score   p[v][lanes]  = E[tile] xt + bias             product over D
-//         weigh   p            = exp(mu D + std eps - ref)     noise, argmax twice, row sum: all in cache
+//         weigh   p            = exp(scale D + std eps - ref)     noise, argmax twice, row sum: all in cache
 //         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
 //     finish: smoothed = ot / sum, lse = ref + log(sum), of the nearest token's distance
 //
@@ -180,7 +180,7 @@ class Step {
 
   RowConstants constants_of(int64_t r) const {
     const Reference& ref = references_[r];
-    RowConstants row{score_scale(p_, r), 0.0f, ref.score, ref.logit, 0};
+    RowConstants row{p_.scale[r], 0.0f, ref.score, ref.logit, 0};
     if (kNoise) {
       row.std = p_.std[r];
       row.row_id = int32_t(row_id(p_.row_ids, p_.row_offset, r));
@@ -252,9 +252,12 @@ class Step {
       return;
     }
     p_.noisy_tokens[r] = total.noisy_token[lane];
-    const double scale = score_scale(p_, r), nearest = total.best_score[lane];
+    const double scale = p_.scale[r], nearest = total.best_score[lane];
     const double log_sum = S::fma(scale, double(ref.score) - nearest, ref.logit + std::log(sum));
-    p_.lse[r] = fits ? float(S::fma(-scale / 2, distance(r, total.token[lane], s), log_sum)) : kNaN;
+    const bool same = total.token[lane] == total.noisy_token[lane];  // else only its weight without noise is known
+    const double share = same ? std::exp(double(best)) / sum : std::exp(-std::fmax(log_sum, 0.0));
+    const double score = score_of(r, total.token[lane], nearest, std::fmin(share, 1.0), s);
+    p_.lse[r] = fits ? float(S::fma(scale, score, log_sum)) : kNaN;
     p_.best_score[r] = float(nearest);
     p_.log_sum[r] = fits ? float(log_sum) : kNaN;
     const float inverse = fits ? float(1.0 / sum) : kNaN;
@@ -279,11 +282,18 @@ class Step {
       std::sort(keys, keys + count, std::greater<TopKey>());
     }
     const Reference& ref = references_[r];
-    const double moved = S::fma(double(score_scale(p_, r)), double(ref.score) - p_.best_score[r], double(ref.logit));
+    const double moved = S::fma(double(p_.scale[r]), double(ref.score) - p_.best_score[r], double(ref.logit));
     for (int64_t k = 0; k < p_.topk; ++k) {
       p_.top_logits[r * p_.topk + k] = known ? float(logit_of(keys[k]) + moved) : kNaN;
       p_.top_tokens[r * p_.topk + k] = known ? column_of(keys[k]) : k;
     }
+  }
+
+  // The nearest token's score less ||x||^2 / 2: as it came out, because lse averages the errors of all scores, but for
+  // the token's share of the weight, because its distance has no error.
+  double score_of(int64_t r, int64_t token, double score, double share, Scratch<S>& s) const {
+    const double near = -distance(r, token, s) / 2, came_out = score - sum_of_squares<S>(s.row, p_.width) / 2;
+    return S::fma(share, near - came_out, came_out);
   }
 
   // The winner's distance directly: the scores' difference of large numbers would cancel.
@@ -333,7 +343,7 @@ void step_with_logits(const StepParams& p, const Threads& threads) {
 template <class S>
 void step_fwd(const StepParams& p, const Threads& threads) {
   if (p.n_rows == 0) return;
-  if (!p.mu)
+  if (!p.scale)
     Step<S, false, false, false>(p, threads, nullptr, p.n_rows, nullptr, 0).run();
   else if (p.std)
     p.topk ? step_with_logits<S, true, true>(p, threads) : step_with_logits<S, true, false>(p, threads);

@@ -13,14 +13,13 @@ struct StepInputs {
   const void* x;           // [N, D] contiguous, x_dtype
   const void* table;       // [V, D] unit inner stride, table_dtype
   const float* bias;       // [V]    -||E_j||^2 / 2
-  const float* mu;         // [N]    nullptr: nearest token only
+  const float* scale;      // [N]    nullptr: nearest token only
   const float* std;        // [N]    nullptr: no noise anywhere
   const int64_t* row_ids;  // [N]  nullptr: row_offset + i
   int64_t row_offset;
   int64_t n_rows, n_vocab, width;  // N, V, D
   int64_t table_stride;
   DType x_dtype, table_dtype;
-  float sigma_min;
   const NoiseField* fields;  // [F]  the noise: eps_ij = sum_f weight_f normal_ij(key_f, row_shift_f)
   int64_t n_fields;
 };

@@ -88,11 +88,6 @@ void share(const Threads& threads, int64_t tasks, const Work& work) {
       &context);
 }
 
-// The float32 scale of a row's scores, mu / sigma_min^2.
-inline float score_scale(const StepInputs& p, int64_t r) {
-  return float(double(p.mu[r]) / (double(p.sigma_min) * p.sigma_min));
-}
-
 // Where rows lie in panels of two vectors: along the lanes, each in one lane or, where rows are few, in a group of
 // them. n_rows are those of the call, also where a pass takes some of them: the group decides how scores round, and the
 // weights of a far row add up to 1 only where all passes round alike.

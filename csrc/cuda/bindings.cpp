@@ -74,8 +74,6 @@ Type type_of_both(const Tensor& x, const Tensor& embeddings) {
   return type;
 }
 
-float inverse_variance(double sigma_min) { return float(1 / (sigma_min * sigma_min)); }
-
 // Kernels follow pointers on x's device.
 bool is_elsewhere(const Tensor& x, const Tensor& t) {
   return t.is_cuda() != x.is_cuda() || t.get_device_index() != x.get_device_index();
@@ -92,22 +90,21 @@ smoothie::NoiseField* fields_of(const Tensor& fields) {
   return reinterpret_cast<smoothie::NoiseField*>(pointer<int32_t>(fields, "fields", {fields.size(0), 3}));
 }
 
-StepParams inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const std::optional<Tensor>& mu,
+StepParams inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const std::optional<Tensor>& scale,
                   const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset,
                   const std::optional<Tensor>& fields, const std::optional<Tensor>& ref_score,
-                  const std::optional<Tensor>& highest, double sigma_min) {
-  check_devices(x, embeddings, bias, mu, std, row_ids, fields, ref_score, highest);
+                  const std::optional<Tensor>& highest) {
+  check_devices(x, embeddings, bias, scale, std, row_ids, fields, ref_score, highest);
   StepParams p{};
   const int64_t n = x.size(0), v = embeddings.size(0), d = x.size(1);
   p.type = type_of_both(x, embeddings);
   p.x = data(x, "x", {n, d}), p.table = rows(embeddings, "embeddings", {v, d});
   p.bias = pointer<float>(bias, "bias", {v});
   p.n_rows = n, p.width = int(d), p.table_stride = embeddings.stride(0);
-  p.mu = pointer<float>(mu, "mu", {n}), p.std = pointer<float>(std, "std", {n});
+  p.scale = pointer<float>(scale, "scale", {n}), p.std = pointer<float>(std, "std", {n});
   p.row_ids = pointer<int64_t>(row_ids, "row_ids", {n}), p.row_offset = uint32_t(row_offset);
   p.fields = fields ? fields_of(*fields) : nullptr, p.n_fields = fields ? int(fields->size(0)) : 0;
   p.ref_score = pointer<float>(ref_score, "ref_score", {n}), p.highest = pointer<float>(highest, "highest", {n});
-  p.inverse_variance = inverse_variance(sigma_min);
   return p;
 }
 
@@ -129,13 +126,12 @@ void prepare(Tensor x, std::optional<Tensor> std, Tensor seed, Tensor offsets, s
   check(smoothie::cuda::prepare(p, Stream(stream)), "prepare");
 }
 
-void score(int64_t mode, Tensor x, Tensor embeddings, Tensor bias, std::optional<Tensor> mu, std::optional<Tensor> std,
-           std::optional<Tensor> row_ids, int64_t row_offset, std::optional<Tensor> fields,
-           std::optional<Tensor> ref_score, std::optional<Tensor> highest, double sigma_min, int64_t first_token,
-           int64_t end_token, int64_t parts, int64_t chunks, int64_t resident, int64_t cluster,
-           std::optional<Tensor> numbers, std::optional<Tensor> tokens, std::optional<Tensor> weights,
-           std::optional<Tensor> keys, int64_t stream) {
-  StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+void score(int64_t mode, Tensor x, Tensor embeddings, Tensor bias, std::optional<Tensor> scale,
+           std::optional<Tensor> std, std::optional<Tensor> row_ids, int64_t row_offset, std::optional<Tensor> fields,
+           std::optional<Tensor> ref_score, std::optional<Tensor> highest, int64_t first_token, int64_t end_token,
+           int64_t parts, int64_t chunks, int64_t resident, int64_t cluster, std::optional<Tensor> numbers,
+           std::optional<Tensor> tokens, std::optional<Tensor> weights, std::optional<Tensor> keys, int64_t stream) {
+  StepParams p = inputs(x, embeddings, bias, scale, std, row_ids, row_offset, fields, ref_score, highest);
   check_devices(x, numbers, tokens, weights, keys);
   const int64_t n = p.n_rows, columns = (end_token - first_token + kTile - 1) / kTile * kTile;
   p.first_token = int(first_token), p.end_token = int(end_token);
@@ -162,11 +158,10 @@ void score(int64_t mode, Tensor x, Tensor embeddings, Tensor bias, std::optional
   check(smoothie::cuda::score(smoothie::cuda::Mode(mode), p, Stream(stream)), "score");
 }
 
-void narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+void narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optional<Tensor> std,
             std::optional<Tensor> row_ids, int64_t row_offset, Tensor fields, Tensor ref_score, Tensor highest,
-            double sigma_min, int64_t chunks, int64_t cluster, Tensor numbers, Tensor tokens, Tensor acc,
-            int64_t stream) {
-  StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+            int64_t chunks, int64_t cluster, Tensor numbers, Tensor tokens, Tensor acc, int64_t stream) {
+  StepParams p = inputs(x, embeddings, bias, scale, std, row_ids, row_offset, fields, ref_score, highest);
   check_devices(x, numbers, tokens, acc);
   p.end_token = int(embeddings.size(0));
   p.parts = p.chunks = int(chunks), p.cluster = int(cluster);
@@ -177,11 +172,11 @@ void narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<T
   check(smoothie::cuda::narrow(p, Stream(stream)), "narrow");
 }
 
-void stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<Tensor> std,
+void stream(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optional<Tensor> std,
             std::optional<Tensor> row_ids, int64_t row_offset, Tensor fields, Tensor ref_score, Tensor highest,
-            double sigma_min, int64_t chunks, std::optional<Tensor> only, Tensor numbers, Tensor tokens,
-            std::optional<Tensor> acc, int64_t stream) {
-  StepParams p = inputs(x, embeddings, bias, mu, std, row_ids, row_offset, fields, ref_score, highest, sigma_min);
+            int64_t chunks, std::optional<Tensor> only, Tensor numbers, Tensor tokens, std::optional<Tensor> acc,
+            int64_t stream) {
+  StepParams p = inputs(x, embeddings, bias, scale, std, row_ids, row_offset, fields, ref_score, highest);
   check_devices(x, only, numbers, tokens, acc);
   p.end_token = int(embeddings.size(0));
   p.parts = p.chunks = int(chunks), p.cluster = 1;
@@ -193,20 +188,20 @@ void stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, std::optional<T
   check(smoothie::cuda::stream(p, Stream(stream)), "stream");
 }
 
-void merge(Tensor x, Tensor embeddings, Tensor mu, Tensor ref_score, Tensor highest, double sigma_min, double lowest,
+void merge(Tensor x, Tensor embeddings, Tensor scale, Tensor ref_score, Tensor highest, double lowest,
            double highest_fit, Tensor numbers, Tensor tokens, std::optional<Tensor> acc, std::optional<Tensor> only,
            std::optional<Tensor> smoothed, Tensor nearest, Tensor noisy, Tensor lse, Tensor best_score, Tensor log_sum,
            Tensor best_logit, std::optional<Tensor> far, int64_t stream) {
-  check_devices(x, embeddings, mu, ref_score, highest, numbers, tokens, acc, only, smoothed, nearest, noisy, lse,
+  check_devices(x, embeddings, scale, ref_score, highest, numbers, tokens, acc, only, smoothed, nearest, noisy, lse,
                 best_score, log_sum, best_logit, far);
   smoothie::cuda::MergeParams p{};
   const int64_t n = x.size(0), d = x.size(1), chunks = numbers.size(1);
   p.type = type_of_both(x, embeddings);
   p.x = data(x, "x", {n, d}), p.table = rows(embeddings, "embeddings", {embeddings.size(0), d});
   p.n_rows = n, p.width = int(d), p.table_stride = embeddings.stride(0);
-  p.mu = pointer<float>(mu, "mu", {n}), p.ref_score = pointer<float>(ref_score, "ref_score", {n});
+  p.scale = pointer<float>(scale, "scale", {n}), p.ref_score = pointer<float>(ref_score, "ref_score", {n});
   p.highest = pointer<float>(highest, "highest", {n});
-  p.inverse_variance = inverse_variance(sigma_min), p.lowest = float(lowest), p.highest_fit = float(highest_fit);
+  p.lowest = float(lowest), p.highest_fit = float(highest_fit);
   p.numbers = pointer<float>(numbers, "numbers", {3, chunks, n});
   p.tokens = pointer<int32_t>(tokens, "tokens", {2, chunks, n}), p.chunks = int(chunks);
   p.sums = acc ? int(acc->size(0)) : 0, p.acc = pointer<float>(acc, "acc", {p.sums, n, d});
@@ -249,16 +244,6 @@ void gaussian(std::optional<Tensor> row_ids, int64_t row_offset, Tensor seed, Te
   check(smoothie::cuda::gaussian(p, Stream(stream)), "gaussian");
 }
 
-void column_bias(Tensor embeddings, Tensor bias, int64_t stream) {
-  check_devices(embeddings, bias);
-  smoothie::cuda::BiasParams p{};
-  p.type = type_of_rows(embeddings, "embeddings");
-  p.n_rows = embeddings.size(0), p.width = int(embeddings.size(1)), p.stride = embeddings.stride(0);
-  p.table = rows(embeddings, "embeddings", {p.n_rows, p.width}), p.bias = pointer<float>(bias, "bias", {p.n_rows});
-  const DeviceOf device(embeddings);
-  check(smoothie::cuda::column_bias(p, Stream(stream)), "column_bias");
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(smoothie_kernels_cuda, m) {
@@ -266,20 +251,20 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cuda, m) {
       "prepare(Tensor x, Tensor? std, Tensor seed, Tensor offsets, Tensor? field_weights, float headroom, "
       "Tensor(a!) ref_score, Tensor(b!) highest, Tensor(c!) fields, int stream) -> ()");
   m.def(
-      "score(int mode, Tensor x, Tensor embeddings, Tensor bias, Tensor? mu, Tensor? std, Tensor? row_ids, "
-      "int row_offset, Tensor? fields, Tensor? ref_score, Tensor? highest, float sigma_min, int first_token, "
+      "score(int mode, Tensor x, Tensor embeddings, Tensor bias, Tensor? scale, Tensor? std, Tensor? row_ids, "
+      "int row_offset, Tensor? fields, Tensor? ref_score, Tensor? highest, int first_token, "
       "int end_token, int parts, int chunks, int resident, int cluster, Tensor(a!)? numbers, Tensor(b!)? tokens, "
       "Tensor(c!)? weights, Tensor(d!)? keys, int stream) -> ()");
   m.def(
-      "narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "Tensor fields, Tensor ref_score, Tensor highest, float sigma_min, int chunks, int cluster, "
+      "narrow(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, Tensor? std, Tensor? row_ids, int row_offset, "
+      "Tensor fields, Tensor ref_score, Tensor highest, int chunks, int cluster, "
       "Tensor(a!) numbers, Tensor(b!) tokens, Tensor(c!) acc, int stream) -> ()");
   m.def(
-      "stream(Tensor x, Tensor embeddings, Tensor bias, Tensor mu, Tensor? std, Tensor? row_ids, int row_offset, "
-      "Tensor fields, Tensor ref_score, Tensor highest, float sigma_min, int chunks, Tensor? only, "
+      "stream(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, Tensor? std, Tensor? row_ids, int row_offset, "
+      "Tensor fields, Tensor ref_score, Tensor highest, int chunks, Tensor? only, "
       "Tensor(a!) numbers, Tensor(b!) tokens, Tensor(c!)? acc, int stream) -> ()");
   m.def(
-      "merge(Tensor x, Tensor embeddings, Tensor mu, Tensor ref_score, Tensor highest, float sigma_min, float lowest, "
+      "merge(Tensor x, Tensor embeddings, Tensor scale, Tensor ref_score, Tensor highest, float lowest, "
       "float highest_fit, Tensor numbers, Tensor tokens, Tensor? acc, Tensor? only, Tensor(a!)? smoothed, "
       "Tensor(b!) nearest, Tensor(c!) noisy, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, "
       "Tensor(g!) best_logit, Tensor(h!)? far, int stream) -> ()");
@@ -287,7 +272,6 @@ STABLE_TORCH_LIBRARY(smoothie_kernels_cuda, m) {
       "nearest(Tensor x, Tensor embeddings, Tensor numbers, Tensor tokens, Tensor(a!) nearest, Tensor(b!) distance, "
       "int stream) -> ()");
   m.def("gaussian(Tensor? row_ids, int row_offset, Tensor seed, Tensor offset, Tensor(a!) out, int stream) -> ()");
-  m.def("column_bias(Tensor embeddings, Tensor(a!) bias, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cuda, SMOOTHIE_DISPATCH_KEY, m) {
@@ -298,5 +282,4 @@ STABLE_TORCH_LIBRARY_IMPL(smoothie_kernels_cuda, SMOOTHIE_DISPATCH_KEY, m) {
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("nearest", TORCH_BOX(&nearest));
   m.impl("gaussian", TORCH_BOX(&gaussian));
-  m.impl("column_bias", TORCH_BOX(&column_bias));
 }

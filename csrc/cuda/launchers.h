@@ -24,7 +24,6 @@ const char* prepare(const PrepareParams& p, hopper::Stream stream);
 const char* merge(const MergeParams& p, hopper::Stream stream);
 const char* nearest(const NearestParams& p, hopper::Stream stream);
 const char* gaussian(const GaussianParams& p, hopper::Stream stream);
-const char* column_bias(const BiasParams& p, hopper::Stream stream);
 
 }  // namespace cuda
 }  // namespace smoothie

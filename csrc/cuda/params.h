@@ -22,13 +22,13 @@ enum class Mode : int {
   kMean,     // the statistics, and the sums of weights times the table: narrow tables
 };
 
-// Weights are exp(logit - highest), logit = scale (score - ref_score) + std eps, scale = mu / sigma_min^2,
+// Weights are exp(logit - highest), logit = scale (score - ref_score) + std eps,
 // score = x . E - ||E||^2 / 2. Every part of the table takes the same ref_score and highest of a row, so parts add.
 struct StepParams {
   const void* x;           // [N, D] contiguous, type
   const void* table;       // [V, D], type
   const float* bias;       // [V]
-  const float* mu;         // [N]  nullptr in kNearest
+  const float* scale;      // [N]  nullptr in kNearest
   const float* std;        // [N]  nullptr without noise
   const int64_t* row_ids;  // [N]  nullptr: row_offset + i
   const NoiseField* fields;
@@ -39,7 +39,6 @@ struct StepParams {
   uint32_t row_offset;
   int n_fields, width;         // F, D; D is a multiple of 8
   int first_token, end_token;  // of the table, for this call; the first is a multiple of the tile
-  float inverse_variance;      // 1 / sigma_min^2
   Type type;
 
   // A call takes the tiles of tokens in `parts` parts, part p having tiles p, p + parts, ...; each of `chunks` blocks
@@ -81,14 +80,14 @@ struct PrepareParams {
 
 struct MergeParams {
   const void *x, *table;  // [N, D], [V, D]
-  const float *mu, *ref_score, *highest;
+  const float *scale, *ref_score, *highest;
   const float* numbers;   // [3, C, N]
   const int32_t* tokens;  // [2, C, N]
   const float* acc;       // [A, N, D] or nullptr; A = C, or 1: the sums of all
   const bool* only;       // [N] or nullptr: rows that are written
   int64_t n_rows, table_stride;
-  int width, chunks, sums;                      // D, C, A
-  float inverse_variance, lowest, highest_fit;  // a best logit outside is far: its weights are not sound
+  int width, chunks, sums;    // D, C, A
+  float lowest, highest_fit;  // a best logit outside is far: its weights are not sound
   Type type;
   void* smoothed;                                  // [N, D] or nullptr
   bool wide;                                       // smoothed is float32
@@ -113,14 +112,6 @@ struct GaussianParams {
   uint32_t row_offset;
   int64_t n_rows, columns;
   float* out;  // [N, columns]
-};
-
-struct BiasParams {
-  const void* table;
-  int64_t n_rows, stride;
-  int width;
-  Type type;
-  float* bias;
 };
 
 }  // namespace cuda

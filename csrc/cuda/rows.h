@@ -118,8 +118,8 @@ struct Row {
   template <Noise kNoise>
   __device__ static Row of(const StepParams& p, int64_t index, float unit) {
     Row row;
-    if (index >= p.n_rows || !p.mu) return row;
-    row.scale = unit * (p.mu[index] * p.inverse_variance), row.ref_score = p.ref_score[index];
+    if (index >= p.n_rows || !p.scale) return row;
+    row.scale = unit * p.scale[index], row.ref_score = p.ref_score[index];
     if (p.highest) row.minus_highest = -unit * p.highest[index];
     if (kNoise == Noise::kNone || !p.std) return row;
     row.std = unit * p.std[index], row.id = row_id_of(p.row_ids, p.row_offset, index);

@@ -25,10 +25,6 @@ const char* nearest(const NearestParams& p, hopper::Stream stream) {
   return per_row(nearest_kernel<hopper::BFloat16>, nearest_kernel<hopper::Half>, p, stream);
 }
 
-const char* column_bias(const BiasParams& p, hopper::Stream stream) {
-  return per_row(bias_kernel<hopper::BFloat16>, bias_kernel<hopper::Half>, p, stream);
-}
-
 const char* merge(const MergeParams& p, hopper::Stream stream) {
   const int columns = kSmallThreads / (p.sums > 1 ? kSmallWarps : 1) * 4;
   const int blocks = p.smoothed ? (p.width + columns - 1) / columns : 1;

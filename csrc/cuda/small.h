@@ -83,7 +83,7 @@ __global__ void merge_kernel(const __grid_constant__ MergeParams p) {
   if (blockIdx.y == 0 && threadIdx.x < 32) {
     const double distance = squared_distance_to<T>(p, row, nearest.token);
     if (threadIdx.x == 0) {
-      const float scale = p.mu[row] * p.inverse_variance;
+      const float scale = p.scale[row];
       const float moved = scale * (p.ref_score[row] - nearest.value);
       const float log_sum = p.highest[row] + logf(total) + moved;
       p.nearest[row] = nearest.token, p.noisy[row] = noisy.token;
@@ -134,14 +134,6 @@ __global__ void nearest_kernel(const __grid_constant__ NearestParams p) {
   const double distance = squared_distance_to<T>(p, row, best.token);
   if (threadIdx.x % 32) return;
   p.nearest[row] = best.token, p.distance[row] = float(distance);
-}
-
-template <class T>
-__global__ void bias_kernel(const __grid_constant__ BiasParams p) {
-  const int64_t row = warp_index();
-  if (row >= p.n_rows) return;
-  const double squares = squared_distance<T>(static_cast<const T*>(p.table) + row * p.stride, nullptr, p.width);
-  if (threadIdx.x % 32 == 0) p.bias[row] = float(-squares / 2);
 }
 
 // A thread has a pair of columns.

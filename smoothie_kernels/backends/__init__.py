@@ -1,4 +1,4 @@
-"""One module per backend, each with the same seven functions:
+"""One module per backend, each with the same six functions:
 
 supports(device_type, dtype) -> why not, or None; dtype is None where no input has one
 column_bias(embeddings) -> [V]
@@ -7,12 +7,12 @@ step_bwd(request, saved, grads, needs_x, needs_embeddings)
     -> gradients of x [N, D] and embeddings [V, D], in their types or the sums'; None where not needed
 average(weights, tokens, embeddings, dtype)
     -> [N, D] in dtype, the sums of weights [N, K] times the embeddings of tokens [N, K]
-nearest_fwd(x, embeddings, bias) -> tokens [N], distance [N]
 gaussian(out, row_ids, row_offset, seed, offset) -> out
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +22,7 @@ class StepOutputs(NamedTuple):
     Far from the origin lse is a large number, so a weight exp(logit - lse) would be rounded as coarsely as lse is. With
     the nearest token's score x.E - ||E||^2 / 2 taken off first, only small numbers are subtracted:
 
-        P_ij = exp(scale_i (score_ij - best_score_i) + std_i eps_ij - log_sum_i),   scale = mu / sigma_min^2
+        P_ij = exp(scale_i (score_ij - best_score_i) + std_i eps_ij - log_sum_i)
     """
 
     smoothed: Tensor  # [N, D], [N, 0] where it is not wanted
@@ -33,6 +33,15 @@ class StepOutputs(NamedTuple):
     log_sum: Tensor  # [N]: lse - scale (best_score - ||x||^2 / 2)
     top_logits: Tensor  # [N, K]: scale (score - best_score) + std eps, descending; NaN where lse is
     top_tokens: Tensor  # [N, K] int64: of equal logits the lowest first
+    distance: Tensor | None = None  # [N]: ||x - E_token||^2, where no logits are wanted; all but tokens is empty then
+
+
+NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def nearest_alone(tokens: Tensor, distance: Tensor) -> StepOutputs:
+    """What the step gives where no logits are wanted."""
+    return StepOutputs(NOTHING, tokens, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, distance)
 
 
 class Statistics(NamedTuple):

@@ -1,4 +1,4 @@
-"""Blocks of rows and tokens, and their products by the library: what backends for GPUs share."""
+"""Blocks of rows and tokens, and their products by the library: what backends share."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -6,11 +6,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from smoothie_kernels.stream import Request
+from smoothie_kernels.stream import Request, sum_dtype
 
 MAX_ROWS = 4096  # of a block: more do not make the products any faster
 USEFUL_TOKENS = 1024  # of a block, before it takes more rows
 USEFUL_ROWS = 128
+ROOM = 2**26  # bytes of a copy in float64
 
 
 # A row's reference lies so far below the highest logit that there can be, 6.77 std sum_f |weight_f|: no weight is above
@@ -19,7 +20,7 @@ USEFUL_ROWS = 128
 HEADROOM = 15.0
 # The best logit of a row, less its reference, for which its weights and their sum are sound in float32 and bfloat16:
 # above, a sum over 10^5 tokens comes near 10^38; below, tokens of 10^-11 of the best one's weight begin to vanish. Rows
-# very far from all tokens (at std 1, mu D < -65), with very loud noise or with negative mu lie outside.
+# very far from all tokens (at std 1, logits below -65), with very loud noise or a negative scale lie outside.
 LOWEST, HIGHEST = -60.0, 70.0
 
 
@@ -65,11 +66,20 @@ def rows_of(inputs: Request, rows: slice | Tensor) -> Request:
         row_offset += rows.start
     return inputs._replace(
         x=inputs.x[rows],
-        mu=inputs.mu[rows],
+        scale=inputs.scale[rows],
         std=None if inputs.std is None else inputs.std[rows],
         row_ids=row_ids,
         row_offset=row_offset,
     )
+
+
+def column_bias(embeddings: Tensor) -> Tensor:
+    """-||E_j||^2 / 2, [V], summed in float64: next to it the scores of near tokens cancel."""
+    v, d = embeddings.shape
+    bias = embeddings.new_empty(v, dtype=sum_dtype(embeddings))
+    for rows in slices(v, max(1, ROOM // (8 * d))):
+        bias[rows] = embeddings[rows].double().square().sum(1) / -2
+    return bias
 
 
 def slices(size: int, block: int) -> Iterator[slice]:

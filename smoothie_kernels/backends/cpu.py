@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, StepOutputs, nearest_alone
 from smoothie_kernels.backends.shared_library import why_not
 from smoothie_kernels.stream import Request
 
@@ -26,9 +26,11 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
         return "it takes float32, bfloat16 and float16"
     if reason := why_not(LIBRARY, BUILD):
         return reason
-    if tier() and tier() not in tiers():
-        return f"{TIER_VARIABLE}={tier()} is not one of the tiers of this processor: {', '.join(tiers())}"
-    return None
+    return _no_tier() if tier() and tier() not in tiers() else None
+
+
+def _no_tier() -> str:
+    return f"{TIER_VARIABLE}={tier()} is not one of the tiers of this processor: {', '.join(tiers())}"
 
 
 @cache
@@ -49,8 +51,13 @@ def tiers() -> list[str]:
 
 
 def _tier() -> int:
-    """As the compiled operators take it: its place in TIERS, -1 for the best."""
-    return TIERS.index(tier()) if tier() else -1
+    """As the compiled operators take it: its index in TIERS, -1 for the best."""
+    name = tier()
+    if not name:
+        return -1
+    if name not in tiers():  # set after "auto" had chosen this backend
+        raise RuntimeError(_no_tier())
+    return TIERS.index(name)
 
 
 def column_bias(embeddings: Tensor) -> Tensor:
@@ -60,6 +67,8 @@ def column_bias(embeddings: Tensor) -> Tensor:
 
 
 def step_fwd(inputs: Request) -> StepOutputs:
+    if not inputs.logits:
+        return _nearest(inputs)
     x, (n, k) = inputs.x, (len(inputs.x), inputs.topk)
     tokens, noisy_tokens = (x.new_empty(n, dtype=torch.int64) for _ in range(2))
     lse, best_score, log_sum = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
@@ -68,6 +77,13 @@ def step_fwd(inputs: Request) -> StepOutputs:
     rest = (tokens, noisy_tokens, lse, best_score, log_sum, *top)
     _ops().step_fwd(*_arguments(inputs), smoothed, *rest)
     return StepOutputs(x.new_empty(n, 0) if smoothed is None else smoothed, *rest)
+
+
+def _nearest(inputs: Request) -> StepOutputs:
+    x = inputs.x
+    tokens, distance = x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
+    _ops().nearest_fwd(x, inputs.embeddings, inputs.bias, _tier(), tokens, distance)
+    return nearest_alone(tokens, distance)
 
 
 def step_bwd(
@@ -85,8 +101,8 @@ def step_bwd(
 def _arguments(inputs: Request) -> tuple[object, ...]:
     """As the compiled operators take them."""
     return (
-        inputs.x, inputs.embeddings, inputs.bias, inputs.mu, inputs.std, inputs.row_ids, inputs.row_offset,
-        int(inputs.seed), inputs.offset.cpu(), inputs.field_weights, inputs.sigma_min, _tier(),
+        inputs.x, inputs.embeddings, inputs.bias, inputs.scale, inputs.std, inputs.row_ids, inputs.row_offset,
+        int(inputs.seed), inputs.offset.cpu(), inputs.field_weights, _tier(),
     )  # fmt: skip
 
 
@@ -94,12 +110,6 @@ def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dt
     out = embeddings.new_empty(len(tokens), embeddings.shape[1], dtype=dtype)
     _ops().average(weights, tokens, embeddings, _tier(), out)
     return out
-
-
-def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, distance = x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
-    _ops().nearest_fwd(x, embeddings, bias, _tier(), tokens, distance)
-    return tokens, distance
 
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:

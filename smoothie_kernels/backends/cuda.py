@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, Statistics, StepOutputs
+from smoothie_kernels.backends import Grads, Saved, Statistics, StepOutputs, nearest_alone
 from smoothie_kernels.backends.blocks import (
     HEADROOM,
     HIGHEST,
     LOWEST,
     add_product,
     cdiv,
+    column_bias,
     noise_on_device,
     on_device,
     pick_block,
@@ -37,6 +38,8 @@ from smoothie_kernels.backends.largest import ROOM, Passes, largest_kept, larges
 from smoothie_kernels.backends.shared_library import why_not
 from smoothie_kernels.recall import Buckets, expected_found
 from smoothie_kernels.stream import Request
+
+__all__ = ["average", "column_bias", "gaussian", "step_bwd", "step_fwd", "supports"]
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
 # The same, but what hangs ends with an error: where setup.py is given SMOOTHIE_WATCHDOG=1. Both register the same
@@ -229,8 +232,8 @@ def _stream(inputs: Request, refs: Refs, acc: Tensor | None, chunks: int, only: 
 def _of_step(inputs: Request, refs: Refs | None) -> tuple[object, ...]:
     """What all passes take."""
     return (
-        inputs.x, inputs.embeddings, inputs.bias, inputs.mu if refs else None, inputs.std, inputs.row_ids,
-        inputs.row_offset % 2**32, *(refs or NO_REFS), inputs.sigma_min,
+        inputs.x, inputs.embeddings, inputs.bias, inputs.scale if refs else None, inputs.std, inputs.row_ids,
+        inputs.row_offset % 2**32, *(refs or NO_REFS),
     )  # fmt: skip
 
 
@@ -258,7 +261,7 @@ def _merge(
         into = Statistics(*longs, *(_floats(x, n) for _ in range(4)))
     far = x.new_empty(n, dtype=torch.bool)
     _call(
-        "merge", x, x, inputs.embeddings, inputs.mu, refs.ref_score, refs.highest, inputs.sigma_min, LOWEST, HIGHEST,
+        "merge", x, x, inputs.embeddings, inputs.scale, refs.ref_score, refs.highest, LOWEST, HIGHEST,
         *parts, acc, only, smoothed, *into, far,
     )  # fmt: skip
     return Merged(into, far)
@@ -368,27 +371,22 @@ def _write_keys(fields: Tensor, inputs: Request, tokens: slice, ref_score: Tenso
 # --- the backend
 
 
-def column_bias(embeddings: Tensor) -> Tensor:
-    embeddings, bias = _aligned(embeddings), _floats(embeddings, len(embeddings))
-    _call("column_bias", embeddings, embeddings, bias)
-    return bias
-
-
 def step_fwd(inputs: Request) -> StepOutputs:
     x, embeddings = _both_aligned(inputs.x, inputs.embeddings)
-    inputs = noise_on_device(inputs._replace(x=x, embeddings=embeddings))
+    inputs = inputs._replace(x=x, embeddings=embeddings)
+    if not inputs.logits:
+        return _nearest(inputs)
+    inputs = noise_on_device(inputs)
     smoothed, found = _mean(inputs) if inputs.mean else (inputs.x.new_empty(len(inputs.x), 0), None)
     return with_largest(inputs, smoothed, found, Passes(_statistics, _approximate, _exact))
 
 
-def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x, embeddings = _both_aligned(x, embeddings)
+def _nearest(inputs: Request) -> StepOutputs:
+    x, table = inputs.x, inputs.embeddings
     tokens, distance = x.new_empty(len(x), dtype=torch.int64), _floats(x, len(x))
-    nothing = x.new_empty(0, dtype=torch.float32)
-    inputs = Request(x, embeddings, bias, nothing, None, None, 0, nothing, nothing, None, 1.0, 0)
-    found = _score(NEAREST, inputs, None, slice(0, len(embeddings)))
-    _call("nearest", x, x, embeddings, found.numbers[:1], found.tokens[:1], tokens, distance)
-    return tokens, distance
+    found = _score(NEAREST, inputs, None, slice(0, len(table)))
+    _call("nearest", x, x, table, found.numbers[:1], found.tokens[:1], tokens, distance)
+    return nearest_alone(tokens, distance)
 
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:

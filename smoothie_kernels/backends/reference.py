@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepOutputs, gather
+from smoothie_kernels.backends import Grads, Saved, StepOutputs, gather, nearest_alone
+from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.backends.gather import average
 from smoothie_kernels.recall import Buckets, pick_buckets
 from smoothie_kernels.stream import Request, sum_dtype
 
-__all__ = ["average", "column_bias", "gaussian", "nearest_fwd", "step_bwd", "step_fwd", "supports"]
+__all__ = ["average", "column_bias", "gaussian", "step_bwd", "step_fwd", "supports"]
 
 CHUNK = 4096  # tokens at a time
 
@@ -29,15 +30,9 @@ def _ids(row_ids: Tensor | None, row_offset: int, x: Tensor) -> Tensor:
     )
 
 
-def column_bias(embeddings: Tensor) -> Tensor:
-    """-||E_j||^2 / 2, summed in float64: next to it the scores of near tokens cancel."""
-    bias = embeddings.new_empty(embeddings.shape[0], dtype=sum_dtype(embeddings))
-    for first in range(0, len(bias), CHUNK):
-        bias[first : first + CHUNK] = -embeddings[first : first + CHUNK].double().square().sum(1) / 2
-    return bias
-
-
 def step_fwd(inputs: Request) -> StepOutputs:
+    if not inputs.logits:
+        return _nearest(inputs)
     x, embeddings, dtype = inputs.x, inputs.embeddings, sum_dtype(inputs.x)
     rows, scale, ids = _rows(inputs)
     nearest = rows.new_full((len(rows),), -torch.inf)  # running maximum of the scores
@@ -64,8 +59,12 @@ def step_fwd(inputs: Request) -> StepOutputs:
             smoothed = smoothed * rescale[:, None] + weights @ table
         highest = new_highest
     log_sum = torch.where(highest.isfinite(), highest, 0) + total.log()
-    # The winner's distance directly: the scores' difference of large numbers would cancel.
-    lse = log_sum - scale * (rows - embeddings[tokens].to(dtype)).square().sum(1) / 2
+    # The nearest token's score as it came out, because lse averages the errors of all scores, but for the token's share
+    # of the weight (without noise, where that is not known), because its distance has no error.
+    came_out = nearest.double() - rows.double().square().sum(1) / 2
+    near = (rows.double() - embeddings[tokens].double()).square().sum(1) / -2
+    share = torch.where(tokens == noisy_tokens, highest - log_sum, -log_sum.clamp(min=0)).exp().clamp(max=1).double()
+    lse = (log_sum.double() + scale.double() * torch.lerp(came_out, near, share)).to(dtype)
     top = kept.largest(nearest, log_sum)
     smoothed = (smoothed / total[:, None]).to(inputs.result_dtype(x))
     return StepOutputs(smoothed, tokens, noisy_tokens, lse, nearest, log_sum, *top)
@@ -77,7 +76,7 @@ class _Kept:
     def __init__(self, inputs: Request, rows: Tensor) -> None:
         v, self.k = inputs.embeddings.shape[0], inputs.topk
         self.buckets, self.keep = pick_buckets(v, self.k, inputs.recall_target) or Buckets(1, self.k)
-        self.scale = (inputs.mu / inputs.sigma_min**2)[:, None, None]
+        self.scale = inputs.scale[:, None, None]
         # [N, so many of a bucket, buckets]. Scores and noise apart: logits relative to a moving score would drift.
         self.scores = rows.new_empty(len(rows), 0, self.buckets)
         self.noise, self.tokens = self.scores, self.scores.long()
@@ -167,7 +166,7 @@ def step_bwd(
 def _rows(inputs: Request) -> tuple[Tensor, Tensor, Tensor]:
     """x, its scale and its row ids."""
     x = inputs.x.to(sum_dtype(inputs.x))
-    return x, inputs.mu / inputs.sigma_min**2, _ids(inputs.row_ids, inputs.row_offset, x)
+    return x, inputs.scale, _ids(inputs.row_ids, inputs.row_offset, x)
 
 
 def _noise(inputs: Request, ids: Tensor, first: int, count: int) -> Tensor | float:
@@ -186,15 +185,16 @@ def _keep_first_max(best: Tensor, index: Tensor, values: Tensor, first: int) -> 
     return torch.where(better, value, best), torch.where(better, column + first, index)
 
 
-def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(inputs: Request) -> StepOutputs:
+    x, embeddings = inputs.x, inputs.embeddings
     rows = x.to(sum_dtype(x))
     nearest = rows.new_full((len(rows),), -torch.inf)
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
     for first in range(0, embeddings.shape[0], CHUNK):
-        scores = rows @ embeddings[first : first + CHUNK].to(rows.dtype).T + bias[first : first + CHUNK]
+        scores = rows @ embeddings[first : first + CHUNK].to(rows.dtype).T + inputs.bias[first : first + CHUNK]
         nearest, tokens = _keep_first_max(nearest, tokens, scores, first)
     distance = (rows.double() - embeddings[tokens].double()).square().sum(1)
-    return tokens, distance.to(rows.dtype)
+    return nearest_alone(tokens, distance.to(rows.dtype))
 
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:

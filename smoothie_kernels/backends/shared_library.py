@@ -26,7 +26,7 @@ def why_not(path: Path, build: str) -> str | None:
     except OSError as error:  # torch's own does not say why
         return _cannot(path, str(error.__cause__ or error).removeprefix(f"{path}: "))
     operators = getattr(torch.ops, path.stem.removeprefix("lib").removesuffix("_watchdog"))
-    return None if hasattr(operators, "column_bias") else _cannot(path, "it has none of this package's operators")
+    return None if hasattr(operators, "gaussian") else _cannot(path, "it has none of this package's operators")
 
 
 def missing_bytes(path: Path) -> int:

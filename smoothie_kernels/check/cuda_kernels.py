@@ -44,7 +44,7 @@ def problem(on: Target, n: int, v: int, d: int, dtype: torch.dtype, scale: float
     number = torch.tensor(0, device=on.device)
     given = Request(
         x, table, bias.float(), torch.full((n,), scale, device=on.device), None, None, 0, number, number[None], None,
-        1.0, 2**28,
+        2**28,
     )  # fmt: skip
     zeros = torch.zeros(n, device=on.device)
     fields = torch.zeros(1, 3, dtype=torch.int32, device=on.device)
@@ -72,7 +72,7 @@ def prepare(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) -> 
         std, weights = torch.rand(n).to(on.device), torch.tensor([0.6, -0.8]).to(on.device)
         offsets, seed = torch.tensor([2**40 + 1, -5]), torch.tensor(-3)
         given = Request(
-            x, x, x[:, 0].float(), std, std, None, 0, seed.to(on.device), offsets.to(on.device), weights, 1.5, 2**28
+            x, x, x[:, 0].float(), std, std, None, 0, seed.to(on.device), offsets.to(on.device), weights, 2**28
         )
         refs = cuda._prepare(given)
         squares = x.double().square().sum(1) / 2
@@ -126,7 +126,7 @@ def modes(
 
 def statistics_and_weights(found: Findings, label: str, of: Problem) -> None:
     given, refs, scores = of
-    (n, v), scale, x = scores.shape, float(given.mu[0]), given.x
+    (n, v), scale, x = scores.shape, float(given.scale[0]), given.x
     found.case(label, f"statistics, scale {scale:g}")
     hold_parts(found, cuda._score(cuda.STATISTICS, given, refs, slice(0, v)), scores, scale)
     found.case(label, f"weights, scale {scale:g}")

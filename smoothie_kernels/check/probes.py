@@ -236,7 +236,9 @@ def statistics(found: Findings, on: Target, dtype: torch.dtype, shapes: Shapes) 
         given = noisy(x, table, *LEVELS["usual"])
         seed, offsets = torch.tensor(KEY["seed"]), torch.tensor([KEY["offset"]])
         mu, std = (each.to(bias.dtype) for each in given[2:4])
-        got = backend.step_fwd(Request(x, table, bias, mu, std, None, 0, seed, offsets, None, 1.5, 2**28, mean=False))
+        got = backend.step_fwd(
+            Request(x, table, bias, mu / 1.5**2, std, None, 0, seed, offsets, None, 2**28, mean=False)
+        )
         exact = testing.dense_step(*given.double()).smoothed
         found.take(*testing.compare_step(SmoothieStep(exact.to(x.dtype), *got[1:4]), *given)[1:])
 

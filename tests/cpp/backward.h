@@ -54,7 +54,6 @@ struct Sum {
 void check_gradients(const Problem& problem, const Backward& b, const Gradients& r, const float* eps, int parts) {
   const StepParams& p = problem.params;
   const int64_t v = p.n_vocab, d = p.width;
-  const double s2 = double(p.sigma_min) * p.sigma_min;
   const double rounding = p.smoothed_dtype == DType::kFloat32 ? kEps : half_step(p.smoothed_dtype, 1.0);  // of smoothed
   std::vector<Sum> table(size_t(v * d));
   std::vector<double> e(size_t(v * d), 0.0), logit(size_t(v), 0.0), weight(logit), norm(logit);
@@ -67,7 +66,7 @@ void check_gradients(const Problem& problem, const Backward& b, const Gradients&
     table2 = std::fmax(table2, norm[size_t(j)]);
   }
   for (int64_t i = 0; i < p.n_rows; ++i) {
-    const double mu = p.mu[i], std = eps ? p.std[i] : 0.0, scale = mu / s2;
+    const double scale = p.scale[i], std = eps ? p.std[i] : 0.0;
     std::vector<double> x, g;
     double x2 = 0.0, g2 = 0.0, best = -kInfinity, sum = 0.0, delta = 0.0;
     for (int64_t k = 0; k < d; ++k) {

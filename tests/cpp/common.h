@@ -119,12 +119,12 @@ std::unique_ptr<T[]> array(int64_t count, T value) {
 struct Case {
   int64_t n, v, d;
   DType x_dtype = DType::kFloat32, table_dtype = DType::kFloat32;
-  int64_t gap = 0, shift = 0;  // between rows of the table; of x and the table, off the alignment of their buffers
-  int row_ids = 0;             // 0: row_offset 0, 1: row_offset next to 2^32, 2: ids next to 2^32
-  double mu = 0.7, std = 0.5;  // of row 0; other rows have others
-  double far = 0.0;            // added to every second row of x
-  int fields = 0;              // of the noise; 0: one as it is
-  bool wide = false;           // smoothed and the gradient of x in fp32
+  int64_t gap = 0, shift = 0;     // between rows of the table; of x and the table, off the alignment of their buffers
+  int row_ids = 0;                // 0: row_offset 0, 1: row_offset next to 2^32, 2: ids next to 2^32
+  double scale = 0.3, std = 0.5;  // of row 0; other rows have others
+  double far = 0.0;               // added to every second row of x
+  int fields = 0;                 // of the noise; 0: one as it is
+  bool wide = false;              // smoothed and the gradient of x in fp32
 };
 
 std::string name(const Tier& tier, const Case& c, bool noise) {
@@ -137,7 +137,7 @@ std::string name(const Tier& tier, const Case& c, bool noise) {
 
 struct Problem {
   Matrix x, table;
-  std::unique_ptr<float[]> bias, mu, std;
+  std::unique_ptr<float[]> bias, scale, std;
   std::unique_ptr<int64_t[]> row_ids;
   std::vector<smoothie::NoiseField> fields;
   StepParams params{};
@@ -146,7 +146,7 @@ struct Problem {
       : x(c.x_dtype, c.n, c.d, 0, c.shift),
         table(c.table_dtype, c.v, c.d, c.gap, c.shift),
         bias(array<float>(c.v, kNan)),
-        mu(array<float>(c.n, kNan)),
+        scale(array<float>(c.n, kNan)),
         std(array<float>(c.n, kNan)),
         row_ids(array<int64_t>(c.n, 0)) {
     std::mt19937 random(uint32_t(c.n * 1000003 + c.v * 1009 + c.d));
@@ -155,18 +155,17 @@ struct Problem {
     for (int64_t i = 1; i < c.n; i += 2)
       for (int64_t j = 0; j < c.d; ++j) x.set(i, j, x.get(i, j) + c.far);
     for (int64_t i = 0; i < c.n; ++i) {
-      mu[size_t(i)] = float(i % 5 == 4 ? 0.0 : c.mu * (1.0 + 0.1 * double(i % 7)));
+      scale[size_t(i)] = float(i % 5 == 4 ? 0.0 : c.scale * (1.0 + 0.1 * double(i % 7)));
       std[size_t(i)] = float(i % 4 == 3 ? 0.0 : c.std * (1.0 + 0.2 * double(i % 3)));
       row_ids[size_t(i)] = 4294967295 - 3 * i;
     }
     set_bias(tier);
     params.x = x.data, params.x_dtype = c.x_dtype;
     params.table = table.data, params.table_dtype = c.table_dtype, params.table_stride = table.stride;
-    params.bias = bias.get(), params.mu = mu.get(), params.std = std.get();
+    params.bias = bias.get(), params.scale = scale.get(), params.std = std.get();
     params.n_rows = c.n, params.n_vocab = c.v, params.width = c.d;
     params.row_offset = c.row_ids == 1 ? 4294967296 - c.n : 0;
     params.row_ids = c.row_ids == 2 ? row_ids.get() : nullptr;
-    params.sigma_min = 1.5f;
     params.smoothed_dtype = c.wide ? DType::kFloat32 : c.x_dtype;
     params.topk = 1 + (7 * c.n + 3 * c.d) % c.v;
     // Of several, the third has the first one's offset, and the fourth counts nothing.
@@ -233,10 +232,10 @@ Result run(const Tier& tier, StepParams params, int n_threads, bool mean = true)
   return r;
 }
 
-// fp32 error of a row's logits next to each other: of mu E.x / s0^2, mu |E|^2 / s0^2 and the noise. What a logit has on
-// top of that, the rounding of mu |x|^2 / s0^2, is the same for the whole row.
-double logit_bound(double mu_s2, double x2, double table2, double std) {
-  return 2 * kEps * (mu_s2 * (std::sqrt(x2 * table2) + table2) + 7 * std) + 4e-6 * std + 2 * kEps;
+// fp32 error of a row's logits next to each other: of scale E.x, scale |E|^2 and the noise. What a logit has on
+// top of that, the rounding of scale |x|^2, is the same for the whole row.
+double logit_bound(double scale, double x2, double table2, double std) {
+  return 2 * kEps * (scale * (std::sqrt(x2 * table2) + table2) + 7 * std) + 4e-6 * std + 2 * kEps;
 }
 
 }  // namespace

@@ -137,7 +137,6 @@ void check_top(const Result& r, int64_t i, int64_t k, const std::vector<double>&
 
 void check_result(const Problem& problem, const Result& r, const float* eps) {
   const StepParams& p = problem.params;
-  const double s2 = double(p.sigma_min) * p.sigma_min;
   double table2 = 0.0, largest = 0.0;  // of the table: norm, entry
   for (int64_t j = 0; j < p.n_vocab; ++j) {
     double sum = 0.0;
@@ -152,7 +151,7 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
   for (int64_t j = 0; j < p.n_vocab; ++j)
     for (int64_t d = 0; d < p.width; ++d) table[size_t(j * p.width + d)] = problem.table.get(j, d);
   for (int64_t i = 0; i < p.n_rows; ++i) {
-    const double mu = p.mu[i], std = eps ? p.std[i] : 0.0;
+    const double scale = p.scale[i], std = eps ? p.std[i] : 0.0;
     double x2 = 0.0, best_score = -kInfinity, best_logit = -kInfinity;
     std::vector<double> x;
     for (int64_t d = 0; d < p.width; ++d) x.push_back(problem.x.get(i, d)), x2 += x.back() * x.back();
@@ -162,8 +161,8 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
         const double difference = x[size_t(d)] - table[size_t(j * p.width + d)];
         square += difference * difference;
       }
-      score[size_t(j)] = -square / (2 * s2);
-      logit[size_t(j)] = mu * score[size_t(j)] + (eps ? std * eps[i * p.n_vocab + j] : 0.0);
+      score[size_t(j)] = -square / 2;
+      logit[size_t(j)] = scale * score[size_t(j)] + (eps ? std * eps[i * p.n_vocab + j] : 0.0);
       best_score = std::fmax(best_score, score[size_t(j)]);
       best_logit = std::fmax(best_logit, logit[size_t(j)]);
     }
@@ -174,12 +173,12 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
       sum += weight;
       for (int64_t d = 0; d < p.width; ++d) wanted[size_t(d)] += weight * table[size_t(j * p.width + d)];
     }
-    const double bound = logit_bound(mu / s2, x2, table2, std * loudness(p)), lse = best_logit + std::log(sum);
-    const double raw_score = s2 * best_score + x2 / 2;  // without the row constant
+    const double bound = logit_bound(scale, x2, table2, std * loudness(p)), lse = best_logit + std::log(sum);
+    const double raw_score = best_score + x2 / 2;  // without the row constant
     CHECK_CLOSE(r.best_score[size_t(i)], raw_score, logit_bound(1, x2, table2, 0.0) + kEps * std::fabs(raw_score));
-    CHECK_CLOSE(r.log_sum[size_t(i)], lse - mu * best_score,
-                2 * bound + 1e-6 + kEps * std::fabs(lse - mu * best_score));
-    CHECK_CLOSE(r.lse[size_t(i)], lse, bound + kEps * (2 * std::fabs(lse) + mu / s2 * x2) + 1e-6);
+    CHECK_CLOSE(r.log_sum[size_t(i)], lse - scale * best_score,
+                2 * bound + 1e-6 + kEps * std::fabs(lse - scale * best_score));
+    CHECK_CLOSE(r.lse[size_t(i)], lse, bound + kEps * (2 * std::fabs(lse) + scale * x2) + 1e-6);
     for (int64_t d = 0; d < p.width; ++d) {
       const double value = wanted[size_t(d)] / sum;
       CHECK_CLOSE(r.smoothed.get(i, d), value, 2 * bound * largest + half_step(p.smoothed_dtype, value));
@@ -187,9 +186,9 @@ void check_result(const Problem& problem, const Result& r, const float* eps) {
     CHECK_WITHIN(r.tokens[size_t(i)], 0, double(p.n_vocab - 1));
     CHECK_WITHIN(r.noisy_tokens[size_t(i)], 0, double(p.n_vocab - 1));
     if (failures) return;  // a token outside the table cannot be looked up
-    CHECK_CLOSE(score[size_t(r.tokens[size_t(i)])], best_score, logit_bound(1 / s2, x2, table2, 0.0));
+    CHECK_CLOSE(score[size_t(r.tokens[size_t(i)])], best_score, logit_bound(1, x2, table2, 0.0));
     CHECK_CLOSE(logit[size_t(r.noisy_tokens[size_t(i)])], best_logit, 2 * bound);
-    check_top(r, i, p.topk, logit, mu * best_score, 2 * bound);
+    check_top(r, i, p.topk, logit, scale * best_score, 2 * bound);
   }
 }
 
@@ -239,7 +238,7 @@ void test_case(const Tier& tier, const Case& c, const std::vector<int>& thread_c
     }
   }
   const Result with_logits = run(tier, p, 1);
-  p.mu = nullptr;
+  p.scale = nullptr;
   for (int n_threads : {1, thread_counts.back()}) {
     const auto tokens = array<int64_t>(c.n, -7);
     const auto distance = array<float>(c.n, kNan);
@@ -334,12 +333,12 @@ void test_ties(const Tier& tier) {
       const Result r = run(tier, problem.params, n_threads);
       for (int64_t i = 0; i < 37; ++i) {
         CHECK_WITHIN(r.tokens[size_t(i)], 0, double(period - 1));
-        // Where mu is zero all logits are equal.
-        CHECK_EQUAL(r.noisy_tokens[size_t(i)], problem.mu[size_t(i)] == 0.0f ? 0 : r.tokens[size_t(i)]);
+        // Where scale is zero all logits are equal.
+        CHECK_EQUAL(r.noisy_tokens[size_t(i)], problem.scale[size_t(i)] == 0.0f ? 0 : r.tokens[size_t(i)]);
         const int64_t k = problem.params.topk;
         for (int64_t rank = 0; rank < k; ++rank) {
           const int64_t token = r.top_tokens[size_t(i * k + rank)], equal = rank < 700 / period ? rank * period : -1;
-          if (problem.mu[size_t(i)] == 0.0f)
+          if (problem.scale[size_t(i)] == 0.0f)
             CHECK_EQUAL(token, rank);
           else if (equal >= 0)
             CHECK_EQUAL(token, r.tokens[size_t(i)] + equal);

@@ -116,7 +116,7 @@ LARGE_LOG_SUMS = {
     "farthest token": (-0.3, 0.99, 100, torch.float32),
     "farther": (-0.3, 0.99, 1000, torch.float32),
     "loud": (0.05, 1e5, 1, torch.float32),
-    "louder": (0.05, 3e7, 1, torch.float32),
+    "louder": (0.05, 1.5e7, 1, torch.float32),
     "loud, bfloat16": (0.05, 1e7, 1, torch.bfloat16),
     "farthest, bfloat16": (-0.3, 0.0, 100, torch.bfloat16),
 }

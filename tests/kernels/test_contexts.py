@@ -351,10 +351,9 @@ def test_seed_under_vmap(x, table):
         func.vmap(lambda x: fused_smoothie_step(x, table, 0.05, 0.9).lse)(x[None])
 
 
-def test_the_nearest_token_has_no_derivative(x, table):
-    distance = nearest_token(x.requires_grad_(), table).distance
-    with pytest.raises(NotImplementedError, match="nearest_token has no derivatives"):
-        distance.sum().backward()
+def test_one_vocabulary_for_all_samples(table):
+    with pytest.raises(NotImplementedError, match="one embeddings for all samples"):
+        func.vmap(lambda table: Vocabulary(table).bias)(table.expand(2, *table.shape))
 
 
 # --- torch.compile, torch.export

@@ -343,7 +343,6 @@ def test_strides_that_no_tensor_map_has(hopper, take, path, v, stride):
     dense = table.clone(memory_format=torch.contiguous_format)
     for how in ({}, {"topk": 1}):
         assert same_bits(step(x, table, **how), step(x, dense, **how))
-    assert torch.equal(cuda.column_bias(table), cuda.column_bias(dense))
     found, expected = (nearest_token(x, t, backend="cuda") for t in (table, dense))
     assert torch.equal(found.distance, expected.distance)
     one = x.as_strided((1, 64), (stride, 1))

@@ -19,11 +19,11 @@ static char text[600];
 #define SAY(...) return std::snprintf(text, sizeof text, __VA_ARGS__), text
 #define GIVEN(p) ((p) != nullptr)
 const char* score(Mode mode, const StepParams& p, hopper::Stream s) {
-  SAY("mode=%d type=%d N=%d D=%d table_stride=%d row_offset=%u F=%d weight=%g inverse_variance=%g first=%d end=%d "
-      "parts=%d chunks=%d resident=%d cluster=%d weights_stride=%d x=%d mu=%d std=%d numbers=%d keys=%d stream=%d",
+  SAY("mode=%d type=%d N=%d D=%d table_stride=%d row_offset=%u F=%d weight=%g first=%d end=%d "
+      "parts=%d chunks=%d resident=%d cluster=%d weights_stride=%d x=%d scale=%d std=%d numbers=%d keys=%d stream=%d",
       int(mode), int(p.type), int(p.n_rows), p.width, int(p.table_stride), p.row_offset, p.n_fields,
-      p.fields ? p.fields[p.n_fields - 1].weight : 0, p.inverse_variance, p.first_token, p.end_token, p.parts, p.chunks,
-      p.resident, p.cluster, int(p.weights_stride), GIVEN(p.x), GIVEN(p.mu), GIVEN(p.std), GIVEN(p.numbers),
+      p.fields ? p.fields[p.n_fields - 1].weight : 0, p.first_token, p.end_token, p.parts, p.chunks,
+      p.resident, p.cluster, int(p.weights_stride), GIVEN(p.x), GIVEN(p.scale), GIVEN(p.std), GIVEN(p.numbers),
       GIVEN(p.keys), int(intptr_t(s)));
 }
 const char* stream(const StepParams& p, hopper::Stream) {
@@ -49,9 +49,6 @@ const char* gaussian(const GaussianParams& p, hopper::Stream) {
   SAY("N=%d columns=%d seed=%d offset=%d row_ids=%d", int(p.n_rows), int(p.columns), int(*p.seed), int(*p.offset),
       GIVEN(p.row_ids));
 }
-const char* column_bias(const BiasParams& p, hopper::Stream) {
-  SAY("V=%d D=%d stride=%d type=%d", int(p.n_rows), p.width, int(p.stride), int(p.type));
-}
 }}
 """
 
@@ -75,9 +72,9 @@ numbers, tokens = torch.zeros(3, 4, n), torch.zeros(2, 4, n, dtype=i)
 fields = torch.tensor([[1, 2, 0], [3, 4, 0x3F000000]], dtype=i)
 nearest, distance = row.to(l), torch.zeros(n)
 
-def score(x, table, weights=None, keys=None):
+def score(x, table, weights=None, keys=None, bias=bias):
     found = numbers[:, :2].clone()
-    return said("score", 5, x, table, bias, row, None, None, 9, fields, row, row, 0.5, 8, 32, 4, 2, 3, 1, found, None,
+    return said("score", 5, x, table, bias, row, None, None, 9, fields, row, row, 8, 32, 4, 2, 3, 1, found, None,
                 weights, keys, 6)
 
 json.dump({
@@ -91,28 +88,27 @@ json.dump({
     "few weights": score(x, table, torch.empty(128, 127, dtype=torch.bfloat16)),
     "few rows of weights": score(x, table, torch.empty(n, 128, dtype=torch.bfloat16)),
     "few keys": score(x, table, None, torch.zeros(n, 127, dtype=l)),
-    "other bias": said("column_bias", table, torch.zeros(v, dtype=torch.float64), 0),
-    "short bias": said("column_bias", table, torch.zeros(v - 1), 0),
-    "gaps in bias": said("column_bias", table, torch.zeros(2 * v)[::2], 0),
+    "other bias": score(x, table, bias=torch.zeros(v, dtype=torch.float64)),
+    "short bias": score(x, table, bias=torch.zeros(v - 1)),
+    "gaps in bias": score(x, table, bias=torch.zeros(2 * v)[::2]),
     "unaligned x": score(torch.zeros(n * d + 1).bfloat16()[1:].view(n, d), table),
     "unaligned table": score(x, torch.zeros(v, 24).bfloat16()[:, 4:4 + d]),
     "odd stride": score(x, torch.zeros(v, 20).bfloat16()[:, :d]),
     "odd width": score(x[:, :12].contiguous(), table[:, :12]),
     "other width": score(x[:, :8].contiguous(), table),
     "gaps in x": score(torch.zeros(n, 24).bfloat16()[:, :d], table),
-    "stream": said("stream", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, torch.ones(n) > 0,
+    "stream": said("stream", x, table, bias, row, row, None, 0, fields, row, row, 3, torch.ones(n) > 0,
                    numbers[:, :3].clone(), tokens[:, :3].clone(), 2 * torch.ones(3, n, d), 0),
-    "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 0.5, 3, 2, numbers[:, :3].clone(),
+    "narrow": said("narrow", x, table, bias, row, row, None, 0, fields, row, row, 3, 2, numbers[:, :3].clone(),
                    tokens[:, :3].clone(), 3 * torch.ones(3, n, d), 0),
     "prepare": said("prepare", x, row, seed, offsets, None, 1.5, row, row, fields, 0),
-    "merge": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None,
+    "merge": said("merge", x, table, row, row, row, -2.0, 3.0, numbers, tokens, torch.zeros(1, n, d), None,
                   x.clone(), row.to(l), row.to(l), row, row, row, row, None, 0),
-    "merge, no sums": said("merge", x, table, row, row, row, 0.5, -2.0, 3.0, numbers, tokens, None, None, None,
+    "merge, no sums": said("merge", x, table, row, row, row, -2.0, 3.0, numbers, tokens, None, None, None,
                            row.to(l), row.to(l), row, row, row, row, torch.ones(n) > 0, 0),
     "nearest": said("nearest", x, table, numbers[:1], tokens[:1], nearest, distance, 0),
     "nearest writes": [nearest[0].item(), distance[0].item()],
     "gaussian": said("gaussian", None, 0, torch.tensor(8), torch.tensor(2), torch.zeros(n, d), 0),
-    "column_bias": said("column_bias", table.half(), bias, 0),
 }, sys.stdout)
 """
 
@@ -142,19 +138,21 @@ def said(tmp_path_factory):
     [
         (
             "score",
-            "mode=5 type=0 N=5 D=16 table_stride=24 row_offset=9 F=2 weight=0.5 inverse_variance=4 first=8 end=32",
+            "mode=5 type=0 N=5 D=16 table_stride=24 row_offset=9 F=2 weight=0.5 first=8 end=32",
         ),
-        ("score", "parts=4 chunks=2 resident=3 cluster=1 weights_stride=128 x=1 mu=1 std=0 numbers=1 keys=0 stream=6"),
+        (
+            "score",
+            "parts=4 chunks=2 resident=3 cluster=1 weights_stride=128 x=1 scale=1 std=0 numbers=1 keys=0 stream=6",
+        ),
         ("score half", "type=1"),
-        ("score keys", "weights_stride=136 x=1 mu=1 std=0 numbers=1 keys=1"),
-        ("score kept", "weights_stride=0 x=1 mu=1 std=0 numbers=1 keys=1"),
+        ("score keys", "weights_stride=136 x=1 scale=1 std=0 numbers=1 keys=1"),
+        ("score kept", "weights_stride=0 x=1 scale=1 std=0 numbers=1 keys=1"),
         ("stream", "first=0 end=40 parts=3 chunks=3 only=1 acc=2"),
         ("narrow", "end=40 parts=3 chunks=3 cluster=2 acc=3"),
         ("prepare", "N=5 D=16 F=2 seed=7 offset=4 headroom=1.5"),
         ("merge", "N=5 D=16 table_stride=24 chunks=4 sums=1 lowest=-2 highest_fit=3 smoothed=1 far=0"),
         ("merge, no sums", "chunks=4 sums=0 lowest=-2 highest_fit=3 smoothed=0 far=1"),
         ("gaussian", "N=5 columns=16 seed=8 offset=2 row_ids=0"),
-        ("column_bias", "V=40 D=16 stride=16 type=1"),
     ],
 )
 def test_launchers_are_given(said, call, words):

@@ -5,11 +5,12 @@ import mmap
 import pytest
 import test_cuda
 import torch
-from cases import inputs
+from cases import VARIANCE, inputs
 from test_cuda import KEY, PATHS, TYPES, same_bits, step, wrong
 
 from smoothie_kernels import Vocabulary, dispatch, library, nearest_token, noise
 from smoothie_kernels.backends import cuda, reference, triton
+from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.stream import Request
 from smoothie_kernels.testing import check_gradients
 
@@ -214,15 +215,15 @@ def test_blocks_beyond_2_31_elements(hopper, on_cpu, mode, dtype):
 def step_inputs(x, table, mu=0.3, std=0.9, **how):
     rows = torch.ones(len(x), device=x.device)
     seed, offsets = torch.tensor(3, device=x.device), torch.tensor([1], device=x.device)
-    bias = cuda.column_bias(table)
-    given = Request(x, table, bias, mu * rows, std * rows, None, 0, seed, offsets, None, 1.5, 2**28)
+    bias = column_bias(table)
+    given = Request(x, table, bias, mu / VARIANCE * rows, std * rows, None, 0, seed, offsets, None, 2**28)
     return given._replace(**how)
 
 
 def exact_step(given):
     """By the reference, in float64."""
-    wide = {name: getattr(given, name).double() for name in ("x", "embeddings", "mu", "std")}
-    return reference.step_fwd(given._replace(bias=reference.column_bias(wide["embeddings"]), **wide))
+    wide = {name: getattr(given, name).double() for name in ("x", "embeddings", "scale", "std")}
+    return reference.step_fwd(given._replace(bias=column_bias(wide["embeddings"]), **wide))
 
 
 @PATHS
@@ -296,8 +297,7 @@ def test_opcheck(hopper):
     x, table = inputs(6, 40, 8, 1.0, hopper, torch.bfloat16)
     rows, bias = torch.ones(6, device=hopper), Vocabulary(table, backend="cuda").bias
     seed, offsets = torch.tensor(3), torch.tensor([1])
-    sigma_min = torch.tensor(1.5).double()
-    request = Request(x, table, bias, 0.1 * rows, 0.9 * rows, None, 0, seed, offsets, None, sigma_min, 2**28)
+    request = Request(x, table, bias, 0.1 * rows, 0.9 * rows, None, 0, seed, offsets, None, 2**28)
     torch.library.opcheck(library.step_fwd, request._replace(topk=4, wide=True, backend="cuda"))
     torch.library.opcheck(library.nearest_fwd, (x, table, bias, "cuda"))
     torch.library.opcheck(library.gaussian, (x.new_empty(6, 0).float(), 11, None, seed, offsets, None, 5, "cuda"))

@@ -366,14 +366,6 @@ def test_nearest_of_a_nan_row(hopper):
         assert a[0] == b[0]
 
 
-@TYPES
-@pytest.mark.parametrize("d", [8, 24, 264, 1000])
-def test_bias(hopper, dtype, d):
-    table = torch.randn(130, 1008, device=hopper).to(dtype)[:, :d]
-    exact = -table.double().square().sum(1) / 2
-    assert ((cuda.column_bias(table) - exact).abs() <= 1e-7 * exact.abs()).all()
-
-
 # --- the noise
 
 

@@ -63,3 +63,31 @@ def test_nan_row(backend):
     assert got.tokens[[0, 2]].tolist() == [0, 2]
     assert 0 <= got.tokens[1] < 200
     assert got.distance[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_the_distance(backend, dtype):
+    """Many rows have one token; its rows' gradients are added up."""
+    table = torch.randn(7, 6, device=device_of(backend)).to(dtype).requires_grad_()
+    x = torch.randn(500, 6, device=table.device).to(dtype).requires_grad_()
+    weights = torch.randn(500, device=table.device)
+    tokens, distance = nearest_token(x, table, backend=backend)
+    found = torch.autograd.grad(distance @ weights, (x, table))
+    exact_x, exact_table = x.detach().double(), table.detach().double()
+    apart = 2 * weights.double()[:, None] * (exact_x - exact_table[tokens])
+    wanted = apart, torch.zeros_like(exact_table).index_add(0, tokens, -apart)
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=rounding, atol=1e-5)
+
+
+def test_a_compiled_function_may_return_the_distance():
+    table, x = torch.randn(30, 4).requires_grad_(), torch.randn(5, 4).requires_grad_()
+    find = torch.compile(lambda x: (x.square().sum(), nearest_token(x, table)), backend="aot_eager", fullgraph=True)
+    loss, (tokens, distance) = find(x)
+    expected = nearest_token(x, table)
+    assert torch.equal(tokens, expected.tokens)
+    assert torch.equal(distance, expected.distance)
+    (grad,) = torch.autograd.grad(loss + distance.sum(), x)
+    torch.testing.assert_close(grad, 2 * x + 2 * (x - table[tokens]))

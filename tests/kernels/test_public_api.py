@@ -30,7 +30,7 @@ DIFFUSION = [
 # The same in smoothie_kernels.check, which uses whatever it checks.
 CHECK = ["findings", "isolate", "probes", "cuda_kernels", "plan", "machine", "run", "command"]
 PUBLIC = {*smoothie_kernels.__all__, "checks", "stream", "vocabulary", "diffusion"}
-BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "nearest_fwd", "gaussian"}
+BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "gaussian"}
 
 
 def parameters(function):

@@ -398,10 +398,10 @@ def test_same_call_same_bits(backend):
 def test_opcheck(backend, mean):
     table = torch.randn(40, 8, device=device_of(backend))
     x, bias = table[:6] + 0.1, Vocabulary(table, backend=backend).bias
-    rows, zero, sigma_min = torch.ones(6, device=table.device), torch.tensor(0), torch.tensor(1.5).double()
-    given = Request(
-        x, table, bias, 0.1 * rows, 0.9 * rows, None, 0, zero, zero[None], None, sigma_min, 2**28, mean, 5
-    )._replace(backend=backend)
+    rows, zero = torch.ones(6, device=table.device), torch.tensor(0)
+    given = Request(x, table, bias, 0.1 * rows, 0.9 * rows, None, 0, zero, zero[None], None, 2**28, mean, 5)._replace(
+        backend=backend
+    )
     torch.library.opcheck(library.step_fwd, given)
     leaves = {"x": x.detach().requires_grad_(), "embeddings": table.detach().requires_grad_()}
     torch.library.opcheck(library.step_fwd, given._replace(**leaves))

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import words_of
+from cases import VARIANCE, words_of
 from conftest import DEVICE
 
 from smoothie_kernels import fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import reference
 from smoothie_kernels.backends import triton as backend
+from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.stream import Request
 from smoothie_kernels.testing import FLOOR, truncation
 
@@ -50,8 +51,8 @@ def step_inputs(x, table, *, mu=0.05, std=0.99, row_offset=0, field_weights=None
         offsets = offset - 2**40 * torch.arange(len(field_weights), device=x.device)
         field_weights = torch.tensor(field_weights, device=x.device)
     return Request(
-        x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, row_offset, seed, offsets,
-        field_weights, sigma_min=1.5, workspace=0,
+        x, table, column_bias(table), mu / VARIANCE * rows, std * rows if std else None, None, row_offset, seed,
+        offsets, field_weights, workspace=0,
     )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def step(x, table, tile=None, splits=None, **how):
 
 def exact_step(x, table, **how):
     inputs = step_inputs(x, table, **how)
-    double = (inputs.x.double(), inputs.embeddings.double(), reference.column_bias(table.double()))
-    wide = inputs._replace(x=double[0], embeddings=double[1], bias=double[2], mu=inputs.mu.double())
+    double = (inputs.x.double(), inputs.embeddings.double(), column_bias(table.double()))
+    wide = inputs._replace(x=double[0], embeddings=double[1], bias=double[2], scale=inputs.scale.double())
     wide = wide if inputs.std is None else wide._replace(std=inputs.std.double())
     found = reference.step_fwd(wide._replace(topk=1))
     return Step(*found[:6], found.top_logits[:, 0])
@@ -111,7 +112,7 @@ def test_tiles_do_not_matter(tile, std):
     x, table = inputs(18, 75, 40)
     found = step(x, table, OTHER_TILES[tile], std=std)
     assert_same_step(found, exact_step(x, table, std=std))
-    bias = forward.column_bias(table)
+    bias = column_bias(table)
     tokens, distance = forward.nearest_fwd(x, table, bias, OTHER_TILES[tile])
     assert torch.equal(tokens, found.tokens)
     torch.testing.assert_close(distance, forward.nearest_fwd(x, table, bias)[1], rtol=1e-6, atol=0)
@@ -133,7 +134,7 @@ def test_parts_of_the_vocabulary_do_not_matter(splits, mu):
     found, exact = step(x, table, SHORT, splits, mu=mu), exact_step(x, table, mu=mu)
     assert_same_step(found, exact)
     assert_same_statistics(forward.statistics(step_inputs(x, table, mu=mu), SHORT, splits), found)
-    bias = forward.column_bias(table)
+    bias = column_bias(table)
     tokens, distance = forward.nearest_fwd(x, table, bias, SHORT, splits)
     assert torch.equal(tokens, exact.tokens)
     assert torch.equal(distance, forward.nearest_fwd(x, table, bias, SHORT, 1)[1])
@@ -169,7 +170,7 @@ def test_ties_within_and_between_tiles(tile, splits):
     nearest = torch.cdist(x.double(), table.double()).argmin(1)
     assert torch.equal(found.tokens, nearest)
     assert torch.equal(found.noisy_tokens, nearest)
-    tokens, _ = forward.nearest_fwd(x, table.repeat(30, 1), forward.column_bias(table.repeat(30, 1)), tile, splits)
+    tokens, _ = forward.nearest_fwd(x, table.repeat(30, 1), column_bias(table.repeat(30, 1)), tile, splits)
     assert torch.equal(tokens, nearest)
 
 
@@ -181,7 +182,7 @@ def test_ties_between_parts():
     found = step(x, table, SHORT, 4, std=0.0)
     assert (found.tokens == 20).all()
     assert (found.noisy_tokens == 20).all()
-    assert (forward.nearest_fwd(x, table, forward.column_bias(table), SHORT, 4)[0] == 20).all()
+    assert (forward.nearest_fwd(x, table, column_bias(table), SHORT, 4)[0] == 20).all()
 
 
 def test_all_tokens_tie():
@@ -232,7 +233,7 @@ def test_every_tile_of_statistics(dtype, tile):
     x, table = inputs(5, tile.v + 3, 37, dtype)
     exact = exact_step(x, table)
     assert_same_statistics(forward.statistics(step_inputs(x, table), tile, 2), exact)
-    assert torch.equal(forward.nearest_fwd(x, table, forward.column_bias(table), tile, 2)[0], exact.tokens)
+    assert torch.equal(forward.nearest_fwd(x, table, column_bias(table), tile, 2)[0], exact.tokens)
 
 
 def test_number_of_parts():

@@ -6,12 +6,14 @@ workspaces of which every loop goes round.
 
 import pytest
 import torch
+from cases import VARIANCE
 from conftest import DEVICE
 from test_backward import CASES
 from test_triton import Step
 
 from smoothie_kernels import fused_smoothie_step, noise
 from smoothie_kernels.backends import Grads, Saved, reference
+from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.ops import SmoothieStep
 from smoothie_kernels.stream import Request
 from smoothie_kernels.testing import check_gradients, check_step, relative_error
@@ -44,8 +46,8 @@ def inputs(
         offsets = 1 + 2**40 * torch.arange(len(field_weights), device=DEVICE)
         field_weights = torch.tensor(field_weights, device=DEVICE)
     return Request(
-        x, table, forward.column_bias(table), mu * rows, std * rows if std else None, None, ROW_OFFSET,
-        seed, offsets, field_weights, 1.5, workspace,
+        x, table, column_bias(table), mu / VARIANCE * rows, std * rows if std else None, None, ROW_OFFSET,
+        seed, offsets, field_weights, workspace,
     )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def field(how):
     offset, weights = how.offset.cpu(), None if how.field_weights is None else how.field_weights.cpu()
     where = {"seed": 3, "offset": offset[0] if weights is None else offset, "field_weights": weights, "row_ids": ids}
     eps = noise.gaussian(len(how.x), len(how.embeddings), **where, backend="reference")
-    return torch.zeros_like(how.mu) if how.std is None else how.std, eps.to(DEVICE)
+    return torch.zeros_like(how.scale) if how.std is None else how.std, eps.to(DEVICE)
 
 
 def loudness(how):
@@ -69,7 +71,7 @@ def loudness(how):
 
 
 def wrong_step(how, outputs):
-    given = how.x, how.embeddings, how.mu, *field(how)
+    given = how.x, how.embeddings, VARIANCE * how.scale, *field(how)
     return check_step(SmoothieStep(*outputs[:4]), *given, loudness=loudness(how))
 
 
@@ -92,10 +94,10 @@ def saved_of(step, **others):
 
 def wrong_gradients(how, found, grads):
     smoothed = torch.zeros_like(how.x) if grads.smoothed is None else grads.smoothed
-    lse = torch.zeros_like(how.mu) if grads.lse is None else grads.lse
+    lse = torch.zeros_like(how.scale) if grads.lse is None else grads.lse
     # P and dS are rounded to bfloat16, like the naive form's: an error of terms, which may cancel in their sum.
     cancelled = 0.25 if how.x.dtype == how.embeddings.dtype == torch.bfloat16 else 0.0
-    given = how.x, how.embeddings, how.mu, *field(how)
+    given = how.x, how.embeddings, VARIANCE * how.scale, *field(how)
     return check_gradients(found, *given, smoothed, lse, cancelled=cancelled, loudness=loudness(how))
 
 
@@ -156,12 +158,12 @@ def test_sum_of_fields(std, x_type):
 def test_only_far_rows_are_redone(x_type, monkeypatch):
     """Far, loud and repelled rows, and one that is not finite, among rows that are none of these."""
     how = inputs(40, 150, 16, 0.3, x_type=x_type, workspace=TINY)
-    how.mu[10], how.std[10] = 1e-4, 21.2  # a best logit of 70, where 144 are possible: the reference knows
+    how.scale[10], how.std[10] = 1e-4 / VARIANCE, 21.2  # a best logit of 70, where 144 are possible
     expected = mean(how, SMALL)
     how.x[3] *= 1e2
     how.x[17] *= 1e3
     how.std[20] = 1e4
-    how.mu[21] = -20.0
+    how.scale[21] = -20.0 / VARIANCE
     how.x[30, 2] = torch.nan
     flagged = []
     redo = forward.redo
@@ -172,7 +174,7 @@ def test_only_far_rows_are_redone(x_type, monkeypatch):
     others = torch.ones(40, dtype=torch.bool, device=DEVICE).index_fill(0, odd, False)
     assert all(torch.equal(f[others], e[others]) for f, e in zip(found, expected, strict=True))
     finite = torch.arange(40, device=DEVICE) != 30
-    kept = how._replace(x=how.x[finite], mu=how.mu[finite], std=how.std[finite])
+    kept = how._replace(x=how.x[finite], scale=how.scale[finite], std=how.std[finite])
     kept = kept._replace(row_ids=(ROW_OFFSET + torch.arange(40, device=DEVICE))[finite])
     assert wrong_step(kept, [f[finite] for f in found]) == []
     assert found.smoothed[30].isnan().all()
@@ -321,7 +323,7 @@ def test_best_score_of_other_roundings():
     other = step.best_score.clone()
     for _ in range(64):
         other = other.nextafter(torch.full_like(other, torch.inf))
-    assert ((other - step.best_score) * how.mu / 2.25).max() > 0.01
+    assert ((other - step.best_score) * how.scale).max() > 0.01
     grads = incoming(how)
     found = chunked.step_bwd(how, saved_of(step, best_score=other), grads, True, True)
     assert wrong_gradients(how, found, grads) == []
@@ -343,7 +345,7 @@ def test_rows_of_their_own():
     """mu, std and row ids of every row."""
     ids = torch.randint(2**32, (37,), device=DEVICE)
     how = inputs(37, 150, 16, workspace=TINY)._replace(row_ids=ids, row_offset=0)
-    how.mu.copy_(torch.rand(37) / 2)
+    how.scale.copy_(torch.rand(37) / 2 / VARIANCE)
     how.std.copy_(torch.rand(37))
     grads = incoming(how)
     assert wrong_step(how, mean(how, SMALL)) == []

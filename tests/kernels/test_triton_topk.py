@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from cases import VARIANCE
 from conftest import DEVICE
 from test_triton import tiles_of
 
 from smoothie_kernels import noise
 from smoothie_kernels.backends import StepOutputs, reference
 from smoothie_kernels.backends import triton as backend
+from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.recall import KEEPS, STEP, Buckets
 from smoothie_kernels.stream import Request
 
@@ -56,18 +58,16 @@ def inputs(
         offsets = 1 - 2**40 * torch.arange(len(field_weights), device=DEVICE)
         field_weights = torch.tensor(field_weights, device=DEVICE)
     step = Request(
-        x, table.to(DEVICE, dtype), rows, mu * rows, std * rows if std else None, None, 2**32 - 5, seed, offsets,
-        field_weights, 1.5, workspace, mean, **how,
+        x, table.to(DEVICE, dtype), rows, mu / VARIANCE * rows, std * rows if std else None, None, 2**32 - 5, seed,
+        offsets, field_weights, workspace, mean, **how,
     )  # fmt: skip
-    return step._replace(bias=forward.column_bias(step.embeddings))
+    return step._replace(bias=column_bias(step.embeddings))
 
 
 def in_double(how):
     std = None if how.std is None else how.std.double()
     table = how.embeddings.double()
-    return how._replace(
-        x=how.x.double(), embeddings=table, bias=reference.column_bias(table), mu=how.mu.double(), std=std
-    )
+    return how._replace(x=how.x.double(), embeddings=table, bias=column_bias(table), scale=how.scale.double(), std=std)
 
 
 def exact_step(how):
@@ -81,7 +81,7 @@ def all_logits(how):
     ids = (how.row_offset + torch.arange(len(how.x), device=DEVICE)) % 2**32
     eps = noise.normals(ids, 0, scores.shape[1], int(how.seed), int(how.offset)).double()
     std = 0.0 if wide.std is None else wide.std[:, None]
-    return (wide.mu / how.sigma_min**2)[:, None] * (scores - scores.amax(1, keepdim=True)) + std * eps
+    return wide.scale[:, None] * (scores - scores.amax(1, keepdim=True)) + std * eps
 
 
 def assert_same(found, expected, tolerance=1e-5):
@@ -245,7 +245,7 @@ def test_only_rows_without_certificate_are_done_again(n, given, done_again):
     """Ten tokens of one bucket are near to row 1: it keeps four of them."""
     how = inputs(n, 2100, mu=0.3, std=0.5, topk=20)
     how.embeddings[7:1287:128] = how.x[1] + 0.05 * torch.randn(10, 24, device=DEVICE)
-    how = how._replace(bias=forward.column_bias(how.embeddings))
+    how = how._replace(bias=column_bias(how.embeddings))
     if given:
         how = how._replace(row_ids=torch.randint(2**32, (n,), device=DEVICE), row_offset=0)
     found = backend.step_fwd(how)
@@ -425,7 +425,7 @@ def test_rows_of_their_own(buckets, pick):
     """mu, std and row ids of every row."""
     how = with_buckets(inputs(7, 300, topk=9), buckets, pick)
     how = how._replace(row_ids=torch.randint(2**32, (7,), device=DEVICE))
-    how.mu.copy_(torch.rand(7))
+    how.scale.copy_(torch.rand(7) / VARIANCE)
     how.std.copy_(torch.rand(7))
     assert_same(backend.step_fwd(how), exact_step(how))
 

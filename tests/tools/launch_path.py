@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from smoothie_kernels import fused_smoothie_step, nearest_token, noise
 from smoothie_kernels.backends import triton as backend
-from smoothie_kernels.backends.triton import forward, launch, offline
+from smoothie_kernels.backends.triton import launch, offline, topk
 
 FIELDS = {"offset": [1, 2], "field_weights": [0.6, 0.8]}
 V, D = 3000, offline.MUST_FIT[0]
@@ -136,9 +136,10 @@ def main():
         reached, refused = FAKE.fake_launches(), FAKE.fake_refused()
 
         # What must be found: no device_of, an empty tensor, a grid that is too high.
-        forward._column_bias_kernel[1, 2**16](
-            e_ptr=torch.zeros(8, 8), bias_ptr=torch.zeros(0), V=8, stride_ev=8, D=8, BLOCK_V=16, **launch.OPTIONS
-        )
+        topk._average_kernel[1, 2**16](
+            weight_ptr=torch.zeros(0), tokens_ptr=torch.zeros(1, 1, dtype=torch.int64), e_ptr=torch.zeros(8, 8),
+            smoothed_ptr=torch.zeros(1, 8), K=1, stride_ev=8, D=8, BLOCK_K=16, BLOCK_D=16, **launch.OPTIONS,
+        )  # fmt: skip
     unknown = [kernel.label for key, kernel in wanted[plain_calls].items() if key not in known]
     found = {"asked": asked, "reached": reached, "refused": refused, "problems": problems, "unknown": unknown}
     print(json.dumps(found | {"planted": watched.problems[len(problems) :]}))

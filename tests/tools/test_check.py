@@ -208,8 +208,8 @@ def with_bad_tile(found: Findings, on: Target) -> None:
 
 
 def with_unwritten_tokens(found: Findings, on: Target) -> None:
-    nearest_fwd = cpu.nearest_fwd
-    cpu.nearest_fwd = lambda x, *rest: (torch.empty(len(x), dtype=torch.int64), nearest_fwd(x, *rest)[1])
+    step_fwd = cpu.step_fwd
+    cpu.step_fwd = lambda request: step_fwd(request)._replace(tokens=torch.empty(len(request.x), dtype=torch.int64))
     probes.nearest(found, on, torch.float32, [(33, 70, 24)])
 
 

@@ -263,7 +263,7 @@ def test_library_is_loaded_without_cuda():
     assert "RUNPATH" not in entries
 
 
-OPERATORS = {"prepare", "score", "narrow", "stream", "merge", "nearest", "gaussian", "column_bias"}
+OPERATORS = {"prepare", "score", "narrow", "stream", "merge", "nearest", "gaussian"}
 
 
 @built

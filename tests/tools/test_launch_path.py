@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 KERNELS = {
-    "_average_kernel", "_column_bias_kernel", "_gaussian_kernel", "_merge_kept_kernel", "_merge_kernel",
+    "_average_kernel", "_gaussian_kernel", "_merge_kept_kernel", "_merge_kernel",
     "_merge_nearest_kernel", "_stream_kernel", "chunk_bwd_kernel", "chunk_fwd_kernel", "chunk_keys_kernel",
 }  # fmt: skip
 pytestmark = [
@@ -56,6 +56,6 @@ def test_kernels_check_compiles_what_is_launched(found):
 
 def test_what_is_wrong_is_found(found):
     outside, empty, refused = found["planted"]
-    assert outside == "_column_bias_kernel: outside device_of"
-    assert empty == "_column_bias_kernel: bias_ptr is empty"
-    assert refused.startswith("_column_bias_kernel: grid (1, 65536): ")
+    assert outside == "_average_kernel: outside device_of"
+    assert empty == "_average_kernel: weight_ptr is empty"
+    assert refused.startswith("_average_kernel: grid (1, 65536): ")

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels.backends import Grads, Saved, StepOutputs
+from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.stream import Request
+
+__all__ = ["average", "column_bias", "gaussian", "step_bwd", "step_fwd", "supports"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 products, and the shared memory of the tiles
@@ -60,11 +63,6 @@ def _chunked() -> ModuleType:
     return importlib.import_module("smoothie_kernels.backends.triton.chunked")
 
 
-def column_bias(embeddings: Tensor) -> Tensor:
-    bias: Tensor = _forward().column_bias(embeddings)
-    return bias
-
-
 def step_fwd(inputs: Request) -> StepOutputs:
     outputs: StepOutputs = _topk().step_fwd(inputs)
     return outputs
@@ -82,11 +80,6 @@ def step_bwd(
 def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     mean: Tensor = _topk().average(weights, tokens, embeddings, dtype)
     return mean
-
-
-def nearest_fwd(x: Tensor, embeddings: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor] = _forward().nearest_fwd(x, embeddings, bias)
-    return outputs
 
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from smoothie_kernels.backends.blocks import (
     USEFUL_ROWS,
     USEFUL_TOKENS,
     add_product,
+    column_bias,
     noise_on_device,
     pick_block,
     rows_of,
@@ -179,7 +180,7 @@ def _launch_fwd(inputs: Request, tokens: slice, tile: Tile, **arguments: Any) ->
 def _empty_parts(inputs: Request, tiles: int) -> Parts:
     """With the reference that all tiles share: distance 0 and the loudest noise, less HEADROOM."""
     x, n = inputs.x, inputs.x.shape[0]
-    ref_score = -forward.column_bias(x)
+    ref_score = -column_bias(x)
     highest = torch.full_like(ref_score, -HEADROOM)
     if inputs.std is not None:
         loudest = 1.0 if inputs.field_weights is None else inputs.field_weights.abs().sum()
@@ -253,7 +254,7 @@ def step_bwd(
     noisy = saved.noisy_tokens
     table = embeddings[noisy].float()
     grad_weights = shift if grads.smoothed is None else shift + (grads.smoothed * table).sum(1)
-    grad_scores = inputs.mu * inputs.sigma_min**-2 * noisy_p * grad_weights
+    grad_scores = inputs.scale * noisy_p * grad_weights
     if grad_embeddings is not None:
         # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to `wanted`:
         # by its share of the weight the token takes what the others leave of that, and P lacks of 1.
@@ -278,7 +279,7 @@ def saved_of(saved: Saved, rows: slice) -> Saved:
 
 def _wanted(inputs: Request, grads: Grads) -> Tensor:
     """The sum of a row's dS, [N]."""
-    return torch.zeros_like(inputs.mu) if grads.lse is None else inputs.mu * inputs.sigma_min**-2 * grads.lse
+    return torch.zeros_like(inputs.scale) if grads.lse is None else inputs.scale * grads.lse
 
 
 def _log_sum(inputs: Request, saved: Saved, tile: Tile) -> Tensor:
@@ -352,11 +353,11 @@ def arguments_of(inputs: Request, tokens: slice, tile: Tile) -> dict[str, Any]:
     """What all kernels take for a block."""
     x, embeddings = inputs.x, inputs.embeddings[tokens]
     return dict(
-        x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], mu_ptr=inputs.mu, std_ptr=inputs.std,
+        x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], scale_ptr=inputs.scale, std_ptr=inputs.std,
         row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         N=len(x), V=len(embeddings), first_token=tokens.start,
         stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
-        row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
+        row_offset=signed(inputs.row_offset),
         D=x.shape[1], BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, **product_types(x, embeddings),
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip

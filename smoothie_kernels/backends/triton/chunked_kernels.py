@@ -28,7 +28,7 @@ def chunk_fwd_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
     bias_ptr,  # [V]
-    mu_ptr,  # [N]
+    scale_ptr,  # [N]
     std_ptr,  # [N], None without noise
     row_ids_ptr,  # [N], None for row_offset + i
     seed_ptr,  # []
@@ -50,7 +50,6 @@ def chunk_fwd_kernel(
     stride_ev,
     stride_wn,
     row_offset,
-    inverse_variance,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -69,7 +68,7 @@ def chunk_fwd_kernel(
     scores += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
     nothing, no_token = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.int32)
     best_score, token = keep_first_max(nothing, no_token, scores, first_token + o_v)
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
     logits = _logits(
         scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
@@ -93,7 +92,7 @@ def chunk_keys_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
     bias_ptr,  # [V]
-    mu_ptr,  # [N]
+    scale_ptr,  # [N]
     std_ptr,  # [N], None without noise
     row_ids_ptr,  # [N], None for row_offset + i
     seed_ptr,  # []
@@ -109,7 +108,6 @@ def chunk_keys_kernel(
     stride_ev,
     stride_kn,
     row_offset,
-    inverse_variance,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -126,7 +124,7 @@ def chunk_keys_kernel(
 
     scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
     scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
     logits = _logits(
         scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
@@ -142,7 +140,7 @@ def chunk_bwd_kernel(
     grad_ptr,  # [N, D], None where smoothed has no gradient
     e_ptr,  # [V, D]
     bias_ptr,  # [V]
-    mu_ptr,  # [N]
+    scale_ptr,  # [N]
     std_ptr,  # [N], None without noise
     row_ids_ptr,  # [N], None for row_offset + i
     seed_ptr,  # []
@@ -167,7 +165,6 @@ def chunk_bwd_kernel(
     stride_ev,
     stride_wn,
     row_offset,
-    inverse_variance,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -186,7 +183,7 @@ def chunk_bwd_kernel(
     scores, grad_weights = _products(
         x_ptr, stride_xn, grad_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v, D, BLOCK_K, DOT, PRECISION
     )
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
     scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
     logits = _logits(
         scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,

@@ -51,12 +51,11 @@ from smoothie_kernels.backends.triton.parts import (
     normals,
     score_tile,
     sort_key,
-    sum_of_squares,
 )
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS, Tile, pick_splits, pick_tile
 from smoothie_kernels.stream import Request
 
-__all__ = ["INTERPRETED", "MIXED", "column_bias", "gaussian", "kept", "mean", "nearest_fwd", "redo", "statistics"]
+__all__ = ["INTERPRETED", "MIXED", "gaussian", "kept", "mean", "nearest_fwd", "redo", "statistics"]
 
 ROWS, COLUMNS = 32, 128  # of a program, where there is no product
 
@@ -144,21 +143,20 @@ def _stream(
     token, noisy_token = (x.new_empty(splits, n, dtype=torch.int32) for _ in range(2))
     _launch(
         x, inputs.embeddings, tile, splits, bias_ptr=inputs.bias, best_score_ptr=best_score, token_ptr=token,
-        mu_ptr=inputs.mu, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
+        scale_ptr=inputs.scale, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         highest_ptr=highest, total_ptr=total, noisy_token_ptr=noisy_token, acc_ptr=acc, only_ptr=only,
         keys_ptr=keys, KEEP=0 if keys is None else keys.shape[2],
-        row_offset=signed(inputs.row_offset), inverse_variance=inputs.sigma_min**-2,
+        row_offset=signed(inputs.row_offset),
     )  # fmt: skip
     return Parts(best_score, highest, total, best_score, highest, token, noisy_token)
 
 
 _ABSENT: dict[str, Any] = {
-    **dict.fromkeys(("mu_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offsets_ptr", "field_weights_ptr")),
+    **dict.fromkeys(("scale_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offsets_ptr", "field_weights_ptr")),
     **dict.fromkeys(("only_ptr", "acc_ptr", "highest_ptr", "total_ptr", "noisy_token_ptr", "keys_ptr")),
     "F": 0,
     "KEEP": 0,
     "row_offset": 0,
-    "inverse_variance": 0.0,
 }
 
 
@@ -172,16 +170,6 @@ def _launch(x: Tensor, embeddings: Tensor, tile: Tile, splits: int, **arguments:
             D=d, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_K=tile.k, BLOCK_D=tile.d, **product_types(x, embeddings),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
-
-
-def column_bias(embeddings: Tensor) -> Tensor:
-    v, d = embeddings.shape
-    bias = embeddings.new_empty(v, dtype=torch.float32)
-    with device_of(embeddings):
-        _column_bias_kernel[triton.cdiv(v, ROWS),](
-            e_ptr=embeddings, bias_ptr=bias, V=v, stride_ev=embeddings.stride(0), D=d, BLOCK_V=ROWS, **OPTIONS,
-        )  # fmt: skip
-    return bias
 
 
 def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor, offset: Tensor) -> Tensor:
@@ -201,7 +189,7 @@ def _stream_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
     bias_ptr,  # [V] fp32
-    mu_ptr,  # [N] fp32, None for the nearest token alone; so are all others but best_score and token
+    scale_ptr,  # [N] fp32, None for the nearest token alone; so are all others but best_score and token
     std_ptr,  # [N] fp32, None without noise
     row_ids_ptr,  # [N] int64, None for row_offset + i
     seed_ptr,  # [] int64
@@ -221,7 +209,6 @@ def _stream_kernel(
     stride_xn,
     stride_ev,
     row_offset,
-    inverse_variance,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -243,7 +230,7 @@ def _stream_kernel(
         if tl.max(wanted, 0) == 0:
             return
     if HAS_LOGITS:
-        scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+        scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
     if HAS_NOISE:
         std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
         row_ids = load_row_ids(row_ids_ptr, row_offset, o_n, m_n)
@@ -254,7 +241,7 @@ def _stream_kernel(
     nearest = tl.full([BLOCK_N], -float("inf"), tl.float32)
     tokens = tl.zeros([BLOCK_N], tl.int32)
     if HAS_LOGITS:
-        # The largest noisy logit itself. Logits are bounded above, but with loud noise or mu <= 0 rows could sum to
+        # The largest noisy logit itself. Logits are bounded above, but with loud noise or scale <= 0 rows could sum to
         # nothing without it, and to send those through again the host would have to wait for the device.
         highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
         noisy_tokens = tl.zeros([BLOCK_N], tl.int32)
@@ -314,21 +301,6 @@ def _stream_kernel(
         for r in tl.static_range(KEEP):
             keys = sort_key(kept[r], kept_from[r] + o_b[None, :])
             tl.store(keys_ptr + (at_part + r * BLOCK_V)[:, None] + o_b[None, :], keys, mask=m_n[:, None])
-
-
-@triton.jit(do_not_specialize=["V"])
-def _column_bias_kernel(
-    e_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    V,
-    stride_ev,
-    D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < V
-    bias = -0.5 * sum_of_squares(e_ptr, o_v, m_v, stride_ev, D)
-    tl.store(bias_ptr + o_v, bias.to(tl.float32), mask=m_v)
 
 
 @triton.jit(do_not_specialize=["N", "V", "row_offset"])

@@ -67,13 +67,12 @@ def merge(
     column_blocks = triton.cdiv(d, blocks["BLOCK_D"]) if sums > 1 else 1
     with device_of(x):
         _merge_kernel[triton.cdiv(n, blocks["BLOCK_N"]), column_blocks](
-            x_ptr=x, e_ptr=embeddings, mu_ptr=inputs.mu, only_ptr=only, ref_score_ptr=parts.ref_score,
+            x_ptr=x, e_ptr=embeddings, scale_ptr=inputs.scale, only_ptr=only, ref_score_ptr=parts.ref_score,
             highest_ptr=parts.highest, total_ptr=parts.total, part_score_ptr=parts.best_score,
             part_logit_ptr=parts.best_logit, token_ptr=parts.token, noisy_token_ptr=parts.noisy_token, acc_ptr=acc,
             smoothed_ptr=smoothed, tokens_ptr=tokens, noisy_tokens_ptr=noisy_tokens, lse_ptr=lse,
             best_score_ptr=best_score, log_sum_ptr=log_sum, best_logit_ptr=best_logit,
             N=n, S=parts.total.shape[0], A=sums, stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
-            inverse_variance=inputs.sigma_min**-2,
             D=d, **blocks, **OPTIONS,
         )  # fmt: skip
     return Statistics(tokens, noisy_tokens, lse, best_score, log_sum, best_logit)
@@ -85,8 +84,8 @@ def merge_kept(inputs: Request, parts: Parts, best_score: Tensor, keys: Tensor) 
     blocks = {"BLOCK_S": max(1, KEYS // size), "SIZE": size}
     with device_of(keys):
         _merge_kept_kernel[triton.cdiv(keys.numel() // size, blocks["BLOCK_S"]),](
-            keys_ptr=keys, mu_ptr=inputs.mu, ref_score_ptr=parts.ref_score, best_score_ptr=best_score,
-            N=keys.shape[0], S=keys.shape[1], inverse_variance=inputs.sigma_min**-2, **blocks, **OPTIONS,
+            keys_ptr=keys, scale_ptr=inputs.scale, ref_score_ptr=parts.ref_score, best_score_ptr=best_score,
+            N=keys.shape[0], S=keys.shape[1], **blocks, **OPTIONS,
         )  # fmt: skip
 
 
@@ -108,7 +107,7 @@ def merge_nearest(x: Tensor, embeddings: Tensor, best_score: Tensor, token: Tens
 def _merge_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
-    mu_ptr,  # [N]
+    scale_ptr,  # [N]
     only_ptr,  # [N] bool, None for all rows
     ref_score_ptr,  # [S, N]
     highest_ptr,  # [S, N]
@@ -130,7 +129,6 @@ def _merge_kernel(
     A,
     stride_xn,
     stride_ev,
-    inverse_variance,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -141,7 +139,7 @@ def _merge_kernel(
     m_n = o_n < N
     if only_ptr is not None:
         m_n = m_n & (tl.load(only_ptr + o_n, mask=m_n, other=0) != 0)
-    scale = tl.load(mu_ptr + o_n, mask=m_n, other=0.0) * inverse_variance
+    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
     best, tokens = _best_part(part_score_ptr, token_ptr, o_n, m_n, N, S, BLOCK_S)
 
     highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -197,19 +195,18 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["N", "S"])
 def _merge_kept_kernel(
     keys_ptr,  # [N, S, SIZE]
-    mu_ptr,  # [N]
+    scale_ptr,  # [N]
     ref_score_ptr,  # [S, N]
     best_score_ptr,  # [N]
     N,
     S,
-    inverse_variance,
     BLOCK_S: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     o_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # parts of rows: row 0's, then row 1's, ...
     row = o_s // S
     mask = row < N
-    scale = tl.load(mu_ptr + row, mask=mask, other=0.0) * inverse_variance
+    scale = tl.load(scale_ptr + row, mask=mask, other=0.0)
     ref_score = tl.load(ref_score_ptr + o_s % S * N + row, mask=mask, other=0.0)
     moved = scale * (ref_score - tl.load(best_score_ptr + row, mask=mask, other=0.0))
     at = o_s[:, None] * SIZE + tl.arange(0, SIZE)[None, :]

@@ -92,7 +92,7 @@ class Kernel(NamedTuple):
         details = {
             "one part": self.has("acc_ptr") and self.signature["acc_ptr"] != "*fp32",
             "mean": self.function == "_merge_kernel" and self.has("acc_ptr"),
-            "no noise": self.has("mu_ptr") and "std_ptr" in self.signature and not self.has("std_ptr"),
+            "no noise": self.has("scale_ptr") and "std_ptr" in self.signature and not self.has("std_ptr"),
             "row ids": self.has("row_ids_ptr"),
             "fields": self.has("field_weights_ptr"),
             "P": self.has("p_ptr"),
@@ -187,7 +187,7 @@ def _call_all(dtype: torch.dtype, d: int, all_noises: bool) -> None:
             for keep in KEEPS:
                 topk.approximate(inputs._replace(topk=8), Buckets(STEP, keep))
             for row_ids in (inputs.row_ids, _empty(n, dtype=torch.int64)):  # rows that are done again have ids
-                topk.exact(inputs._replace(topk=8, row_ids=row_ids), inputs.mu)
+                topk.exact(inputs._replace(topk=8, row_ids=row_ids), inputs.scale)
             _call_backward(inputs)
         _call_others(plain)
     _call_forward(_inputs(1, 100, d, dtype, dtype))  # few rows, one part
@@ -201,9 +201,9 @@ def _call_forward(inputs: Request) -> None:
 
 
 def _call_backward(inputs: Request) -> None:
-    saved = Saved(inputs.x, _empty(len(inputs.x), dtype=torch.int64), inputs.mu, inputs.mu)
+    saved = Saved(inputs.x, _empty(len(inputs.x), dtype=torch.int64), inputs.scale, inputs.scale)
     grad = inputs.x
-    for grads in (Grads(grad, inputs.mu), Grads(None, inputs.mu)):
+    for grads in (Grads(grad, inputs.scale), Grads(None, inputs.scale)):
         of_grads = saved if grads.smoothed is not None else saved._replace(smoothed=None)
         for needs_embeddings in (True, False):
             chunked.step_bwd(inputs, of_grads, grads, True, needs_embeddings)
@@ -211,7 +211,7 @@ def _call_backward(inputs: Request) -> None:
 
 def _call_others(inputs: Request) -> None:
     n, table = len(inputs.x), inputs.embeddings
-    forward.nearest_fwd(inputs.x, table, forward.column_bias(table))
+    forward.nearest_fwd(inputs.x, table, inputs.bias)
     topk.average(_empty(n, 8), _empty(n, 8, dtype=torch.int64), table, inputs.x.dtype)
 
 
@@ -219,7 +219,7 @@ def _inputs(n: int, v: int, d: int, x_type: torch.dtype, table_type: torch.dtype
     seed, offset = _words()
     return Request(
         _empty(n, d, dtype=x_type), _empty(v, d, dtype=table_type), _empty(v), _empty(n), _empty(n), None, 0,
-        seed, offset[None], None, sigma_min=1.5, workspace=2**40,
+        seed, offset[None], None, workspace=2**40,
     )  # fmt: skip
 
 

@@ -207,16 +207,6 @@ def of_key(keys):
 
 
 @triton.jit
-def sum_of_squares(ptr, o_row, m_row, stride, D: tl.constexpr):
-    """||row||^2 in float64, [row]: next to it the scores of near tokens cancel."""
-    total = tl.zeros([o_row.shape[0]], tl.float64)
-    for first in range(0, D, _CHUNK):
-        values = load_tile(ptr, o_row, m_row, stride, first + tl.arange(0, _CHUNK), D).to(tl.float64)
-        total += tl.sum(values * values, 1)
-    return total
-
-
-@triton.jit
 def squared_distance(a_ptr, o_a, stride_a, b_ptr, o_b, stride_b, m_row, D: tl.constexpr):
     """||a - b||^2 of pairs of rows in float64, [row]."""
     total = tl.zeros([o_a.shape[0], _CHUNK], tl.float64)  # added up across threads once, behind the loop

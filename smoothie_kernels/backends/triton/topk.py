@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smoothie_kernels.backends import Statistics, StepOutputs
+from smoothie_kernels.backends import Statistics, StepOutputs, nearest_alone
 from smoothie_kernels.backends.blocks import noise_on_device
 from smoothie_kernels.backends.largest import Passes, largest_kept, largest_of_all, with_largest
 from smoothie_kernels.backends.triton import chunked, forward, launch
@@ -40,6 +40,8 @@ BLOCK_K, BLOCK_D = 16, 128  # tokens at a time and columns of a program of _aver
 def step_fwd(inputs: Request) -> StepOutputs:
     """All but the mean is of one pass, or brought to it. What buckets keep takes registers that a mean has not: with
     both, top-k is a pass of its own, and so one product more."""
+    if not inputs.logits:
+        return nearest_alone(*forward.nearest_fwd(inputs.x, inputs.embeddings, inputs.bias))
     inputs = noise_on_device(inputs)
     smoothed, found = inputs.x.new_empty(len(inputs.x), 0), None
     if inputs.mean:
