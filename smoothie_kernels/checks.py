@@ -17,6 +17,7 @@ from smoothie_kernels.stream import sum_dtype
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REAL = (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+METRICS = ("euclidean", "cosine")
 SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
 # The square of sigma_min, and one over it, are float32's normal numbers.
@@ -152,6 +153,24 @@ def check_table(embeddings: object) -> None:
         raise ValueError(f"embeddings must have fewer than 2**31 rows, got {shape[0]}")
 
 
+def check_metric(metric: object, embeddings: Tensor) -> str | Tensor:
+    """A factor as numbers of the type of sums."""
+    if isinstance(metric, str):
+        _choice("metric", metric, METRICS)
+        return metric
+    wanted = f"one of {', '.join(map(repr, METRICS))}, or a (D, D) tensor"
+    factor, d = _plain("metric", metric, wanted), embeddings.shape[1]
+    if factor.dtype not in DTYPES:
+        raise TypeError(f"metric must be {wanted} of floats, got {_kind(factor)}")
+    if factor.shape != (d, d):
+        raise ValueError(f"metric must have shape [D, D] with D = {d} as in embeddings, got {_shape(factor.shape)}")
+    if factor.device != embeddings.device:
+        raise ValueError(f"metric must be on the device of embeddings, {embeddings.device}, got {factor.device}")
+    if factor.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_values("metric", factor.detach())
+    return factor.to(sum_dtype(embeddings))
+
+
 def check_x(x: object, embeddings: Tensor) -> None:
     x = _float_tensor("x", x)
     if x.dim() == 0 or x.shape[-1] != embeddings.shape[1]:
@@ -177,6 +196,11 @@ def check_topk(topk: object, recall_target: object, smooth: object, vocabulary: 
             raise ValueError(f"smooth must be 'full' where topk is None, got {smooth!r}")
         return 0
     return one_to_v("topk", topk, vocabulary, "an int or None")
+
+
+def check_smooth(smooth: str, metric: str | Tensor) -> None:
+    if smooth == "topk+mean" and (isinstance(metric, Tensor) or metric != "euclidean"):
+        raise ValueError("smooth must be 'full' or 'topk' where distances are not Euclidean, got 'topk+mean'")
 
 
 def one_to_v(name: str, value: object, vocabulary: int, wanted: str = "an int") -> int:

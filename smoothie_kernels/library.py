@@ -17,7 +17,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from smoothie_kernels import checks
-from smoothie_kernels.backends import NOTHING, Grads, Saved, gather
+from smoothie_kernels.backends import NOTHING, Gradients, Grads, Saved, Wanted, gather
 from smoothie_kernels.dispatch import pick_backend
 from smoothie_kernels.stream import Kind, Request, Rows, Tokens, bound, kinds, signature, sum_dtype
 
@@ -81,8 +81,13 @@ class Incoming(NamedTuple):
 
 
 class Needs(NamedTuple):
+    """Of which gradients are wanted; bias, col and values have none where scores are those of distances."""
+
     needs_x: bool
     needs_embeddings: bool
+    needs_bias: bool
+    needs_col: bool
+    needs_values: bool
 
 
 class Step(NamedTuple):
@@ -126,7 +131,7 @@ def step_fwd(*arguments: Any) -> Outputs:
             request = request._replace(std=None)
         if row_ids is not None:
             checks.check_row_id_values(row_ids)
-    smoothed, *rest, _ = pick_backend(request.backend, x.device, x.dtype).step_fwd(request)
+    smoothed, *rest, _ = pick_backend(request.backend, x.device, x.dtype, request).step_fwd(request)
     if smoothed.dtype == x.dtype:
         return smoothed, *rest, x.new_empty(n, 0, dtype=sum_dtype(x))
     return smoothed.to(x.dtype), *rest, smoothed
@@ -164,60 +169,76 @@ def _as_backends_take_it(request: Request) -> Request:
 # --- its gradients
 
 
-@operator("step_bwd", Request, Kept, Incoming, Needs, returns=tuple[Tensor, Tensor])
+@operator("step_bwd", Request, Kept, Incoming, Needs, returns=tuple[Tensor, Tensor, Tensor, Tensor, Tensor])
 @without_autocast
-def step_bwd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Of x and embeddings; empty where not needed."""
+def step_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    """Of what Needs names; empty where not needed."""
     request, kept, incoming, needs = bound(arguments, Request, Kept, Incoming, Needs)
     if len(request.x) == 0 or all(grad is None for grad in incoming):
-        no_x, no_embeddings = _empty_grads(request.x, request.embeddings, *needs)
-        return no_x.zero_(), no_embeddings.zero_()
+        return tuple(nothing.zero_() for nothing in _empty_grads(request, needs))
     of_smoothed, of_lse, of_top = (None if grad is None else grad.contiguous() for grad in incoming)
-    x, embeddings, *_ = request = _as_backends_take_it(request)._replace(wide=of_top is not None)
-    chosen = pick_backend(request.backend, x.device, x.dtype)
-    grad_x = grad_embeddings = None
+    request = _as_backends_take_it(request)._replace(wide=of_top is not None)
+    chosen = pick_backend(request.backend, request.x.device, request.x.dtype, request)
+    # col counts as often as E does in a score: its gradient is made of E's.
+    wanted = Wanted(needs.needs_x, needs.needs_embeddings or needs.needs_col, needs.needs_bias, needs.needs_values)
+    found = Gradients()
     if of_smoothed is not None or of_lse is not None:
         smoothed = None if of_smoothed is None else kept.smoothed
         saved = Saved(smoothed, kept.noisy_tokens, kept.best_score, kept.log_sum)
-        grad_x, grad_embeddings = chosen.step_bwd(request, saved, Grads(of_smoothed, of_lse), *needs)
+        found = chosen.step_bwd(request, saved, Grads(of_smoothed, of_lse), wanted)
     if of_top is not None:
-        through_top = _top_grads(request, kept.top_tokens, of_top, chosen.average, *needs)
-        grad_x, grad_embeddings = (
-            a if b is None else b.to(of.dtype) if a is None else (a + b).to(of.dtype)
-            for a, b, of in zip((grad_x, grad_embeddings), through_top, (x, embeddings), strict=True)
-        )
-    nothing = _empty_grads(x, embeddings, False, False)
-    return nothing[0] if grad_x is None else grad_x, nothing[1] if grad_embeddings is None else grad_embeddings
+        through_top = _top_grads(request, kept.top_tokens, of_top, chosen.average, wanted)
+        both = zip(found, through_top, strict=True)
+        found = Gradients(*(a if b is None else b if a is None else a + b for a, b in both))
+    return _as_gradients(request, found, needs)
+
+
+def _as_gradients(request: Request, found: Gradients, needs: Needs) -> tuple[Tensor, ...]:
+    of_col = None
+    if needs.needs_col and request.col is not None and found.embeddings is not None:
+        of_col = (found.embeddings * request.embeddings).sum(1) / request.col.where(request.col != 0, 1)
+    grads = found.x, found.embeddings, found.bias, of_col, found.values
+    nothing = _empty_grads(request, Needs(*[False] * 5))
+    return tuple(
+        grad.to(empty.dtype) if need and grad is not None else empty
+        for grad, need, empty in zip(grads, needs, nothing, strict=True)
+    )
 
 
 def _top_grads(
-    request: Request,
-    tokens: Tensor,
-    grad: Tensor,
-    average: Callable[..., Tensor],
-    needs_x: bool,
-    needs_embeddings: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Through scale (x . E_j - ||E_j||^2 / 2 - ||x||^2 / 2) of some tokens j: scale (E_j - x) and scale (x - E_j)."""
-    x, embeddings = request.x, request.embeddings
-    weights = (request.scale[:, None] * grad).contiguous()  # [N, K]
-    grad_x = grad_embeddings = None
-    if needs_x:
-        grad_x = average(weights, tokens, embeddings, weights.dtype) - weights.sum(1, keepdim=True) * x
-    if needs_embeddings:
-        total = gather.spread(weights, tokens, torch.ones_like(weights[:, :1]), len(embeddings))
-        grad_embeddings = gather.spread(weights, tokens, x, len(embeddings)) - total * embeddings
-    return grad_x, grad_embeddings
+    request: Request, tokens: Tensor, grad: Tensor, average: Callable[..., Tensor], wanted: Wanted
+) -> Gradients:
+    """Through scale score_j of some tokens j: by x scale col_j E_j, by E_j scale col_j x; of distances, without col,
+    less scale x and scale E_j."""
+    x, embeddings, distances = request.x, request.embeddings, request.bound is None
+    of_scores = (request.scale[:, None] * grad).contiguous()  # [N, K]
+    weights = of_scores if request.col is None else of_scores * request.col[tokens]
+    grad_x = grad_embeddings = grad_bias = None
+    if wanted.x:
+        grad_x = average(weights, tokens, embeddings, weights.dtype)
+        grad_x = grad_x - weights.sum(1, keepdim=True) * x if distances else grad_x
+    if wanted.bias or (wanted.embeddings and distances):
+        grad_bias = gather.spread(of_scores, tokens, torch.ones_like(weights[:, :1]), len(embeddings))
+    if wanted.embeddings:
+        grad_embeddings = gather.spread(weights, tokens, x, len(embeddings))
+    if grad_embeddings is not None and grad_bias is not None and distances:
+        grad_embeddings = grad_embeddings - grad_bias * embeddings
+    return Gradients(grad_x, grad_embeddings, grad_bias[:, 0] if wanted.bias and grad_bias is not None else None)
 
 
 @step_bwd.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     request, *_, needs = bound(arguments, Request, Kept, Incoming, Needs)
-    return _empty_grads(request.x, request.embeddings, *needs)
+    return _empty_grads(request, needs)
 
 
-def _empty_grads(x: Tensor, embeddings: Tensor, needs_x: bool, needs_embeddings: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if needs_x else 0), embeddings.new_empty(embeddings.shape if needs_embeddings else 0)
+def _empty_grads(request: Request, needs: Needs, missing: bool = False) -> tuple[Tensor, ...]:
+    """As large as what they are gradients of, where they are needed."""
+    of = request.x, request.embeddings, request.bias, request.col, request.values
+    return tuple(
+        request.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape if need and not missing else 0)
+        for tensor, need in zip(of, needs, strict=True)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -239,11 +260,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)  # read once: checkpointing recomputes tensors, and refuses a second time
     given = [other if tensor is None else tensor for other, tensor in zip(ctx.others, saved, strict=False)]
     needed = dict(zip(Request._fields, ctx.needs_input_grad, strict=True))
-    needs = Needs(needed["x"], needed["embeddings"])
+    needs = Needs(*(needed[name.removeprefix("needs_")] for name in Needs._fields))
     with torch.autocast(given[0].device.type, enabled=False):  # in which vmap's own stack may fail
-        grad_x, grad_embeddings = step_bwd(*given, *saved, of.smoothed, of.lse, of.top_logits, *needs)
-    found = {"x": grad_x if needs.needs_x else None, "embeddings": grad_embeddings if needs.needs_embeddings else None}
-    return tuple(found.get(name) for name in Request._fields)
+        grads = step_bwd(*given, *saved, of.smoothed, of.lse, of.top_logits, *needs)
+    found = {name: grad for name, need, grad in zip(Needs._fields, needs, grads, strict=True) if need}
+    return tuple(found.get(f"needs_{name}") for name in Request._fields)
 
 
 step_fwd.register_autograd(_backward, setup_context=_save)
@@ -311,7 +332,7 @@ def _one_call_each(
         backward(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
-    return tuple(torch.stack(same) for same in zip(*samples, strict=True)), (0, 0)
+    return tuple(torch.stack(same) for same in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
 step_bwd.register_vmap(partial(_one_call_each, step_bwd))
@@ -355,7 +376,7 @@ def _empty_average(tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Te
 def average_bwd(
     grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, needs_weights: bool, needs_embeddings: bool
 ) -> tuple[Tensor, Tensor]:
-    found, grad = _empty_grads(weights, embeddings, False, False), grad.contiguous()
+    found, grad = (weights.new_empty(0), embeddings.new_empty(0)), grad.contiguous()
     if needs_weights:
         found = gather.dots(grad, tokens, embeddings, weights.dtype), found[1]
     if needs_embeddings:
@@ -365,7 +386,11 @@ def average_bwd(
 
 @average_bwd.register_fake
 def _(grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, *needs: Any) -> tuple[Tensor, Tensor]:
-    return _empty_grads(weights, embeddings, *needs)
+    needs_weights, needs_embeddings = needs
+    return (
+        weights.new_empty(weights.shape if needs_weights else 0),
+        embeddings.new_empty(embeddings.shape if needs_embeddings else 0),
+    )
 
 
 def _save_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -400,20 +425,22 @@ class Nearest(NamedTuple):
     x: Rows  # [N, D]
     embeddings: Tokens  # [V, D], rows contiguous
     bias: Tokens  # [V]
+    col: Tokens | None  # [V]: distance is not of such scores
     backend: str
 
 
-NO_LOGITS = NOTHING, None, None, 0, NOTHING, NOTHING, None, 0, False, False  # of a Request, behind bias
+# Of a Request, behind bias.
+NO_LOGITS: tuple[Any, ...] = NOTHING, None, None, 0, NOTHING, NOTHING, None, 0, False, False
 
 
 @operator("nearest_fwd", Nearest, returns=tuple[Tensor, Tensor])
 @without_autocast
 def nearest_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x, embeddings, bias, backend = Nearest(*arguments)
+    x, embeddings, bias, col, backend = Nearest(*arguments)
     if x.shape[0] == 0:
         return _empty_nearest(x)
-    request = Request(x.contiguous(), embeddings, bias, *NO_LOGITS)
-    found = pick_backend(backend, x.device, x.dtype).step_fwd(request)
+    request = Request(x.contiguous(), embeddings, bias, *NO_LOGITS)._replace(col=col)
+    found = pick_backend(backend, x.device, x.dtype, request).step_fwd(request)
     return found.tokens, found.distance
 
 
@@ -437,7 +464,7 @@ def _nearest_backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None,
     if needs_embeddings:
         minus = -torch.ones_like(grad[:, None])
         grad_embeddings = gather.spread(minus, tokens[:, None], grad_x, len(embeddings)).to(embeddings.dtype)
-    return grad_x.to(x.dtype) if needs_x else None, grad_embeddings, None, None
+    return grad_x.to(x.dtype) if needs_x else None, grad_embeddings, None, None, None
 
 
 nearest_fwd.register_autograd(_nearest_backward, setup_context=_save_nearest)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels import checks, library
+from smoothie_kernels import checks, library, metric
 from smoothie_kernels.stream import Request
 from smoothie_kernels.topk import TopK, largest, smooth_topk, smooth_topk_and_mean
 from smoothie_kernels.vocabulary import Vocabulary, as_vocabulary
@@ -130,9 +130,11 @@ def fused_smoothie_step(
     k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
     workspace = checks.count("workspace", workspace)
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
+    checks.check_smooth(smooth, vocabulary.metric)
     flat, scale = _rows(x), checks.scale(mu, sigma_min, x)
+    rows, lacks = metric.rows(vocabulary.metric, flat)
     request = Request(
-        flat,
+        rows,
         vocabulary.embeddings,
         vocabulary.bias,
         scale,
@@ -148,8 +150,15 @@ def fused_smoothie_step(
         float(recall_target),
         torch.is_grad_enabled() and (x.requires_grad or vocabulary.embeddings.requires_grad),
         backend,
+        None if lacks is None else lacks.detach(),
+        vocabulary.col,
+        None if vocabulary.col is None else vocabulary.embeddings,
     )
     smoothed, tokens, noisy_tokens, lse, _, log_sum, *top, _ = library.step_fwd(*request)
+    if lacks is not None:
+        lacks = scale * lacks
+        smoothed, lse = smoothed.to(x.dtype), lse - lacks
+        top[0] = top[0] - (lacks - lacks.detach())[:, None]
     found = None
     if topk is not None:
         top_logits, top_tokens = top
@@ -172,7 +181,7 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
 
     Args:
         x: (..., D) float32, bfloat16, float16 (float64 with the reference backend).
-        embeddings: (V, D) table on x's device, or a `Vocabulary`.
+        embeddings: (V, D) table on x's device, or a `Vocabulary`, of whose metric distance is.
         backend: "auto", or "reference", "cpu", "triton", "cuda" by name.
 
     Returns:
@@ -189,8 +198,14 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
     checks.check_can_be_saved(x, vocabulary.embeddings)
-    found = library.nearest_fwd(_rows(x), vocabulary.embeddings, vocabulary.bias, backend)
-    return NearestToken(*_like(x, found))
+    flat = _rows(x)
+    if isinstance(vocabulary.metric, str) and vocabulary.metric == "euclidean":
+        found = library.nearest_fwd(flat, vocabulary.embeddings, vocabulary.bias, None, backend)
+        return NearestToken(*_like(x, found))
+    with torch.no_grad():
+        given = metric.rows(vocabulary.metric, flat).x, vocabulary.embeddings, vocabulary.bias, vocabulary.col, backend
+        tokens, _ = library.nearest_fwd(*given)
+    return NearestToken(*_like(x, (tokens, metric.distance(vocabulary.metric, flat, tokens, vocabulary.embeddings))))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class Request(NamedTuple):
 
     x: Rows  # [N, D] contiguous
     embeddings: Tokens  # [V, D], rows contiguous
-    bias: Tokens  # [V]: -||E_j||^2 / 2
-    scale: Rows  # [N]: logits are scale (x . E + bias) + std eps, but for what is the same in a row
+    bias: Tokens  # [V]: logits are scale score + std eps, score = col (x . E) + bias
+    scale: Rows  # [N]
     std: Rows | None  # [N], None where there is no noise
     row_ids: Rows | None  # [N], instead of row_offset + i
     row_offset: int
@@ -45,6 +45,12 @@ class Request(NamedTuple):
     recall_target: float = 1.0  # the share of them that is found, in expectation; 1: all
     wide: bool = False  # whether smoothed and gradients keep the type of their sums: 16 bits would round them
     backend: str = "auto"  # the name that the caller gave
+    # Other scores than those of squared distances. Without a bound, bias is -||E||^2 / 2, and what all tokens of a row
+    # have alike, -||x||^2 / 2, counts as well: in lse, and in the derivatives of a score, E - x and x - E. With one,
+    # bias and values have gradients of their own.
+    bound: Rows | None = None  # [N]: no score is above it
+    col: Tokens | None = None  # [V], None for ones
+    values: Tokens | None = None  # [V, D] of E's type, rows contiguous: what the mean is one of; None for E
 
     def result_dtype(self, of: Tensor) -> torch.dtype:
         """The type of smoothed (of x), or of the gradient of x or embeddings."""

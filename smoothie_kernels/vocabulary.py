@@ -12,7 +12,9 @@ from torch._C import _functorch as functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from smoothie_kernels import checks, library
+from smoothie_kernels import metric as metrics
 from smoothie_kernels.moments import moments
+from smoothie_kernels.stream import sum_dtype
 
 
 class Vocabulary:
@@ -24,6 +26,8 @@ class Vocabulary:
 
     Args:
         embeddings: (V, D) float32, bfloat16, float16 or float64, all finite.
+        metric: the distances D of a step. "euclidean": ||x - E||^2; "cosine": 2 - 2 cos(x, E), where a row of zeros has
+            the cosine 0; or a (D, D) factor A of M = A A^T: (x - E)^T M (x - E). Gradients go to A as well.
         backend: which backend computes the bias.
         check_finite: whether to look; on a GPU looking makes the host wait for the device.
 
@@ -39,18 +43,29 @@ class Vocabulary:
     """
 
     table: Tensor  # (V, D): as it was given
+    metric: metrics.Metric = "euclidean"
     _backend: str
     _kept: dict[str, Tensor]
     _state: tuple[object, ...] | None = None  # of the table when it was read
     _for_one_step = False  # then it keeps all: neither an optimizer nor a transform ends while it lives
 
-    def __init__(self, embeddings: Tensor, *, backend: str = "auto", check_finite: bool = True) -> None:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        *,
+        metric: metrics.Metric = "euclidean",
+        backend: str = "auto",
+        check_finite: bool = True,
+    ) -> None:
         checks.check_backend(backend)
         checks.check_table(embeddings)
         checks.check_bool("check_finite", check_finite)
+        self.metric = checks.check_metric(metric, embeddings)
         self.table, self._backend, self._kept = embeddings, backend, {}
-        if check_finite or self._keeps:
+        if self.metric == "euclidean" and (check_finite or self._keeps):
             self._keep("bias", lambda: self._bias(check_finite))
+        elif check_finite:
+            self._bias(check_finite)
 
     @property
     def embeddings(self) -> Tensor:
@@ -62,7 +77,20 @@ class Vocabulary:
     @property
     def bias(self) -> Tensor:
         """(V,)"""
-        return self._keep("bias", lambda: self._bias(check_finite=False))
+        return self._keep("bias", self._make_bias)
+
+    @property
+    def col(self) -> Tensor | None:
+        """(V,), what the products x . E count, None for once."""
+        cosine = isinstance(self.metric, str) and self.metric == "cosine"
+        return self._keep("col", lambda: metrics.inverse_norms(self.embeddings)) if cosine else None
+
+    def _make_bias(self) -> Tensor:
+        if isinstance(self.metric, Tensor):
+            return metrics.column_bias(self.metric, self.embeddings)
+        if self.metric == "cosine":
+            return self.table.new_zeros(len(self), dtype=sum_dtype(self.table))
+        return self._bias(check_finite=False)
 
     def _bias(self, check_finite: bool) -> Tensor:
         bias: Tensor = library.column_bias(self.embeddings.detach(), check_finite, self._backend)
@@ -70,14 +98,15 @@ class Vocabulary:
 
     @property
     def _keeps(self) -> bool:
-        return self._for_one_step or not self.table.requires_grad
+        trained = self.table.requires_grad or (isinstance(self.metric, Tensor) and self.metric.requires_grad)
+        return self._for_one_step or not trained
 
     def _keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if not self._keeps:
             self._kept.clear()  # the table may be written to, and frozen afterwards
             return make()
         dynamo, compiling = torch.compiler.is_dynamo_compiling(), torch.compiler.is_compiling()
-        if not (self._for_one_step or compiling) and self._state != (state := _state(self.table)):
+        if not (self._for_one_step or compiling) and self._state != (state := self._state_now()):
             self._kept, self._state = {}, state
         if name not in self._kept and dynamo and not torch.is_grad_enabled():
             name = f"{name}, without gradients"  # Dynamo does not see inference mode: this may be an inference tensor
@@ -91,6 +120,9 @@ class Vocabulary:
             self._kept[name] = made
         return self._kept[name]
 
+    def _state_now(self) -> tuple[object, ...]:
+        return _state(self.table) + (_state(self.metric) if isinstance(self.metric, Tensor) else ())
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_state": None}  # of another process, or of another table
 
@@ -103,6 +135,7 @@ class Vocabulary:
             checks.check_device("device", device)
         moved = object.__new__(type(self))
         moved.table, moved._backend, moved._kept = self.table.to(device), self._backend, {}
+        moved.metric = self.metric.to(device) if isinstance(self.metric, Tensor) else self.metric
         return moved
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -116,7 +149,8 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         v, d = self.table.shape
-        return f"Vocabulary(V={v}, D={d}, dtype={self.table.dtype}, device='{self.table.device}')"
+        metric = "a factor" if isinstance(self.metric, Tensor) else f"'{self.metric}'"
+        return f"Vocabulary(V={v}, D={d}, metric={metric}, dtype={self.table.dtype}, device='{self.table.device}')"
 
 
 def _state(table: Tensor) -> tuple[object, ...]:

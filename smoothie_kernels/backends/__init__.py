@@ -1,10 +1,10 @@
-"""One module per backend, each with the same six functions:
+"""One module per backend, each with the same seven functions:
 
 supports(device_type, dtype) -> why not, or None; dtype is None where no input has one
+lacks(request) -> what this call asks of it that it has not, or None
 column_bias(embeddings) -> [V]
 step_fwd(request) -> StepOutputs
-step_bwd(request, saved, grads, needs_x, needs_embeddings)
-    -> gradients of x [N, D] and embeddings [V, D], in their types or the sums'; None where not needed
+step_bwd(request, saved, grads, wanted) -> Gradients
 average(weights, tokens, embeddings, dtype)
     -> [N, D] in dtype, the sums of weights [N, K] times the embeddings of tokens [N, K]
 gaussian(out, row_ids, row_offset, seed, offset) -> out
@@ -62,6 +62,25 @@ class Saved(NamedTuple):
     noisy_tokens: Tensor  # [N] int64
     best_score: Tensor  # [N]
     log_sum: Tensor  # [N]
+
+
+class Wanted(NamedTuple):
+    """Which gradients are."""
+
+    x: bool
+    embeddings: bool
+    bias: bool = False
+    values: bool = False
+
+
+class Gradients(NamedTuple):
+    """In the types of what they are of, or of the sums; None where not wanted. Where scores are those of distances
+    embeddings has all of the table's; with `values`, embeddings has what comes through scores."""
+
+    x: Tensor | None = None  # [N, D]
+    embeddings: Tensor | None = None  # [V, D]
+    bias: Tensor | None = None  # [V]
+    values: Tensor | None = None  # [V, D]
 
 
 class Grads(NamedTuple):

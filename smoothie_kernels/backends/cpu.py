@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, StepOutputs, nearest_alone
+from smoothie_kernels.backends import Gradients, Grads, Saved, StepOutputs, Wanted, nearest_alone
 from smoothie_kernels.backends.shared_library import why_not
 from smoothie_kernels.stream import Request
 
@@ -31,6 +31,10 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
 
 def _no_tier() -> str:
     return f"{TIER_VARIABLE}={tier()} is not one of the tiers of this processor: {', '.join(tiers())}"
+
+
+def lacks(request: Request) -> str | None:
+    return "takes Euclidean distances" if request.bound is not None or request.col is not None else None
 
 
 @cache
@@ -86,16 +90,14 @@ def _nearest(inputs: Request) -> StepOutputs:
     return nearest_alone(tokens, distance)
 
 
-def step_bwd(
-    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gradients:
     x, table = inputs.x, inputs.embeddings
-    grad_x = torch.empty_like(x, dtype=inputs.result_dtype(x)) if needs_x else None
-    grad_embeddings = table.new_empty(table.shape, dtype=torch.float32) if needs_embeddings else None
+    grad_x = torch.empty_like(x, dtype=inputs.result_dtype(x)) if wanted.x else None
+    grad_embeddings = table.new_empty(table.shape, dtype=torch.float32) if wanted.embeddings else None
     if inputs.std is not None and not inputs.std.any():
         inputs = inputs._replace(std=None)
     _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, grad_embeddings)
-    return grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.result_dtype(table))
+    return Gradients(grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.result_dtype(table)))
 
 
 def _arguments(inputs: Request) -> tuple[object, ...]:

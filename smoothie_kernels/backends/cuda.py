@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, Statistics, StepOutputs, nearest_alone
+from smoothie_kernels.backends import Gradients, Grads, Saved, Statistics, StepOutputs, Wanted, nearest_alone
 from smoothie_kernels.backends.blocks import (
     HEADROOM,
     HIGHEST,
@@ -39,7 +39,7 @@ from smoothie_kernels.backends.shared_library import why_not
 from smoothie_kernels.recall import Buckets, expected_found
 from smoothie_kernels.stream import Request
 
-__all__ = ["average", "column_bias", "gaussian", "step_bwd", "step_fwd", "supports"]
+__all__ = ["average", "column_bias", "gaussian", "lacks", "step_bwd", "step_fwd", "supports"]
 
 LIBRARY = Path(__file__).parent.parent / "libsmoothie_kernels_cuda.so"
 # The same, but what hangs ends with an error: where setup.py is given SMOOTHIE_WATCHDOG=1. Both register the same
@@ -69,11 +69,22 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
         return "it takes CUDA tensors"
     if dtype and dtype not in DTYPES:
         return "it takes bfloat16 and float16"
-    lacks = _lacks() if DEVICE == "cuda" else None  # first: without such a GPU the library stays out of the process
-    return lacks or why_not(LIBRARY, BUILD)
+    no_gpu = _why_no_gpu() if DEVICE == "cuda" else None  # first: without one the library stays out of the process
+    return no_gpu or why_not(LIBRARY, BUILD)
 
 
-def _lacks() -> str | None:
+def lacks(request: Request) -> str | None:
+    x, embeddings, d = request.x, request.embeddings, request.x.shape[1]
+    if request.bound is not None or request.col is not None:
+        return "takes Euclidean distances"
+    if x.dtype != embeddings.dtype:
+        return f"takes x and embeddings of one type, got {x.dtype} and {embeddings.dtype}"
+    if d % WIDTH_STEP or d > WIDEST:
+        return f"takes widths D that are multiples of {WIDTH_STEP} up to {WIDEST:,}, got {d}"
+    return None
+
+
+def _why_no_gpu() -> str | None:
     if torch.version.hip is not None or not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU"
     capability = torch.cuda.get_device_capability()
@@ -372,8 +383,7 @@ def _write_keys(fields: Tensor, inputs: Request, tokens: slice, ref_score: Tenso
 
 
 def step_fwd(inputs: Request) -> StepOutputs:
-    x, embeddings = _both_aligned(inputs.x, inputs.embeddings)
-    inputs = inputs._replace(x=x, embeddings=embeddings)
+    inputs = inputs._replace(x=_aligned(inputs.x), embeddings=_aligned(inputs.embeddings))
     if not inputs.logits:
         return _nearest(inputs)
     inputs = noise_on_device(inputs)
@@ -395,12 +405,10 @@ def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor,
     return out
 
 
-def step_bwd(
-    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gradients:
     from smoothie_kernels.backends import triton
 
-    return triton.step_bwd(inputs, saved, grads, needs_x, needs_embeddings)
+    return triton.step_bwd(inputs, saved, grads, wanted)
 
 
 def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
@@ -409,24 +417,9 @@ def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dt
     return triton.average(weights, tokens, embeddings, dtype)
 
 
-def _both_aligned(x: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype != embeddings.dtype:
-        raise RuntimeError(
-            f"backend 'cuda' takes x and embeddings of one type, got {x.dtype} and {embeddings.dtype}: convert one, or "
-            "use backend='triton'"
-        )
-    return _aligned(x), _aligned(embeddings)
-
-
 def _aligned(rows: Tensor) -> Tensor:
     """As a tensor map needs them: rows that begin on 16 bytes, do not overlap (an expanded table has the stride 0), and
-    lie less than 2^40 bytes apart (a single row may have any stride). RuntimeError where that takes another width."""
-    d = rows.shape[1]
-    if d % WIDTH_STEP or d > WIDEST:
-        raise RuntimeError(
-            f"backend 'cuda' takes widths D that are multiples of {WIDTH_STEP} up to {WIDEST:,}, got {d}: use "
-            "backend='triton'"
-        )
+    lie less than 2^40 bytes apart (a single row may have any stride)."""
     stride = rows.stride(0)
-    fits = rows.data_ptr() % 16 == 0 and stride % WIDTH_STEP == 0 and d <= stride < MOST_STRIDE
+    fits = rows.data_ptr() % 16 == 0 and stride % WIDTH_STEP == 0 and rows.shape[1] <= stride < MOST_STRIDE
     return rows if fits else rows.clone(memory_format=torch.contiguous_format)

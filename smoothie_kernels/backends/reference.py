@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, StepOutputs, gather, nearest_alone
+from smoothie_kernels.backends import Gradients, Grads, Saved, StepOutputs, Wanted, gather, nearest_alone
 from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.backends.gather import average
 from smoothie_kernels.recall import Buckets, pick_buckets
 from smoothie_kernels.stream import Request, sum_dtype
 
-__all__ = ["average", "column_bias", "gaussian", "step_bwd", "step_fwd", "supports"]
+__all__ = ["average", "column_bias", "gaussian", "lacks", "step_bwd", "step_fwd", "supports"]
 
 CHUNK = 4096  # tokens at a time
 
 
 def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
+    return None
+
+
+def lacks(request: Request) -> str | None:
     return None
 
 
@@ -42,9 +46,9 @@ def step_fwd(inputs: Request) -> StepOutputs:
     noisy_tokens = tokens.clone()
     kept = _Kept(inputs, rows)
     for first in range(0, embeddings.shape[0], CHUNK):
-        table = embeddings[first : first + CHUNK].to(dtype)
-        scores = rows @ table.T + inputs.bias[first : first + CHUNK]
-        eps = _noise(inputs, ids, first, len(table))
+        tokens_of_chunk = slice(first, first + CHUNK)
+        scores = _scores(inputs, rows, tokens_of_chunk)
+        eps = _noise(inputs, ids, first, scores.shape[1])
         before = nearest
         nearest, tokens = _keep_first_max(nearest, tokens, scores, first)
         highest = highest + torch.where(highest > -torch.inf, scale * (before - nearest), 0)
@@ -56,15 +60,18 @@ def step_fwd(inputs: Request) -> StepOutputs:
         rescale, weights = (highest - shift).exp(), (logits - shift[:, None]).exp()
         total = total * rescale + weights.sum(1)
         if inputs.mean:
-            smoothed = smoothed * rescale[:, None] + weights @ table
+            smoothed = smoothed * rescale[:, None] + weights @ _values(inputs, tokens_of_chunk)
         highest = new_highest
     log_sum = torch.where(highest.isfinite(), highest, 0) + total.log()
-    # The nearest token's score as it came out, because lse averages the errors of all scores, but for the token's share
-    # of the weight (without noise, where that is not known), because its distance has no error.
-    came_out = nearest.double() - rows.double().square().sum(1) / 2
-    near = (rows.double() - embeddings[tokens].double()).square().sum(1) / -2
-    share = torch.where(tokens == noisy_tokens, highest - log_sum, -log_sum.clamp(min=0)).exp().clamp(max=1).double()
-    lse = (log_sum.double() + scale.double() * torch.lerp(came_out, near, share)).to(dtype)
+    best = nearest.double()
+    if inputs.bound is None:
+        # The nearest token's score as it came out, because lse averages the errors of all scores, but for the token's
+        # share of the weight (without noise, where that is not known), because its distance has no error.
+        came_out = best - rows.double().square().sum(1) / 2
+        near = (rows.double() - embeddings[tokens].double()).square().sum(1) / -2
+        share = torch.where(tokens == noisy_tokens, highest - log_sum, -log_sum.clamp(min=0)).exp().clamp(max=1)
+        best = torch.lerp(came_out, near, share.double())
+    lse = (log_sum.double() + scale.double() * best).to(dtype)
     top = kept.largest(nearest, log_sum)
     smoothed = (smoothed / total[:, None]).to(inputs.result_dtype(x))
     return StepOutputs(smoothed, tokens, noisy_tokens, lse, nearest, log_sum, *top)
@@ -114,17 +121,16 @@ class _Kept:
         return logits[:, : self.k].masked_fill(unknown, torch.nan), torch.where(unknown, lowest, tokens)
 
 
-def step_bwd(
-    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """With weights P and delta = sum(grad * smoothed): dS = scale P (grad . E - delta + grad_lse).
+def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gradients:
+    """With weights P and delta = sum(grad * smoothed): dS = scale P (grad . values - delta + grad_lse).
 
-    Then the chain rule: through a score's two ends, E_j - x_i and x_i - E_j, and the mean, P grad.
+    Then the chain rule: through a score's two ends, col_j E_j and col_j x_i (of a distance E_j - x_i and x_i - E_j),
+    its bias, and the mean, P grad.
 
     A row's P add up to 1 and its dS to scale grad_lse, but for the rounding of log_sum and delta. Where one token has
     all the weight, its dS is nothing but that rounding: it is subtracted again, by the token's weight.
     """
-    embeddings, dtype = inputs.embeddings, sum_dtype(inputs.x)
+    embeddings, dtype, distances = inputs.embeddings, sum_dtype(inputs.x), inputs.bound is None
     rows, scale, ids = _rows(inputs)
     smoothed = None if saved.smoothed is None else saved.smoothed.to(dtype)
     grad = torch.zeros_like(rows) if grads.smoothed is None else grads.smoothed.to(dtype)
@@ -132,35 +138,56 @@ def step_bwd(
     shift = grad_lse if smoothed is None else grad_lse - (grad * smoothed).sum(1)
     grad_x, missing, one = torch.zeros_like(rows), scale * grad_lse, torch.zeros_like(scale)
     largest = torch.zeros_like(scale)
-    grad_embeddings = embeddings.new_empty(embeddings.shape, dtype=dtype) if needs_embeddings else None
+    through_scores, through_mean = (torch.zeros_like(embeddings, dtype=dtype) for _ in range(2))
+    grad_bias = rows.new_zeros(len(embeddings))
     for first in range(0, embeddings.shape[0], CHUNK):
-        table = embeddings[first : first + CHUNK].to(dtype)
-        scores = rows @ table.T + inputs.bias[first : first + CHUNK]
-        logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, len(table))
+        part = slice(first, first + CHUNK)
+        scores = _scores(inputs, rows, part)
+        logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, scores.shape[1])
         weights = (logits - saved.log_sum[:, None]).clamp(max=0).exp()
-        grad_scores = scale[:, None] * weights * (grad @ table.T + shift[:, None])
+        grad_scores = scale[:, None] * weights * (grad @ _values(inputs, part).T + shift[:, None])
         missing -= grad_scores.sum(1)
         one += weights.sum(1)
         largest = largest.maximum(weights.amax(1))
-        if needs_x:
-            grad_x += grad_scores @ table
-        if grad_embeddings is not None:
-            part = weights.T @ grad + grad_scores.T @ rows - grad_scores.sum(0)[:, None] * table
-            grad_embeddings[first : first + CHUNK] = part
-    if grad_embeddings is not None:
-        tokens, share = saved.noisy_tokens, torch.where(one == 0, 1, largest / one)
-        change = missing[:, None] * (rows - embeddings[tokens].to(dtype)) + (1 - one)[:, None] * grad
-        change *= share[:, None]
-        grad_embeddings[tokens] += gather.sum_by_token(tokens, change)  # the same sum where tokens are the same
-        grad_embeddings = grad_embeddings.to(inputs.result_dtype(embeddings))
-    if not needs_x:
-        return None, grad_embeddings
+        grad_bias[part], through_mean[part] = grad_scores.sum(0), weights.T @ grad
+        grad_products = grad_scores if inputs.col is None else grad_scores * inputs.col[part]
+        grad_x += grad_products @ embeddings[part].to(dtype)
+        through_scores[part] = grad_products.T @ rows
+    tokens, share = saved.noisy_tokens, torch.where(one == 0, 1, largest / one)
+    lacking, col = share * missing, 1 if inputs.col is None else inputs.col[tokens]
+    chosen = embeddings[tokens].to(dtype)
+    grad_bias.index_add_(0, tokens, lacking)
+    if distances:
+        through_scores -= grad_bias[:, None] * embeddings.to(dtype)
+    # The same sum where tokens are the same.
+    through_scores[tokens] += gather.sum_by_token(tokens, (lacking * col)[:, None] * rows)
+    through_mean[tokens] += gather.sum_by_token(tokens, (share * (1 - one))[:, None] * grad)
     if smoothed is None:
         grad_x /= torch.where(one == 0, 1, one)[:, None]
     else:
-        grad_x += missing[:, None] * smoothed
-    grad_x -= (scale * grad_lse)[:, None] * rows
-    return grad_x.to(inputs.result_dtype(inputs.x)), grad_embeddings
+        grad_x += missing[:, None] * smoothed if distances else (missing * col)[:, None] * chosen
+    if distances:
+        grad_x -= (scale * grad_lse)[:, None] * rows
+    if inputs.values is None:
+        through_scores += through_mean
+    return Gradients(
+        grad_x.to(inputs.result_dtype(inputs.x)) if wanted.x else None,
+        through_scores.to(inputs.result_dtype(embeddings)) if wanted.embeddings else None,
+        grad_bias if wanted.bias else None,
+        through_mean.to(inputs.result_dtype(embeddings)) if wanted.values else None,
+    )
+
+
+def _scores(inputs: Request, rows: Tensor, tokens: slice) -> Tensor:
+    """Of some tokens, [N, v]."""
+    products = rows @ inputs.embeddings[tokens].to(rows.dtype).T
+    return (products if inputs.col is None else products * inputs.col[tokens]) + inputs.bias[tokens]
+
+
+def _values(inputs: Request, tokens: slice) -> Tensor:
+    """What the mean is one of, [v, D]."""
+    values = inputs.embeddings if inputs.values is None else inputs.values
+    return values[tokens].to(sum_dtype(inputs.x))
 
 
 def _rows(inputs: Request) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +218,7 @@ def _nearest(inputs: Request) -> StepOutputs:
     nearest = rows.new_full((len(rows),), -torch.inf)
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
     for first in range(0, embeddings.shape[0], CHUNK):
-        scores = rows @ embeddings[first : first + CHUNK].to(rows.dtype).T + inputs.bias[first : first + CHUNK]
+        scores = _scores(inputs, rows, slice(first, first + CHUNK))
         nearest, tokens = _keep_first_max(nearest, tokens, scores, first)
     distance = (rows.double() - embeddings[tokens].double()).square().sum(1)
     return nearest_alone(tokens, distance.to(rows.dtype))

@@ -299,7 +299,7 @@ def test_opcheck(hopper):
     seed, offsets = torch.tensor(3), torch.tensor([1])
     request = Request(x, table, bias, 0.1 * rows, 0.9 * rows, None, 0, seed, offsets, None, 2**28)
     torch.library.opcheck(library.step_fwd, request._replace(topk=4, wide=True, backend="cuda"))
-    torch.library.opcheck(library.nearest_fwd, (x, table, bias, "cuda"))
+    torch.library.opcheck(library.nearest_fwd, (x, table, bias, None, "cuda"))
     torch.library.opcheck(library.gaussian, (x.new_empty(6, 0).float(), 11, None, seed, offsets, None, 5, "cuda"))
 
 
@@ -336,20 +336,20 @@ def test_on_the_cpu_it_says_why():
 
 
 def test_auto_never_takes_it(hopper):
-    dispatch._first_that_runs.cache_clear()
+    dispatch._that_run.cache_clear()
     x = torch.randn(3, 8, device=hopper).bfloat16()
     assert dispatch.pick_backend("auto", x.device, x.dtype) is not cuda
     assert "cuda" not in dispatch.BACKENDS
-    dispatch._first_that_runs.cache_clear()
+    dispatch._that_run.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("x", "table", "message"),
     [
         ((torch.float32, 16), (torch.float32, 16), "tensors of torch.float32: it takes bfloat16 and float16"),
-        ((torch.bfloat16, 16), (torch.float16, 16), "of one type, got torch.bfloat16 and torch.float16: convert one"),
-        ((torch.bfloat16, 12), (torch.bfloat16, 12), "multiples of 8 up to 1,024, got 12: use backend='triton'"),
-        ((torch.bfloat16, 1032), (torch.bfloat16, 1032), "multiples of 8 up to 1,024, got 1032: use backend='triton'"),
+        ((torch.bfloat16, 16), (torch.float16, 16), "of one type, got torch.bfloat16 and torch.float16: use"),
+        ((torch.bfloat16, 12), (torch.bfloat16, 12), "multiples of 8 up to 1,024, got 12: use backend='auto'"),
+        ((torch.bfloat16, 1032), (torch.bfloat16, 1032), "multiples of 8 up to 1,024, got 1032: use backend='auto'"),
         ((torch.bfloat16, 16), (torch.float32, 16), "it takes bfloat16 and float16"),
     ],
 )

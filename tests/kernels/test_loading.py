@@ -38,9 +38,9 @@ def use(path: Path, monkeypatch) -> None:
     """Both compiled backends have this library, and a GPU to use it on."""
     monkeypatch.setattr(cpu, "LIBRARY", path)
     monkeypatch.setattr(cuda, "LIBRARY", path)
-    monkeypatch.setattr(cuda, "_lacks", lambda: None)
+    monkeypatch.setattr(cuda, "_why_no_gpu", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    dispatch._first_that_runs.cache_clear()
+    dispatch._that_run.cache_clear()
     monkeypatch.setattr(cpu, "_ops", cpu._ops.__wrapped__)
 
 
@@ -48,7 +48,7 @@ def check_refused(reason: str) -> None:
     assert cpu.supports("cpu", torch.float32) == cuda.supports("cuda", torch.bfloat16) == reason
     x, table = torch.randn(3, 8), torch.randn(20, 8)
     found, wanted = (fused_smoothie_step(x, table, 0.5, 1.0, seed=1, backend=name) for name in ("auto", "reference"))
-    dispatch._first_that_runs.cache_clear()
+    dispatch._that_run.cache_clear()
     assert torch.equal(found.smoothed, wanted.smoothed)
     with pytest.raises(RuntimeError) as error:
         fused_smoothie_step(x, table, 0.5, 1.0, backend="cpu")

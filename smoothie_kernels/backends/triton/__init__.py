@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from smoothie_kernels.backends import Grads, Saved, StepOutputs
+from smoothie_kernels.backends import Gradients, Grads, Saved, StepOutputs, Wanted
 from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.stream import Request
 
-__all__ = ["average", "column_bias", "gaussian", "step_bwd", "step_fwd", "supports"]
+__all__ = ["average", "column_bias", "gaussian", "lacks", "step_bwd", "step_fwd", "supports"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 products, and the shared memory of the tiles
@@ -35,11 +35,17 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
     if forward.MIXED or (device_type == "cpu" and not forward.INTERPRETED):
         return "TRITON_INTERPRET was set after triton had been imported: set it before"
     if not forward.INTERPRETED and torch.version.hip is None:
-        return _lacks()
+        return _why_no_gpu()
     return None
 
 
-def _lacks() -> str | None:
+def lacks(request: Request) -> str | None:
+    if request.bound is not None or request.col is not None:
+        return "takes Euclidean distances"
+    return None
+
+
+def _why_no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     capability = torch.cuda.get_device_capability()
@@ -68,13 +74,8 @@ def step_fwd(inputs: Request) -> StepOutputs:
     return outputs
 
 
-def step_bwd(
-    inputs: Request, saved: Saved, grads: Grads, needs_x: bool, needs_embeddings: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    gradients: tuple[Tensor | None, Tensor | None] = _chunked().step_bwd(
-        inputs, saved, grads, needs_x, needs_embeddings
-    )
-    return gradients
+def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gradients:
+    return Gradients(*_chunked().step_bwd(inputs, saved, grads, wanted.x, wanted.embeddings))
 
 
 def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
