@@ -49,7 +49,7 @@ def column_bias(factor: Tensor, embeddings: Tensor) -> Tensor:
         with torch.autocast(table.device.type, enabled=False):
             return ((table.to(factor.dtype) @ factor).double().square().sum(1) / -2).to(factor.dtype)
 
-    blocks = embeddings.split(max(1, ROOM // (8 * embeddings.shape[1])))
+    blocks = torch.split(embeddings, max(1, ROOM // (8 * embeddings.shape[1])))
     if torch.is_grad_enabled() and (embeddings.requires_grad or factor.requires_grad):
         return torch.cat([checkpoint(of_block, block, factor, use_reentrant=False) for block in blocks])
     return torch.cat([of_block(block, factor) for block in blocks])

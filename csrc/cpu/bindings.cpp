@@ -45,12 +45,12 @@ const smoothie::Tier& tier(int64_t index) {
 }
 
 template <class Params>
-Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias) {
+Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const std::optional<Tensor>& col) {
   Params p{};
   p.n_rows = x.size(0), p.n_vocab = embeddings.size(0), p.width = x.size(1);
   p.x = data(x, "x", {p.n_rows, p.width}), p.x_dtype = dtype_of(x);
   p.table = rows(embeddings, "embeddings", {p.n_vocab, p.width}), p.table_dtype = dtype_of(embeddings);
-  p.bias = pointer<float>(bias, "bias", {p.n_vocab});
+  p.bias = pointer<float>(bias, "bias", {p.n_vocab}), p.col = pointer<float>(col, "col", {p.n_vocab});
   p.table_stride = embeddings.stride(0);
   return p;
 }
@@ -72,12 +72,18 @@ std::vector<smoothie::NoiseField> noise_fields(int64_t seed, const Tensor& offse
 template <class Params>
 Params inputs(const Tensor& x, const Tensor& embeddings, const Tensor& bias, const Tensor& scale,
               const std::optional<Tensor>& std, const std::optional<Tensor>& row_ids, int64_t row_offset,
-              const std::vector<smoothie::NoiseField>& fields) {
-  Params p = inputs<Params>(x, embeddings, bias);
+              const std::vector<smoothie::NoiseField>& fields, const std::optional<Tensor>& bound,
+              const std::optional<Tensor>& col, const std::optional<Tensor>& values) {
+  Params p = inputs<Params>(x, embeddings, bias, col);
   p.scale = pointer<float>(scale, "scale", {p.n_rows});
   p.std = pointer<float>(std, "std", {p.n_rows});
   p.row_ids = pointer<int64_t>(row_ids, "row_ids", {p.n_rows}), p.row_offset = row_offset;
   p.fields = fields.data(), p.n_fields = int64_t(fields.size());
+  p.bound = pointer<float>(bound, "bound", {p.n_rows});
+  if (values) {
+    STD_TORCH_CHECK(values->scalar_type() == embeddings.scalar_type(), "values must be of the type of embeddings");
+    p.values = rows(*values, "values", {p.n_vocab, p.width}), p.values_stride = values->stride(0);
+  }
   return p;
 }
 
@@ -96,11 +102,13 @@ void* rows_of_x(const std::optional<Tensor>& t, const char* name, const Tensor& 
 
 void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, int64_t tier_index, std::optional<Tensor> smoothed, Tensor tokens,
+              std::optional<Tensor> field_weights, std::optional<Tensor> bound, std::optional<Tensor> col,
+              std::optional<Tensor> values, int64_t tier_index, std::optional<Tensor> smoothed, Tensor tokens,
               Tensor noisy_tokens, Tensor lse, Tensor best_score, Tensor log_sum, Tensor top_logits,
               Tensor top_tokens) {
   const auto fields = noise_fields(seed, offsets, field_weights);
-  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, scale, std, row_ids, row_offset, fields);
+  auto p =
+      inputs<smoothie::StepParams>(x, embeddings, bias, scale, std, row_ids, row_offset, fields, bound, col, values);
   const int64_t n = p.n_rows;
   p.smoothed = rows_of_x(smoothed, "smoothed", x, p.smoothed_dtype);
   p.tokens = pointer<int64_t>(tokens, "tokens", {n});
@@ -116,11 +124,14 @@ void step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optio
 
 void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optional<Tensor> std,
               std::optional<Tensor> row_ids, int64_t row_offset, int64_t seed, Tensor offsets,
-              std::optional<Tensor> field_weights, int64_t tier_index, std::optional<Tensor> smoothed,
-              Tensor noisy_tokens, Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed,
-              std::optional<Tensor> grad_lse, std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings) {
+              std::optional<Tensor> field_weights, std::optional<Tensor> bound, std::optional<Tensor> col,
+              std::optional<Tensor> values, int64_t tier_index, std::optional<Tensor> smoothed, Tensor noisy_tokens,
+              Tensor best_score, Tensor log_sum, std::optional<Tensor> grad_smoothed, std::optional<Tensor> grad_lse,
+              std::optional<Tensor> grad_x, std::optional<Tensor> grad_embeddings, std::optional<Tensor> grad_bias,
+              std::optional<Tensor> grad_values) {
   const auto fields = noise_fields(seed, offsets, field_weights);
-  auto p = inputs<smoothie::StepBwdParams>(x, embeddings, bias, scale, std, row_ids, row_offset, fields);
+  auto p =
+      inputs<smoothie::StepBwdParams>(x, embeddings, bias, scale, std, row_ids, row_offset, fields, bound, col, values);
   const int64_t n = p.n_rows;
   p.smoothed = rows_of_x(smoothed, "smoothed", x, p.smoothed_dtype);
   p.noisy_tokens = pointer<int64_t>(noisy_tokens, "noisy_tokens", {n});
@@ -130,6 +141,9 @@ void step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, std::optio
   p.grad_lse = pointer<float>(grad_lse, "grad_lse", {n});
   p.grad_x = rows_of_x(grad_x, "grad_x", x, p.grad_x_dtype);
   p.grad_table = pointer<float>(grad_embeddings, "grad_embeddings", {p.n_vocab, p.width});
+  p.grad_bias = pointer<float>(grad_bias, "grad_bias", {p.n_vocab});
+  p.grad_values = pointer<float>(grad_values, "grad_values", {p.n_vocab, p.width});
+  STD_TORCH_CHECK(p.values || !p.grad_values, "values must come with grad_values");
   tier(tier_index).step_bwd(p, torch_threads());
 }
 
@@ -144,8 +158,9 @@ void average(Tensor weights, Tensor tokens, Tensor embeddings, int64_t tier_inde
   tier(tier_index).average(p, torch_threads());
 }
 
-void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, int64_t tier_index, Tensor tokens, Tensor distance) {
-  auto p = inputs<smoothie::StepParams>(x, embeddings, bias);
+void nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, std::optional<Tensor> col, int64_t tier_index, Tensor tokens,
+                 Tensor distance) {
+  auto p = inputs<smoothie::StepParams>(x, embeddings, bias, col);
   p.tokens = pointer<int64_t>(tokens, "tokens", {p.n_rows});
   p.distance = pointer<float>(distance, "distance", {p.n_rows});
   tier(tier_index).step_fwd(p, torch_threads());
@@ -179,16 +194,19 @@ int64_t supported_tiers() {
 STABLE_TORCH_LIBRARY(smoothie_kernels_cpu, m) {
   m.def(
       "step_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, int tier, Tensor(a!)? smoothed, "
+      "int seed, Tensor offsets, Tensor? field_weights, Tensor? bound, Tensor? col, Tensor? values, int tier, "
+      "Tensor(a!)? smoothed, "
       "Tensor(b!) tokens, Tensor(c!) noisy_tokens, Tensor(d!) lse, Tensor(e!) best_score, Tensor(f!) log_sum, "
       "Tensor(g!) top_logits, Tensor(h!) top_tokens) -> ()");
   m.def(
       "step_bwd(Tensor x, Tensor embeddings, Tensor bias, Tensor scale, Tensor? std, Tensor? row_ids, int row_offset, "
-      "int seed, Tensor offsets, Tensor? field_weights, int tier, Tensor? smoothed, "
+      "int seed, Tensor offsets, Tensor? field_weights, Tensor? bound, Tensor? col, Tensor? values, int tier, "
+      "Tensor? smoothed, "
       "Tensor noisy_tokens, Tensor best_score, Tensor log_sum, Tensor? grad_smoothed, Tensor? grad_lse, "
-      "Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings) -> ()");
+      "Tensor(a!)? grad_x, Tensor(b!)? grad_embeddings, Tensor(c!)? grad_bias, Tensor(d!)? grad_values) -> ()");
   m.def(
-      "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, int tier, Tensor(a!) tokens, Tensor(b!) distance) -> ()");
+      "nearest_fwd(Tensor x, Tensor embeddings, Tensor bias, Tensor? col, int tier, Tensor(a!) tokens, "
+      "Tensor(b!) distance) -> ()");
   m.def("average(Tensor weights, Tensor tokens, Tensor embeddings, int tier, Tensor(a!) out) -> ()");
   m.def("column_bias(Tensor embeddings, int tier, Tensor(a!) bias) -> ()");
   m.def("gaussian(Tensor? row_ids, int row_offset, int seed, int offset, int tier, Tensor(a!) out) -> ()");

@@ -8,7 +8,7 @@
 //         gather  ot[D][lanes] += E[tile]^T p                  product over the tile
 //     finish: smoothed = ot / sum, lse = ref + log(sum), of the nearest token's distance
 //
-// Logits are at most 6.77 std sum_f |weight_f| (distances are never positive), so no running maximum: `ref` is fixed
+// Logits are at most scale bound + 6.77 std sum_f |weight_f|, so no running maximum: `ref` is fixed
 // beforehand and partial sums of any tiles add. Rows whose largest logit turns out far from it are done again: exact
 // for every input, another pass only for the rows that need one.
 #pragma once
@@ -44,8 +44,9 @@ inline double squared_distance(const float* a, const float* b, int64_t count) {
 // What is taken off a row's scores and logits so that fp32 holds its weights:
 // exp(scale (score_j - score) + std eps_j - logit).
 struct Reference {
-  // By pass: the score at distance zero; the nearest token's, for rows far from all tokens; the largest logit as well,
-  // for noise so loud that its largest value is far below what it could be. Nothing finite needs a fourth.
+  // By pass: the bound, of distances the score at distance zero; the nearest token's, for rows far from all tokens; the
+  // largest logit as well, for noise so loud that its largest value is far below what it could be. Nothing finite needs
+  // a fourth.
   static constexpr int kPasses = 3;
 
   float score, logit;
@@ -89,21 +90,23 @@ struct Partial {
 
 template <class S>
 struct Scratch {
-  Buffer<float> xt;     // [panel][D][lanes of the panel]
-  Buffer<float> p;      // [kTile][lanes of the panel]
-  Buffer<float> eps;    // [kTile][kLanes]
-  Buffer<float> row;    // [D]
-  Buffer<float> row2;   // [D]
-  Buffer<float> tile;   // [kTile][D, padded], only where the table is not fp32
+  Buffer<float> xt;    // [panel][D][lanes of the panel]
+  Buffer<float> p;     // [kTile][lanes of the panel]
+  Buffer<float> eps;   // [kTile][kLanes]
+  Buffer<float> row;   // [D]
+  Buffer<float> row2;  // [D]
+  Buffer<float> tile;  // [kTile][D, padded], only where the table is not fp32
+  Buffer<float> values;
   Buffer<TopKey> keys;  // of a row, all splits
 
-  Scratch(int64_t vectors, int64_t width, int64_t tile_size, int64_t key_count)
+  Scratch(int64_t vectors, int64_t width, int64_t tile_size, int64_t values_size, int64_t key_count)
       : xt(vectors * S::kLanes * width),
         p(kTile * 2 * S::kLanes),
         eps(kTile * S::kLanes),
         row(width),
         row2(width),
         tile(tile_size),
+        values(values_size),
         keys(key_count) {}
 };
 
@@ -131,7 +134,8 @@ class Step {
     std::vector<Scratch<S>> scratch;
     std::vector<Partial<S>> partials;
     for (int64_t i = 0; i < workers; ++i)
-      scratch.emplace_back(vectors, p_.width, tile_room(p_), top_room(p_.topk, p_.n_vocab) * plan_.splits);
+      scratch.emplace_back(vectors, p_.width, tile_room(p_), p_.values ? tile_room(p_) : 0,
+                           top_room(p_.topk, p_.n_vocab) * plan_.splits);
     for (int64_t i = 0; i < (plan_.splits == 1 ? workers : tasks); ++i)
       partials.emplace_back(vectors, smoothed_width(), p_.topk, top_room(p_.topk, p_.n_vocab));
 
@@ -190,23 +194,26 @@ class Step {
 
   void stream(int64_t block, int64_t split, Scratch<S>& s, Partial<S>& partial) const {
     for (int64_t t = split * plan_.tiles / plan_.splits; t < (split + 1) * plan_.tiles / plan_.splits; ++t) {
-      const Tile tile = read_tile<S>(p_, t, s.tile);
+      const Tiles tiles = read_tiles<S>(p_, t, s.tile, s.values);
       for_panels(block, [&](int64_t panel, int64_t, int64_t n_rows) {
-        layout_.with(n_rows, [&](auto vectors, auto group) { one_panel<vectors(), group()>(panel, tile, s, partial); });
+        layout_.with(n_rows,
+                     [&](auto vectors, auto group) { one_panel<vectors(), group()>(panel, tiles, s, partial); });
       });
     }
   }
 
   template <int kVectors, int kGroup>
-  void one_panel(int64_t panel, const Tile& tile, Scratch<S>& s, Partial<S>& partial) const {
+  void one_panel(int64_t panel, const Tiles& tiles, Scratch<S>& s, Partial<S>& partial) const {
     const int64_t start = panel * p_.width * kPanel;
-    score<S, kVectors, kGroup>(tile.rows, tile.stride, p_.bias + tile.first, s.xt + start, p_.width, tile.count, s.p);
+    const Tile &tile = tiles.scores, &mean = tiles.mean;
+    const Columns columns = Columns{p_.col, p_.bias}.of(tile.first);
+    score<S, kVectors, kGroup>(tile.rows, tile.stride, columns, s.xt + start, p_.width, tile.count, s.p);
     for (int n = 0; n < kVectors; ++n) {
       weigh<S, kLogits, kNoise, kTop>(s.p + n * kLanes, kVectors * kLanes, tile.first, tile.count, noise_, s.eps,
                                       partial.state[panel * 2 + n]);
       if constexpr (kTop) keep_largest<S>(s.eps, tile.first, tile.count, partial.top[panel * 2 + n]);
     }
-    if (p_.smoothed) gather<S, kVectors, kGroup>(tile.rows, tile.stride, s.p, p_.width, tile.count, partial.ot + start);
+    if (p_.smoothed) gather<S, kVectors, kGroup>(mean.rows, mean.stride, s.p, p_.width, mean.count, partial.ot + start);
   }
 
   // Merges the splits of a block in their order (the same sums in every run) and writes its rows.
@@ -254,9 +261,7 @@ class Step {
     p_.noisy_tokens[r] = total.noisy_token[lane];
     const double scale = p_.scale[r], nearest = total.best_score[lane];
     const double log_sum = S::fma(scale, double(ref.score) - nearest, ref.logit + std::log(sum));
-    const bool same = total.token[lane] == total.noisy_token[lane];  // else only its weight without noise is known
-    const double share = same ? std::exp(double(best)) / sum : std::exp(-std::fmax(log_sum, 0.0));
-    const double score = score_of(r, total.token[lane], nearest, std::fmin(share, 1.0), s);
+    const double score = p_.bound ? nearest : score_of(r, total, lane, sum, log_sum, s);
     p_.lse[r] = fits ? float(S::fma(scale, score, log_sum)) : kNaN;
     p_.best_score[r] = float(nearest);
     p_.log_sum[r] = fits ? float(log_sum) : kNaN;
@@ -290,10 +295,14 @@ class Step {
   }
 
   // The nearest token's score less ||x||^2 / 2: as it came out, because lse averages the errors of all scores, but for
-  // the token's share of the weight, because its distance has no error.
-  double score_of(int64_t r, int64_t token, double score, double share, Scratch<S>& s) const {
-    const double near = -distance(r, token, s) / 2, came_out = score - sum_of_squares<S>(s.row, p_.width) / 2;
-    return S::fma(share, near - came_out, came_out);
+  // the token's share of the weight (without noise, where that is not known), because its distance has no error.
+  double score_of(int64_t r, const RowState<S>& total, int64_t lane, double sum, double log_sum, Scratch<S>& s) const {
+    const int64_t token = total.token[lane];
+    const bool known = token == total.noisy_token[lane];
+    const double share = known ? std::exp(double(total.best_logit[lane])) / sum : std::exp(-std::fmax(log_sum, 0.0));
+    const double near = -distance(r, token, s) / 2;
+    const double came_out = total.best_score[lane] - sum_of_squares<S>(s.row, p_.width) / 2;
+    return S::fma(std::fmin(share, 1.0), near - came_out, came_out);
   }
 
   // The winner's distance directly: the scores' difference of large numbers would cancel.
@@ -325,10 +334,14 @@ template <class S, bool kNoise, bool kTop>
 void step_with_logits(const StepParams& p, const Threads& threads) {
   Buffer<Reference> references(p.n_rows);
   const float most_noise = loudest(p);
-  half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, [&](int64_t i, double half_square) {
+  const auto begin = [&](int64_t i, double bound) {
     const float highest = kNoise ? most_noise * p.std[i] : 0.0f;
-    references[i] = {float(half_square), highest > kLargest ? highest - kLargest : 0.0f, false};
-  });
+    references[i] = {float(bound), highest > kLargest ? highest - kLargest : 0.0f, false};
+  };
+  if (p.bound)
+    for (int64_t i = 0; i < p.n_rows; ++i) begin(i, p.bound[i]);
+  else
+    half_squares<S>(p.x, p.x_dtype, p.width, p.n_rows, p.width, threads, begin);
   Buffer<int64_t> rows(p.n_rows);
   int64_t n_rows = p.n_rows;
   for (int pass = 0; n_rows > 0; ++pass) {

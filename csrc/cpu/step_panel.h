@@ -46,9 +46,16 @@ inline void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, i
   }
 }
 
+// What products of some tokens are multiplied by, and what is added: nullptr for ones, for zeros.
+struct Columns {
+  const float *col, *bias;
+
+  Columns of(int64_t token) const { return {col ? col + token : nullptr, bias ? bias + token : nullptr}; }
+};
+
 // M tokens of `score`, `depth` columns of them; on top of what p has where `more`.
 template <class S, int M, int kVectors, int kGroup>
-inline void score_rows(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t depth,
+inline void score_rows(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t depth,
                        bool more, float* p) {
   typename S::F acc[M][kVectors];
   clear<S>(acc);
@@ -58,7 +65,8 @@ inline void score_rows(const float* tile, int64_t tile_stride, const float* bias
       float* out = p + (i * kVectors + n) * S::kLanes;
       auto sum = S::template sum_groups<kGroup>(acc[i][n]);
       if (more) sum = S::add(S::load(out), sum);
-      S::store(out, bias ? S::add(sum, S::set(bias[i])) : sum);
+      if (columns.col) sum = S::mul(sum, S::set(columns.col[i]));
+      S::store(out, columns.bias ? S::add(sum, S::set(columns.bias[i])) : sum);
     }
 }
 
@@ -82,17 +90,17 @@ inline void in_steps(int64_t first, int64_t count, const Body& body) {
   if constexpr (M > 1) in_steps<(M > 4 ? 4 : M / 2)>(first, count, body);
 }
 
-// p[v][lanes] = E[v] . x + bias[v] for `count` tokens of a tile; bias may be nullptr.
+// p[v][lanes] = col[v] (E[v] . x) + bias[v] for `count` tokens of a tile.
 template <class S, int kVectors, int kGroup>
-void score(const float* tile, int64_t tile_stride, const float* bias, const float* xt, int64_t width, int64_t count,
+void score(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t width, int64_t count,
            float* p) {
   for (int64_t first = 0; first < width; first += kDepth * kGroup) {
     const int64_t depth = width - first < kDepth * kGroup ? width - first : kDepth * kGroup;
-    const bool last = bias && first + depth == width;  // the bias joins last: it is large
+    const bool last = first + depth == width;  // the bias joins last: it is large
     in_steps<S::kBroadcasts>(0, count, [&](auto m, int64_t v) {
-      score_rows<S, m(), kVectors, kGroup>(tile + v * tile_stride + first, tile_stride, last ? bias + v : nullptr,
-                                           xt + first / kGroup * kVectors * S::kLanes, depth, first > 0,
-                                           p + v * kVectors * S::kLanes);
+      score_rows<S, m(), kVectors, kGroup>(tile + v * tile_stride + first, tile_stride,
+                                           last ? columns.of(v) : Columns{}, xt + first / kGroup * kVectors * S::kLanes,
+                                           depth, first > 0, p + v * kVectors * S::kLanes);
     });
   }
 }
@@ -247,12 +255,12 @@ struct RowGrads {
   }
 };
 
-// The scores p[v][lanes] of one vector of rows become P, and ds, which holds dP where kMean, becomes dS;
+// The scores p[v][lanes] of one vector of rows become P, and ds, which holds dP where kMean, becomes dS times col;
 // columns[v][lanes] takes the sum of dS over vectors of rows. No weight is above 1, however coarsely ref_logit is
 // rounded.
-template <class S, bool kNoise, bool kMean>
-void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64_t count, const Noise<S>& noise,
-                float* eps, RowGrads<S>& rows, float* columns) {
+template <class S, bool kNoise, bool kMean, bool kCol>
+void weigh_grad(float* p, float* ds, const float* col, int64_t stride, int64_t first_column, int64_t count,
+                const Noise<S>& noise, float* eps, RowGrads<S>& rows, float* columns) {
   using F = typename S::F;
   const F scale = S::load(rows.scale), std = S::load(rows.std), shift = S::load(rows.shift);
   const F ref_score = S::load(rows.ref_score), minus_ref = S::sub(S::set(0.0f), S::load(rows.ref_logit));
@@ -269,7 +277,7 @@ void weigh_grad(float* p, float* ds, int64_t stride, int64_t first_column, int64
     grad = S::mul(S::mul(scale, weight), grad);
     sum = S::add(sum, grad);
     S::store(p, weight);
-    S::store(ds, grad);
+    S::store(ds, kCol ? S::mul(grad, S::set(col[v])) : grad);
     S::store(columns, S::add(S::load(columns), grad));
   }
   add_to<S>(rows.sum, rows.sum_low, sum);

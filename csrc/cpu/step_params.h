@@ -9,16 +9,21 @@ namespace smoothie {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// score = col (x . E) + bias. Without a bound scores are those of squared distances: bias is -||E||^2 / 2, and lse and
+// the derivatives of a score have -||x||^2 / 2 as well.
 struct StepInputs {
   const void* x;           // [N, D] contiguous, x_dtype
   const void* table;       // [V, D] unit inner stride, table_dtype
-  const float* bias;       // [V]    -||E_j||^2 / 2
+  const void* values;      // [V, D] likewise: what the mean is one of    nullptr: the table
+  const float* bias;       // [V]
+  const float* col;        // [V]    nullptr: ones
+  const float* bound;      // [N]    no score is above it
   const float* scale;      // [N]    nullptr: nearest token only
   const float* std;        // [N]    nullptr: no noise anywhere
   const int64_t* row_ids;  // [N]  nullptr: row_offset + i
   int64_t row_offset;
   int64_t n_rows, n_vocab, width;  // N, V, D
-  int64_t table_stride;
+  int64_t table_stride, values_stride;
   DType x_dtype, table_dtype;
   const NoiseField* fields;  // [F]  the noise: eps_ij = sum_f weight_f normal_ij(key_f, row_shift_f)
   int64_t n_fields;
@@ -46,7 +51,9 @@ struct StepBwdParams : StepInputs {
   const void* grad_smoothed;  // [N, D] contiguous, x_dtype    nullptr: zero
   const float* grad_lse;      // [N]                           nullptr: zero
   void* grad_x;               // [N, D] contiguous, grad_x_dtype    nullptr: not needed
-  float* grad_table;          // [V, D] contiguous                  nullptr: not needed
+  float* grad_table;          // [V, D] contiguous                  nullptr: not needed, as the other two
+  float* grad_values;         // [V, D] contiguous, where values are: else the table's has it
+  float* grad_bias;           // [V]
   DType smoothed_dtype, grad_x_dtype;
 };
 

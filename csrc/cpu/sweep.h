@@ -155,15 +155,27 @@ inline int64_t tile_room(const StepInputs& p) {
   return p.table_dtype == DType::kFloat32 ? 0 : kTile * spread_stride(p.width);
 }
 
+// Of the table or of another one like it.
 template <class S>
-Tile read_tile(const StepInputs& p, int64_t index, float* room) {
+Tile read_tile(const StepInputs& p, const void* table, int64_t table_stride, int64_t index, float* room) {
   const int64_t first = index * kTile, count = least(kTile, p.n_vocab - first);
   if (p.table_dtype == DType::kFloat32)
-    return {static_cast<const float*>(p.table) + first * p.table_stride, p.table_stride, first, count};
+    return {static_cast<const float*>(table) + first * table_stride, table_stride, first, count};
   const int64_t stride = spread_stride(p.width);
   for (int64_t v = 0; v < count; ++v)
-    widen<S>(at(p.table, p.table_dtype, (first + v) * p.table_stride), p.table_dtype, p.width, room + v * stride);
+    widen<S>(at(table, p.table_dtype, (first + v) * table_stride), p.table_dtype, p.width, room + v * stride);
   return {room, stride, first, count};
+}
+
+// Tokens for the scores, and for the mean.
+struct Tiles {
+  Tile scores, mean;
+};
+
+template <class S>
+Tiles read_tiles(const StepInputs& p, int64_t index, float* room, float* room_of_values) {
+  const Tile tile = read_tile<S>(p, p.table, p.table_stride, index, room);
+  return {tile, p.values ? read_tile<S>(p, p.values, p.values_stride, index, room_of_values) : tile};
 }
 
 template <class S>

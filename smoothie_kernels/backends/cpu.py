@@ -34,7 +34,7 @@ def _no_tier() -> str:
 
 
 def lacks(request: Request) -> str | None:
-    return "takes Euclidean distances" if request.bound is not None or request.col is not None else None
+    return None
 
 
 @cache
@@ -86,25 +86,31 @@ def step_fwd(inputs: Request) -> StepOutputs:
 def _nearest(inputs: Request) -> StepOutputs:
     x = inputs.x
     tokens, distance = x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
-    _ops().nearest_fwd(x, inputs.embeddings, inputs.bias, _tier(), tokens, distance)
+    _ops().nearest_fwd(x, inputs.embeddings, inputs.bias, inputs.col, _tier(), tokens, distance)
     return nearest_alone(tokens, distance)
 
 
 def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gradients:
     x, table = inputs.x, inputs.embeddings
     grad_x = torch.empty_like(x, dtype=inputs.result_dtype(x)) if wanted.x else None
-    grad_embeddings = table.new_empty(table.shape, dtype=torch.float32) if wanted.embeddings else None
+    of_tokens = Gradients(
+        embeddings=table.new_empty(table.shape, dtype=torch.float32) if wanted.embeddings else None,
+        bias=table.new_empty(len(table), dtype=torch.float32) if wanted.bias else None,
+        values=table.new_empty(table.shape, dtype=torch.float32) if wanted.values else None,
+    )
     if inputs.std is not None and not inputs.std.any():
         inputs = inputs._replace(std=None)
-    _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, grad_embeddings)
-    return Gradients(grad_x, None if grad_embeddings is None else grad_embeddings.to(inputs.result_dtype(table)))
+    _ops().step_bwd(*_arguments(inputs), *saved, *grads, grad_x, *of_tokens[1:])
+    rounded = inputs.result_dtype(table)
+    embeddings, values = (g if g is None else g.to(rounded) for g in (of_tokens.embeddings, of_tokens.values))
+    return Gradients(grad_x, embeddings, of_tokens.bias, values)
 
 
 def _arguments(inputs: Request) -> tuple[object, ...]:
     """As the compiled operators take them."""
     return (
         inputs.x, inputs.embeddings, inputs.bias, inputs.scale, inputs.std, inputs.row_ids, inputs.row_offset,
-        int(inputs.seed), inputs.offset.cpu(), inputs.field_weights, _tier(),
+        int(inputs.seed), inputs.offset.cpu(), inputs.field_weights, inputs.bound, inputs.col, inputs.values, _tier(),
     )  # fmt: skip
 
 
