@@ -1,5 +1,6 @@
 """Every rule on input and its message. Shapes, types and devices here, values in library.py."""
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
@@ -224,6 +225,8 @@ def scale(mu: object, sigma_min: object, x: Tensor) -> Tensor:
         return per_row("mu", mu, x) / number**2
     value = _number("mu", mu, "a number or a tensor")
     check_values("mu", value, sum_dtype(x))
+    if x.dtype != torch.float64:
+        value = ctypes.c_float(value).value  # as a tensor has it
     return per_row("mu / sigma_min**2", value / number**2, x)
 
 

@@ -198,9 +198,9 @@ def _as_gradients(request: Request, found: Gradients, needs: Needs) -> tuple[Ten
     if needs.needs_col and request.col is not None and found.embeddings is not None:
         of_col = (found.embeddings * request.embeddings).sum(1) / request.col.where(request.col != 0, 1)
     grads = found.x, found.embeddings, found.bias, of_col, found.values
-    nothing = _empty_grads(request, Needs(*[False] * 5))
+    nothing = _empty_grads(request, needs)
     return tuple(
-        grad.to(empty.dtype) if need and grad is not None else empty
+        empty.zero_() if grad is None or not need else grad.to(empty.dtype)
         for grad, need, empty in zip(grads, needs, nothing, strict=True)
     )
 

@@ -386,7 +386,7 @@ def test_launches_that_it_does_not_take(hopper, change, message):
     refs = cuda.Refs(torch.zeros(1, 3, dtype=torch.int32, device=hopper), row, row)
     with pytest.raises(RuntimeError, match=message):
         cuda._call(
-            "score", x, how["mode"], x, table, torch.ones(200, device=hopper), row, None, None, 0, *refs, 1.5, 0, 200,
+            "score", x, how["mode"], x, table, torch.ones(200, device=hopper), row, None, None, 0, *refs, 0, 200,
             how["parts"], how["chunks"], how["resident"], how["cluster"], *parts, None, None,
         )  # fmt: skip
 
