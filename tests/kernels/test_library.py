@@ -53,7 +53,17 @@ def test_opcheck(backend, weights):
     for used in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)):
         incoming = [grad if use else None for grad, use in zip(grads, used, strict=True)]
         for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(library.step_bwd, (*given, *kept, *incoming, *needs))
+            torch.library.opcheck(library.step_bwd, (*given, *kept, *incoming, *needs, False, False, False))
+    other = given._replace(bound=torch.full_like(request.scale, 99.0), col=torch.rand_like(request.bias), values=table)
+    others = {
+        "bias": request.bias.clone().requires_grad_(),
+        "col": other.col.clone().requires_grad_(),
+        "values": table.flip(0),
+    }
+    torch.library.opcheck(library.step_fwd, other._replace(**leaves, **others))
+    for used in ((1, 1, 1), (0, 0, 1)):
+        incoming = [grad if use else None for grad, use in zip(grads, used, strict=True)]
+        torch.library.opcheck(library.step_bwd, (*other, *kept, *incoming, *[True] * 5))
     torch.library.opcheck(library.nearest_fwd, (x, table, request.bias, None, backend))
     torch.library.opcheck(library.column_bias, (table, True, backend))
     noise_of = request.seed, request.offset, request.field_weights
