@@ -17,31 +17,26 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from benchmarks import (
-    bars,
-    compare,
+from benchmarks.common import compare, machine, sections
+from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.common.report import Report
+from benchmarks.hopper import bars
+from benchmarks.models import (
     curve,
-    machine,
-    models,
-    pictures,
     quality,
-    recall,
-    recall_report,
-    registry,
     sampling,
     sampling_cases,
     sampling_noise,
     sampling_report,
-    sections,
     training,
     training_cases,
     training_report,
+    whole,
 )
-from benchmarks.check import CheckFailed
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
-from benchmarks.report import Report
-from benchmarks.suite import STAGES, Suite
+from benchmarks.step import cases, pictures, recall, recall_report
+from benchmarks.step.check import CheckFailed
+from benchmarks.step.contestants import CONTESTANTS
+from benchmarks.step.suite import STAGES, Suite
 
 SYNTHETIC = (30_522, 768)  # V, D of BERT
 
@@ -111,7 +106,7 @@ def parse() -> argparse.Namespace:
     of_report = commands.add_parser(
         "bars", help="what a GPU's result file says of the bars that the kernels are held to"
     )
-    of_report.add_argument("result", type=Path, help=".json file of `benchmarks.device measure`")
+    of_report.add_argument("result", type=Path, help=".json file of `benchmarks.hopper measure`")
     of_report.add_argument("--docs", type=Path, help=f"folder of {bars.PAGE}, which gets the table")
     of_run = commands.add_parser("curve", help="draw the losses of a training run")
     of_run.add_argument("run", type=Path, help="folder that `smoothie-kernels train` wrote")
@@ -148,9 +143,9 @@ def list_cases(console: Console) -> None:
     table = Table(
         Column("case", overflow="fold"), "group", "N", "V", "D", "K", "type", "noise", "what for", box=SIMPLE_HEAD
     )
-    for case in registry.CASES.values():
+    for case in cases.CASES.values():
         sizes = (f"{case.n:,}", *("table" if size is None else f"{size:,}" for size in (case.v, case.d)))
-        noise = "" if not registry.OPS[case.op].noise else f"t = {case.t}" if case.t else str(case.std)
+        noise = "" if not cases.OPS[case.op].noise else f"t = {case.t}" if case.t else str(case.std)
         k = str(case.k) if case.op == "topk" else ""
         table.add_row(case.name, case.group, *sizes, k, str(case.dtype).removeprefix("torch."), noise, case.why)
     console.print(table)
@@ -163,7 +158,7 @@ def list_cases(console: Console) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     if arguments.command in ("training", "sampling", "quality"):
-        models.flush_denormals()
+        whole.flush_denormals()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU")
     if arguments.threads:
@@ -197,7 +192,7 @@ def measure_recall(arguments: argparse.Namespace, console: Console, errors: Cons
 
 
 def measure_training(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
-    def curves(plan: Any, result: Any, material: Material, progress: models.Progress) -> None:
+    def curves(plan: Any, result: Any, material: Material, progress: whole.Progress) -> None:
         found = training.train_curves(plan.curve, plan.curve_steps, material, arguments.device, progress)
         result.curves.append(found)
 
@@ -205,7 +200,7 @@ def measure_training(arguments: argparse.Namespace, console: Console, errors: Co
 
 
 def measure_sampling(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
-    def noise(plan: Any, result: Any, material: Material, progress: models.Progress) -> None:
+    def noise(plan: Any, result: Any, material: Material, progress: whole.Progress) -> None:
         progress("noise that is gathered", 0)
         result.noise.extend(sampling_noise.measure(material, plan.noise, arguments.device))
         progress("noise that is gathered", 1)
@@ -215,7 +210,7 @@ def measure_sampling(arguments: argparse.Namespace, console: Console, errors: Co
 
 def measure_models(
     arguments: argparse.Namespace, console: Console, errors: Console, modules: tuple[Any, Any, Any],
-    last: Callable[[Any, Any, Material, models.Progress], None],
+    last: Callable[[Any, Any, Material, whole.Progress], None],
 ) -> int:  # fmt: skip
     """All cases of a plan, then what comes `last`; the modules are those that measure, plan and report."""
     measuring, cases, report = modules
@@ -224,7 +219,7 @@ def measure_models(
     patterns = filter(None, arguments.cases.split(","))
     plan = cases.plan(arguments.device, full=arguments.full, patterns=patterns, repeats=arguments.repeats)
     material = read_material(arguments, console)
-    result = report.Result(models.with_transformers(machine.describe(arguments.device)))
+    result = report.Result(whole.with_transformers(machine.describe(arguments.device)))
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
         task = bar.add_task("", total=plan.parts)
 
@@ -263,7 +258,7 @@ def measure_quality(arguments: argparse.Namespace, console: Console, errors: Con
     names = ("checkpoint", "data", "split", "samples", "batch_size")
     settings = quality.Settings(**{name: getattr(arguments, name) for name in names})
     calls = quality.plan(arguments.solvers, arguments.steps, arguments.seeds, arguments.patience)
-    surroundings = models.with_transformers(machine.describe(arguments.device))
+    surroundings = whole.with_transformers(machine.describe(arguments.device))
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(calls))
         lines = quality.measure(
@@ -300,7 +295,7 @@ def conclude(
 
 def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
     start = time.monotonic()
-    cases = registry.select(filter(None, arguments.cases.split(",")), full=arguments.full)
+    chosen = cases.select(filter(None, arguments.cases.split(",")), full=arguments.full)
     material = read_material(arguments, console)
     report = Report(machine.describe(arguments.device), {}, [])
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
@@ -308,8 +303,8 @@ def run(arguments: argparse.Namespace, console: Console, errors: Console) -> int
         suite = Suite(
             material, Path(folder) / "material.pt", report.machine, arguments.device, arguments.repeats
         )  # fmt: skip
-        task = bar.add_task("", total=STAGES * sum(len(case.contestants) for case in cases))
-        for case in cases:
+        task = bar.add_task("", total=STAGES * sum(len(case.contestants) for case in chosen))
+        for case in chosen:
             try:
                 note, rows = suite.run(case, lambda what, stages: bar.update(task, advance=stages, description=what))
             except CheckFailed as error:

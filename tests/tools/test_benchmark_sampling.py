@@ -11,25 +11,19 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import (
-    __main__,
-    compare,
-    memory,
-    quality,
-    sampling,
-    sampling_cases,
-    sampling_report,
-)
-from benchmarks.authors import Authors
-from benchmarks.check import CheckFailed
-from benchmarks.embeddings import synthetic
-from benchmarks.machine import Machine
-from benchmarks.memory import Peak
-from benchmarks.model_report import OURS
-from benchmarks.quality import Call, Line
-from benchmarks.sampling import Session, times_of
-from benchmarks.sampling_cases import CONTESTANTS, NoisePlan, Plan, SamplingCase
-from benchmarks.sampling_report import OURS_ALL, Result
+from benchmarks import __main__
+from benchmarks.common import compare, memory
+from benchmarks.common.embeddings import synthetic
+from benchmarks.common.machine import Machine
+from benchmarks.common.memory import Peak
+from benchmarks.models import quality, sampling, sampling_cases, sampling_report
+from benchmarks.models.authors import Authors
+from benchmarks.models.model_report import OURS
+from benchmarks.models.quality import Call, Line
+from benchmarks.models.sampling import Session, times_of
+from benchmarks.models.sampling_cases import CONTESTANTS, NoisePlan, Plan, SamplingCase
+from benchmarks.models.sampling_report import OURS_ALL, Result
+from benchmarks.step.check import CheckFailed
 from smoothie_kernels.diffusion.solvers import SOLVERS
 from smoothie_kernels.diffusion.states import Eager, Fused
 

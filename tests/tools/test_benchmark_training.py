@@ -12,15 +12,17 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import __main__, memory, training, training_cases, training_report
-from benchmarks.check import CheckFailed
-from benchmarks.embeddings import synthetic
-from benchmarks.machine import Machine
-from benchmarks.memory import Peak
-from benchmarks.model_report import OURS
-from benchmarks.training import Session
-from benchmarks.training_cases import ALL, Plan, TrainingCase
-from benchmarks.training_report import REFERENCE, Curves, Result
+from benchmarks import __main__
+from benchmarks.common import memory
+from benchmarks.common.embeddings import synthetic
+from benchmarks.common.machine import Machine
+from benchmarks.common.memory import Peak
+from benchmarks.models import training, training_cases, training_report
+from benchmarks.models.model_report import OURS
+from benchmarks.models.training import Session
+from benchmarks.models.training_cases import ALL, Plan, TrainingCase
+from benchmarks.models.training_report import REFERENCE, Curves, Result
+from benchmarks.step.check import CheckFailed
 from smoothie_kernels.diffusion import loss
 
 ROOT = Path(__file__).resolve().parents[2]

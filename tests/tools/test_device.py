@@ -12,9 +12,10 @@ pytest.importorskip("tokenizers", reason="the suite reads text with tokenizers")
 pytest.importorskip("xdist", reason="the call runs tests on several workers")
 pytest.importorskip("pytest_timeout", reason="the call gives each test a time limit")
 
-from benchmarks import bars, crew, device, machine
-from benchmarks.machine import Machine
-from benchmarks.report import Report, Row
+from benchmarks.common import machine
+from benchmarks.common.machine import Machine
+from benchmarks.common.report import Report, Row
+from benchmarks.hopper import bars, crew, device
 
 MACHINE = Machine("NVIDIA H100", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
 FAULTY_TESTS = """

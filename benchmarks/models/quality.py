@@ -1,0 +1,274 @@
+"""What the texts of a trained model are worth, over steps, by solver: one line of a CSV for every call of all samples.
+
+Beside the CSV lies a JSON of the same name that says what its lines are of; another model, text or machine is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.machine import Machine
+from benchmarks.common.sections import Page, Section
+from benchmarks.common.sections import fill as fill_page
+from benchmarks.models.model_report import finish, matplotlib_missing
+from benchmarks.models.sampling_report import PAGE
+from benchmarks.step.recall_report import BLUE, BROWN, GREY, in_order
+
+PICTURE = "quality"
+METRICS = {"bleu": "BLEU", "rougeL": "ROUGE-L", "distinct2": "distinct bigrams"}
+DRAWN = ("bleu", "rougeL")
+COLOURS = {"re-noise": BLUE, "ddim": BROWN, "ddpm": GREY, "sde": "#d99a6c"}
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all lines of a CSV are of."""
+
+    checkpoint: str
+    data: str
+    split: str = "validation"
+    samples: int = 64
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is different from line to line. `patience` is that of stop_after and shrink_after; 0 is never."""
+
+    solver: str
+    steps: int
+    seed: int
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class Line(Call):
+    bleu: float = 0.0  # 0 to 100, of lower-cased text
+    rougeL: float = 0.0  # 0 to 1
+    distinct2: float = 0.0  # 0 to 1
+    seconds_per_sample: float = 0.0
+    mean_calls: float = 0.0  # of the model, for a sample
+
+    @property
+    def call(self) -> Call:
+        return Call(self.solver, self.steps, self.seed, self.patience)
+
+
+def plan(solvers: Iterable[str], steps: Iterable[int], seeds: int, patience: Iterable[int]) -> list[Call]:
+    """Short calls first, so that there is a picture early."""
+    calls = [Call(*each) for each in product(solvers, sorted(steps), range(seeds), patience)]
+    if not calls:
+        raise ValueError(f"there is nothing to sample, with --seeds {seeds}")
+    return sorted(calls, key=lambda call: (call.seed, call.steps))
+
+
+class Session:
+    """A model with its tokenizer, sources and references."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        from smoothie_kernels.diffusion.data import load_text
+        from smoothie_kernels.diffusion.pipeline import SmoothiePipeline
+
+        self.settings, self.device = settings, device
+        self.pipeline = SmoothiePipeline.from_pretrained(settings.checkpoint, device=device)
+        if not self.pipeline.model.config.condition_layers:
+            raise ValueError(f"CHECKPOINT must be a model with a source, got {settings.checkpoint!r} without")
+        text = load_text(settings.data, settings.split)
+        text = text.select(range(min(settings.samples, len(text))))
+        self.sources, self.references = list(text["source"]), [[target] for target in text["target"]]
+        self._generate(self.sources[:1], Call("re-noise", 1, 0))  # makes the Vocabulary
+
+    def run(self, call: Call) -> Line:
+        from smoothie_kernels.diffusion import scores
+
+        start = time.perf_counter()
+        found = self._generate(self.sources, call)
+        seconds, texts = time.perf_counter() - start, [sample.text for sample in found]
+        return Line(
+            **asdict(call),
+            bleu=scores.bleu(texts, self.references, lowercase=True),
+            rougeL=scores.rouge(texts, self.references)["rougeL"],
+            distinct2=scores.distinct(texts)["distinct2"],
+            seconds_per_sample=seconds / len(texts),
+            mean_calls=statistics.fmean(sample.steps for sample in found),
+        )
+
+    def _generate(self, sources: list[str], call: Call) -> Any:
+        looks = call.patience or None
+        return self.pipeline(
+            sources, truncate=True, batch_size=self.settings.batch_size, solver=call.solver, steps=call.steps,
+            seed=call.seed, stop_after=looks, shrink_after=looks,
+        )  # fmt: skip
+
+
+def measure(
+    settings: Settings, calls: list[Call], out: Path, machine: Machine, device: str,
+    progress: Progress = lambda what, parts: None,
+) -> list[Line]:  # fmt: skip
+    """Adds what is missing to the CSV; all its lines."""
+    record = {
+        **asdict(settings),
+        **_model(settings.checkpoint),
+        "machine": machine.processor,
+        "threads": machine.threads,
+    }
+    done = {line.call: line for line in resume(out, record)}
+    wanted = [call for call in calls if call not in done]
+    session = Session(settings, device) if wanted else None
+    progress("", len(calls) - len(wanted))
+    with out.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        for call in wanted if session else ():
+            progress(f"{call.solver}, {call.steps} steps, seed {call.seed}", 0)
+            line = session.run(call)  # type: ignore[union-attr]
+            writer.writerow(astuple(line))
+            file.flush()
+            done[call] = line
+            progress("", 1)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return [*done.values()]
+
+
+def resume(out: Path, record: dict[str, Any]) -> list[Line]:
+    """The lines of an earlier run of the same; ValueError where it was of something else. What was half written when it
+    was killed is taken out."""
+    if out.suffix != ".csv":
+        raise ValueError(f"--out must be a .csv file, got {out}")
+    notes, header = out.with_suffix(".json"), ",".join(field.name for field in fields(Line))
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        notes.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        out.write_text(header + "\n", encoding="utf-8")
+        return []
+    before = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+    if other := sorted(name for name in {*before, *record} if before.get(name) != record.get(name)):
+        name = other[0]
+        raise ValueError(f"--out {out} is of another {name}: {before.get(name)!r}, not {record.get(name)!r}")
+    whole = out.read_text(encoding="utf-8").rpartition("\n")[0]
+    out.write_text(whole + "\n", encoding="utf-8")
+    if whole.partition("\n")[0] != header:
+        raise ValueError(f"--out {out} must have the columns {header}")
+    return [*read(out)]
+
+
+def read(path: Path) -> Iterator[Line]:
+    kinds = {"str": str, "int": int, "float": float}
+    types = {field.name: kinds[str(field.type)] for field in fields(Line)}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield Line(**{name: types[name](value) for name, value in row.items()})
+
+
+def _model(checkpoint: str) -> dict[str, str]:
+    """What tells a model from another."""
+    from smoothie_kernels.diffusion.pipeline import newest_checkpoint
+
+    folder = newest_checkpoint(checkpoint)
+    weights = Path(folder) / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+    return {"checkpoint": Path(folder).name, "sha256": digest}
+
+
+# Tables
+
+
+def sections(lines: list[Line], settings: Settings) -> dict[str, Section]:
+    """By the name of their block in the page: one for every metric, and what patience saves where there is some."""
+    of = f"{settings.samples} samples of {settings.data}, {settings.split}"
+    found = {f"quality-{name}": metric_section(lines, name, of) for name in METRICS}
+    return found | ({"patience": patience_section(lines, of)} if any(line.patience for line in lines) else {})
+
+
+def metric_section(lines: list[Line], metric: str, of: str) -> Section:
+    """One line per solver, one column per number of steps; without patience."""
+    steps = sorted({line.steps for line in lines})
+    cells = []
+    for solver in in_order(line.solver for line in lines):
+        values = (of_seeds(lines, metric, solver, count) for count in steps)
+        cells.append((solver, *(text(metric, found) if found else "" for found in values)))
+    note = f"{of}; the mean over seeds, and how far apart the outermost are."
+    return Section(METRICS[metric], note, ("solver", *(f"{count} steps" for count in steps)), cells)
+
+
+def patience_section(lines: list[Line], of: str) -> Section:
+    header = ("solver", "steps", "patience", "BLEU", "ROUGE-L", "model calls", "s a sample", "x without")
+    cells: list[tuple[str, ...]] = []
+    for call in in_order((line.solver, line.steps, line.patience) for line in lines):
+        found = {name: of_seeds(lines, name, *call) for name in ("bleu", "rougeL", "mean_calls", "seconds_per_sample")}
+        mean = {name: statistics.fmean(values) for name, values in found.items()}
+        whole = of_seeds(lines, "seconds_per_sample", *call[:2])
+        cells.append((
+            call[0], f"{call[1]}", f"{call[2]}" if call[2] else "none", text("bleu", found["bleu"]),
+            text("rougeL", found["rougeL"]), f"{mean['mean_calls']:.1f}", f"{mean['seconds_per_sample']:.3g}",
+            f"{mean['seconds_per_sample'] / statistics.fmean(whole):.2f}" if whole else "",
+        ))  # fmt: skip
+    note = (
+        f"{of}. A sample is done when its text was the same for so many steps; what is behind its end leaves likewise."
+    )
+    return Section("Patience", note, header, cells)
+
+
+def of_seeds(lines: list[Line], name: str, solver: str, steps: int, patience: int = 0) -> list[float]:
+    wanted = (solver, steps, patience)
+    return [getattr(line, name) for line in lines if (line.solver, line.steps, line.patience) == wanted]
+
+
+def text(metric: str, values: list[float]) -> str:
+    digits = 1 if metric == "bleu" else 3
+    apart = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{apart}"
+
+
+def page_of(lines: list[Line], settings: Settings, machine: Machine) -> Page:
+    return Page("Quality over steps", machine, [], [], [*sections(lines, settings).values()])
+
+
+# The picture
+
+
+def draw(lines: list[Line], settings: Settings, stem: Path) -> list[Path] | str:
+    """The file drawn, or why there is none: a line per solver, the seeds as a band; dashed over the model's calls where
+    there is patience."""
+    if missing := matplotlib_missing():
+        return missing
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
+
+    figure, panels = pyplot.subplots(1, len(DRAWN), figsize=(9.6, 3.8), dpi=150, layout="constrained")
+    steps = sorted({line.steps for line in lines})
+    for axes, metric in zip(panels, DRAWN, strict=True):
+        for solver, patience in in_order((line.solver, line.patience) for line in lines):
+            of = [line for line in lines if (line.solver, line.patience) == (solver, patience)]
+            counts = sorted({line.steps for line in of})
+            groups = [of_seeds(of, metric, solver, count, patience) for count in counts]
+            calls = [statistics.fmean(of_seeds(of, "mean_calls", solver, count, patience)) for count in counts]
+            name, colour = f"{solver}, patience {patience}" if patience else solver, COLOURS.get(solver, GREY)
+            means = [statistics.fmean(group) for group in groups]
+            axes.plot(calls, means, "o--" if patience else "o-", color=colour, markersize=3, linewidth=1.4, label=name)
+            axes.fill_between(calls, [*map(min, groups)], [*map(max, groups)], color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xticks(steps, [f"{count}" for count in steps])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("calls of the model")
+        axes.set_title(f"{METRICS[metric]}, {settings.samples} samples", loc="left", fontsize=10)
+    return [finish(figure, [*panels], stem, PICTURE)]
+
+
+def fill(lines: list[Line], settings: Settings, drawn: list[Path], stem: Path, docs: Path) -> list[Path]:
+    """Puts the picture and the tables into the page; what was written."""
+    tables = {name: section.markdown() for name, section in sections(lines, settings).items()}
+    return fill_page(docs / PAGE, tables, None, drawn, stem.name)

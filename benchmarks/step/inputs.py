@@ -1,0 +1,177 @@
+"""What a contestant is given, and what it gives: rows that are tokens of real text, noised at the paper's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.common.embeddings import Material
+from benchmarks.step.cases import OPS, Case, Op
+from smoothie_kernels.diffusion import Arctan
+
+SIGMA_MIN = 1.5
+ALIGNED = 64  # where V is no multiple of 8, cuBLAS takes kernels for 16-bit products at a third of the speed
+SPREAD = 0.25  # standard deviation of a row around its token's embedding, whose entries have standard deviation 1
+
+
+def schedule(t: float, delta: float = 1.0) -> tuple[float, float]:
+    """(mu, std) at time t of the paper's schedule: D_t = mu D_0 + std eps."""
+    mu, std = Arctan(delta=delta, sigma_min=SIGMA_MIN).marginal(torch.tensor(t, dtype=torch.float64))
+    return float(mu), float(std)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every contestant of a case is given."""
+
+    case: Case
+    x: Tensor  # [N, D]
+    table: Tensor  # [V, D]
+    mu: Tensor  # [N] float32: one value per row, as in training
+    std: Tensor  # [N] float32
+    grad: Tensor  # [N, D]: the gradient of `smoothed` that the training operators' backward begins with
+    note: str  # what the table is
+
+    @property
+    def op(self) -> Op:
+        return OPS[self.case.op]
+
+    @property
+    def noisy(self) -> bool:
+        return self.op.noise and self.case.std > 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What names the noise, as this package takes it."""
+        count = self.case.fields
+        return {} if count == 1 else {"offset": range(count), "field_weights": [count**-0.5] * count}
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, V, D."""
+        return self.x.shape[0], *self.table.shape
+
+    @property
+    def k(self) -> int:
+        return min(self.case.k, len(self.table))
+
+    @property
+    def flop(self) -> int:
+        return self.op.flop(*self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        return self.op.bytes(*self.sizes, self.x.element_size())
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """No noise for a while: a contestant with random numbers of its own can then be compared with the truth."""
+        kept = self.std.clone()
+        self.std.zero_()
+        try:
+            yield
+        finally:
+            self.std.copy_(kept)
+
+    @contextmanager
+    def graded_only_at(self, rows: Tensor) -> Iterator[None]:
+        """The gradient is zero but in these rows for a while, which makes the truth affordable."""
+        kept = self.grad.clone()
+        self.grad.zero_()
+        self.grad[rows] = kept[rows]
+        try:
+            yield
+        finally:
+            self.grad.copy_(kept)
+
+    def cut(self, n: int, v: int) -> Inputs:
+        """The first n rows and v tokens: a small call that loads what a first call loads."""
+        return replace(
+            self, x=self.x[:n], table=self.table[:v].clone(), mu=self.mu[:n], std=self.std[:n], grad=self.grad[:n]
+        )  # fmt: skip
+
+    def to(self, dtype: torch.dtype | None) -> Inputs:
+        """Rows and table in another type; None: as they are. The gradient is shared, so that it can be silenced."""
+        return self if dtype is None else replace(self, x=self.x.to(dtype), table=self.table.to(dtype))
+
+
+class Outputs(NamedTuple):
+    """What a contestant gives; None where it does not compute it."""
+
+    smoothed: Tensor | None = None  # [N, D]
+    tokens: Tensor | None = None  # [N]
+    noisy_tokens: Tensor | None = None  # [N]
+    lse: Tensor | None = None  # [N]
+    distance: Tensor | None = None  # [N]
+    grad_x: Tensor | None = None  # [N, D]
+    grad_embeddings: Tensor | None = None  # [V, D]
+    top_values: Tensor | None = None  # [N, K]
+    top_indices: Tensor | None = None  # [N, K]
+
+
+Call = Callable[[], Outputs]
+
+
+class Prepare(Protocol):
+    def __call__(self, inputs: Inputs) -> Call: ...
+
+
+def training(
+    make: Callable[[Inputs], Callable[[Tensor, Tensor], Tensor]], dtype: torch.dtype | None = None
+) -> Mapping[str, Prepare]:
+    """A contestant's training operators, from its own function of rows and table that gives their mean embeddings."""
+
+    def prepare(inputs: Inputs) -> Call:
+        inputs, trains_table = inputs.to(dtype), inputs.op.trains_table
+        x, table = inputs.x.detach().requires_grad_(), inputs.table.detach().requires_grad_(trains_table)
+        forward = make(inputs)
+
+        def call() -> Outputs:
+            smoothed = forward(x, table)
+            grads = torch.autograd.grad(
+                smoothed, (x, table) if trains_table else (x,), inputs.grad.to(smoothed.dtype)
+            )  # fmt: skip
+            return Outputs(smoothed.detach(), grad_x=grads[0], grad_embeddings=grads[1] if trains_table else None)
+
+        return call
+
+    return {"train": prepare, "train-x": prepare}
+
+
+def aligned(table: Tensor) -> Tensor:
+    """A copy with rows of zeros at its end, so that their number is a multiple of ALIGNED."""
+    return functional.pad(table, (0, 0, 0, -len(table) % ALIGNED))
+
+
+def grad_mode(case: Case) -> AbstractContextManager[Any]:
+    """As a contestant is run: with gradients where the operator has some, else as without training."""
+    return torch.enable_grad() if OPS[case.op].trains else torch.inference_mode()
+
+
+def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
+    """The same tensors for the same case and material, wherever it is called.
+
+    A row is its token's embedding and a little of everything else, as a model's prediction is; exactly the embedding it
+    would be in training. The noise of the schedule is in mu and std.
+    """
+    material = material.sized(case.v or len(material.table), case.d or material.table.shape[1])
+    mu, std = (case.mu, case.std) if case.t is None else schedule(case.t)
+    tokens = material.tokens.repeat(-(-case.n // len(material.tokens)))[: case.n]
+    x = material.table[tokens]
+    generator = torch.Generator().manual_seed(case.n)
+    x += SPREAD * torch.randn(x.shape, generator=generator)
+    return Inputs(
+        case,
+        x.to(device, case.dtype),
+        material.table.to(device, case.dtype),
+        torch.full((case.n,), mu, device=device),
+        torch.full((case.n,), std, device=device),
+        torch.randn(x.shape, generator=generator).to(device, case.dtype),
+        material.note,
+    )
