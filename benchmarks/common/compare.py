@@ -12,8 +12,7 @@ from benchmarks.common.machine import commit_of
 from benchmarks.common.report import Report, duration, size
 
 RESULTS = Path(__file__).parents[1] / "results"
-# These begin the names of results of another form.
-RECALL, TRAINING, SAMPLING = OTHERS = "recall-", "training-", "sampling-"
+OTHERS = "recall-", "training-", "sampling-"  # begin the names of what two git refs do not mean
 
 
 class NoResult(Exception):
@@ -61,7 +60,7 @@ def show(before: Report, after: Report, console: Console) -> None:
             continue
         ratio = row.seconds / old.seconds
         style = "green" if ratio < 0.95 else "red" if ratio > 1.05 else ""
-        memory = [peak and size(peak) for peak in (old.peak_extra_bytes, row.peak_extra_bytes)]
+        memory = [size(peak) for peak in (old.peak_extra_bytes, row.peak_extra_bytes)]
         times = [duration(old.seconds), duration(row.seconds), f"[{style or 'none'}]{ratio:.2f}[/]"]
-        table.add_row(row.case, row.contestant, *times, *(cell or "" for cell in memory))
+        table.add_row(row.case, row.contestant, *times, *memory)
     console.print(table)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from benchmarks.common.case import Case
 from smoothie_kernels.diffusion.embeddings import load_embeddings, model_file, normalise, used_rows
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Material:
     table: Tensor  # [V, D] float32
     tokens: Tensor  # [length of the text] int64
     note: str
+
+    def of(self, case: Case) -> Material:
+        return self.sized(case.v or len(self.table), case.d or self.table.shape[1])
 
     def sized(self, v: int, d: int) -> Material:
         """This material with a vocabulary of v; another width than the table's means a synthetic table."""

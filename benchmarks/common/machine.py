@@ -49,7 +49,16 @@ class Machine:
         return f"{self.slug or 'unknown'}-{self.commit[:7]}"
 
 
-def describe(device: str) -> Machine:
+def flush_denormals() -> None:
+    """Denormal numbers are zero from now on: cross-entropy's gradient is full of them, and processors crawl over each.
+
+    Only before PyTorch has started its threads: they take this over from the one that starts them, and never again.
+    """
+    torch.set_flush_denormal(True)
+
+
+def describe(device: str, *packages: str) -> Machine:
+    """With the versions of more packages."""
     host = _cpu_model()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return Machine(
@@ -60,7 +69,7 @@ def describe(device: str) -> Machine:
         tier=(cpu.tier() or cpu.tiers()[0]) if cpu.supports("cpu", torch.float32) is None else "not built",
         memory_gib=round(memory / 2**30, 1),
         versions={"smoothie_kernels": sk.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        | {name: found for name in ("triton", "pykeops") if (found := _version(name))}
+        | {name: found for name in ("triton", "pykeops", *packages) if (found := _version(name))}
         | ({"cuda": str(torch.version.cuda)} if device == "cuda" else {}),
         commit=commit_of("HEAD")
         + (

@@ -9,21 +9,25 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from benchmarks.common.case import SomeCase
 from benchmarks.common.embeddings import Material
-from benchmarks.step import inputs
-from benchmarks.step.cases import Case
-from benchmarks.step.contestants import CONTESTANTS
-from benchmarks.step.inputs import Call
+from benchmarks.common.machine import flush_denormals
+from benchmarks.common.timing import Call
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NO_MARK = "this system keeps no high-water mark that can be reset"
 TIMEOUT = 180  # seconds for one call with all that comes before it
+
+# Of a case, the name of a contestant and a material: makes the call that is measured. A small call went ahead, which
+# loaded what a first call loads.
+Alone = Callable[[SomeCase, str, Material], Call]
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,17 @@ class Peak:
     process: int | None = None  # bytes of the whole process, the inputs and PyTorch itself included
 
 
-def peak_in_new_process(case: Case, contestant: str, material: Path, threads: int) -> Peak | str:
-    """The peak of making and running a call, or why it was not measured. `material` is a saved Material."""
+def peak_in_new_process(
+    alone: Alone[SomeCase], case: SomeCase, name: str, material: Path, threads: int, *, preload: tuple[str, ...] = ()
+) -> Peak | str:
+    """The peak of the call that `alone` makes, or why it was not measured. `material` is a saved Material."""
     if not RESET.exists():
         return NO_MARK
     context = multiprocessing.get_context("forkserver")
     # The first call of any custom operator imports torch._dynamo; here it is imported once for all processes.
-    context.set_forkserver_preload(["benchmarks.common.memory", "torch._dynamo"])
+    context.set_forkserver_preload([alone.__module__, "torch._dynamo", *preload])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, case, contestant, material, threads), daemon=True)
+    process = context.Process(target=_measure, args=(sender, alone, case, name, material, threads), daemon=True)
     process.start()
     sender.close()
     try:
@@ -55,20 +61,15 @@ def peak_in_new_process(case: Case, contestant: str, material: Path, threads: in
         process.kill()
 
 
-def _measure(sender: Connection, case: Case, name: str, material: Path, threads: int) -> None:
+def _measure(
+    sender: Connection, alone: Alone[SomeCase], case: SomeCase, name: str, material: Path, threads: int
+) -> None:
     try:
-        sender.send(_peak_here(case, name, material, threads))
+        flush_denormals()
+        torch.set_num_threads(threads)
+        sender.send(peak_of(alone(case, name, Material.load(material))))
     except Exception as error:
         sender.send(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _peak_here(case: Case, name: str, material: Path, threads: int) -> Peak | str:
-    torch.set_num_threads(threads)
-    prepare = CONTESTANTS[name].prepare[case.op]
-    with inputs.grad_mode(case):
-        given = inputs.build(case, Material.load(material))
-        prepare(given.cut(2, 64))()
-        return peak_of(lambda: prepare(given)())
 
 
 def peak_of(call: Call) -> Peak | str:
@@ -77,18 +78,18 @@ def peak_of(call: Call) -> Peak | str:
         return NO_MARK
     gc.collect()
     _give_back_free_memory()
-    before = _resident()
+    before = _kilobytes(STATUS)
     RESET.write_text("5")
     outputs = call()
-    after = _resident()
+    after = _kilobytes(STATUS)
     del outputs
     program_code = max(0, after["RssFile"] - before["RssFile"])
     return Peak(max(0, after["VmHWM"] - before["VmRSS"] - program_code), after["VmHWM"])
 
 
-def _resident() -> dict[str, int]:
-    """Bytes by field of /proc/self/status."""
-    lines = (line.split() for line in STATUS.read_text().splitlines())
+def _kilobytes(path: Path) -> dict[str, int]:
+    """Bytes by field of a file whose lines are like "VmRSS: 12 kB"."""
+    lines = (line.split() for line in path.read_text().splitlines())
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
@@ -114,9 +115,7 @@ def peak_on_cuda(call: Call) -> Peak:
 def available(device: str) -> int | None:
     """Bytes that can still be taken, None where unknown."""
     if device == "cuda":
+        torch.cuda.empty_cache()  # what it keeps does not look free
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    fields = (line.split() for line in meminfo.read_text().splitlines())
-    return next(int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:")
+    return _kilobytes(meminfo).get("MemAvailable") if meminfo.exists() else None

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-Clock = Callable[[Callable[[], object]], float]
+Call = Callable[[], object]
+Clock = Callable[[Call], float]
 
 MOST = 25  # timed runs of a call, where --repeats does not say
 FEWEST = ((1.0, 5), (3.0, 2))  # at least so many where one takes less than so many seconds; else one
@@ -28,8 +29,12 @@ class Timing:
     quartiles: tuple[float, float]
     runs: int
 
+    def scaled(self, factor: float) -> Timing:
+        first, third = self.quartiles
+        return Timing(factor * self.median, (factor * first, factor * third), self.runs)
 
-def wall_clock(call: Callable[[], object]) -> float:
+
+def wall_clock(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -41,7 +46,7 @@ def cuda_clock() -> Clock:
     event: Any = torch.cuda.Event
     rubbish = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def clock(call: Callable[[], object]) -> float:
+    def clock(call: Call) -> float:
         start, end = event(enable_timing=True), event(enable_timing=True)
         call()
         rubbish.zero_()
@@ -59,7 +64,7 @@ def clock_of(device: str) -> Clock:
 
 
 def race(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Call],
     clock: Clock,
     *,
     patience: float,
@@ -96,7 +101,7 @@ def race(
     return {name: summary(times) for name, times in samples.items()}
 
 
-def capture(calls: list[Callable[[], object]]) -> Callable[[], object]:
+def capture(calls: list[Call]) -> Call:
     """One CUDA graph of all calls, to be replayed."""
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.common.report import Report, Row, size
-from benchmarks.common.sections import Section
+from benchmarks.common.report import Report, Row, Section, share, size
 from benchmarks.hopper import plans, rates
 from benchmarks.step.cases import EPILOGUE
 
@@ -39,10 +38,6 @@ class Bar:
         sign, better = ("≤", float.__le__) if self.at_most else ("≥", float.__ge__)
         verdict = "goal" if better(found, self.goal) else "met" if better(found, self.bar) else "**missed**"
         return self.what, f"{sign} {self.form(self.bar)}", f"{sign} {self.form(self.goal)}", self.form(found), verdict
-
-
-def percent(share: float) -> str:
-    return f"{share:.0%}"
 
 
 def of_gemm_rate(case: str, who: str) -> Callable[[Find, list[Row]], float | None]:
@@ -88,21 +83,18 @@ def extra_memory(find: Find, rows: list[Row]) -> float | None:
 
 OURS = (CUDA, TRITON, *plans.named(plans.ONE_KERNEL))
 BARS = (
-    Bar("cuda, step, of the measured GEMM rate", 0.60, 0.75, of_gemm_rate(STEP, CUDA), percent),
-    Bar("cuda, statistics, of the measured GEMM rate", 0.65, 0.80, of_gemm_rate(STATISTICS, PASS), percent),
-    Bar("cuda, what noise adds", 0.15, 0.10, cost_of_noise, percent, at_most=True),
+    Bar("cuda, step, of the measured GEMM rate", 0.60, 0.75, of_gemm_rate(STEP, CUDA), share),
+    Bar("cuda, statistics, of the measured GEMM rate", 0.65, 0.80, of_gemm_rate(STATISTICS, PASS), share),
+    Bar("cuda, what noise adds", 0.15, 0.10, cost_of_noise, share, at_most=True),
     Bar("best of ours, eager float32 over it", 12, 15, over(STEP, OURS, "eager, float32")),
     Bar("best of ours, eager bfloat16 over it", 3, 5, over(STEP, OURS, "eager")),
     Bar("best of ours, chunked with compiled epilogue over it", 1.1, 1.3, over(STEP, OURS, EPILOGUE)),
     Bar("triton, eager bfloat16 over it", 3, 4, over(STEP, [TRITON], "eager")),
     Bar("float32, eager without TF32 over it", 2, 3, over(FLOAT32, OURS, "eager")),
     Bar("forward and backward, compiled over it", 2, 3, over(TRAIN, OURS, "compiled")),
-    Bar("N = 1 to 64 in a graph, of the copy's rate", 0.5, 0.8, of_memory_rate, percent),
-    Bar(
-        "cuda, step, peak extra memory", WORKSPACE_AND_MORE, WORKSPACE_AND_MORE, extra_memory,
-        lambda count: size(int(count)), at_most=True,
-    ),
-)  # fmt: skip
+    Bar("N = 1 to 64 in a graph, of the copy's rate", 0.5, 0.8, of_memory_rate, share),
+    Bar("cuda, step, peak extra memory", *2 * (WORKSPACE_AND_MORE,), extra_memory, size, at_most=True),
+)
 
 
 def section(report: Report) -> Section:

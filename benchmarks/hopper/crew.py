@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.common.machine import ROOT
-from benchmarks.common.report import Report, Row
+from benchmarks.common.report import WRONG, Report, Row, row_of
 from benchmarks.hopper.worker import CHECKED, DONE, LOADED
-from benchmarks.step.suite import WRONG
 from smoothie_kernels.check.isolate import signal_name, tail_of
 
 SILENT = {LOADED: 60.0, CHECKED: 45.0, DONE: 20.0}  # seconds without a line on the way to a state: then it hangs
@@ -71,8 +70,7 @@ class Worker:
             self.state, self.turn = content.get("state", self.state), content.get("turn", self.turn)
             self.table = content.get("table", self.table)
             if row := content.get("row"):
-                row["quartiles"] = row["quartiles"] and tuple(row["quartiles"])
-                self.rows[row["contestant"]] = Row(**row)
+                self.rows[row["contestant"]] = row_of(row)
 
     def is_at(self, state: str) -> bool:
         """At this state, or at its end; stopped where it has been silent for too long."""

@@ -33,10 +33,9 @@ from rich.console import Console
 from benchmarks.common import machine
 from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.common.machine import ROOT, Machine
-from benchmarks.common.report import Report
+from benchmarks.common.report import WRONG, Report
 from benchmarks.hopper import bars, crew, rates, rehearsal
 from benchmarks.step import cases
-from benchmarks.step.suite import WRONG
 from smoothie_kernels.backends import cuda
 from smoothie_kernels.check.isolate import Ended, run_command
 
@@ -202,9 +201,9 @@ def read_tests(lines: Path) -> dict[str, str]:
 
 
 def measure(call: Call) -> None:
-    names = [rates.CASE, *(case.name for case in cases.CASES.values() if case.group == "gpu")]
+    names = [rates.CASE, *(case.name for case in cases.CASES.values() if case.groups == cases.HOPPER)]
     chosen = [name for name in names if call.wants(name)]
-    report, ends = Report(call.machine, {}, []), dict[str, str]()
+    report, ends = Report(call.machine), dict[str, str]()
     material = packed_material(call)
     more = ["--rehearsal", call.rehearsed, "--repeats", "1"] if call.rehearsed else []
     command = crew.command(call.device, material, *more)

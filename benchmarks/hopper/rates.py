@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import timing
+from benchmarks.common.race import Suite
 from benchmarks.common.report import Row
-from benchmarks.step.suite import Suite
 
 SQUARE = {"cuda": 8192, "cpu": 512}  # rows and columns of a product
 COPIED = {"cuda": 2**32, "cpu": 2**24}  # bytes read and written: more than any L2 holds

@@ -23,7 +23,7 @@ def prepare() -> None:
     torch.compiler.set_stance("force_eager")
     cuda.LIBRARY, cuda.DEVICE = emulator(), "cpu"
     for name, case in cases.CASES.items():
-        if case.group == "gpu":
+        if case.groups == cases.HOPPER:
             cases.CASES[name] = replace(case, n=min(case.n, N), v=V, d=D, k=4)
     rates.SQUARE["cpu"], rates.COPIED["cpu"] = 64, 2**16
 

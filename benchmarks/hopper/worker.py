@@ -22,10 +22,11 @@ import torch._dynamo  # noqa: F401  the first call of any custom operator would 
 
 from benchmarks.common import machine
 from benchmarks.common.embeddings import Material
+from benchmarks.common.race import Suite
 from benchmarks.hopper import rates
-from benchmarks.step import cases, inputs
+from benchmarks.step import cases
 from benchmarks.step.contestants import CONTESTANTS
-from benchmarks.step.suite import Running, Suite
+from benchmarks.step.race import Race
 
 LOADED, CHECKED, DONE = "loaded", "checked", "done"  # states of a worker
 
@@ -48,7 +49,7 @@ def main() -> int:
     with arguments.rows.open("a", encoding="utf-8") as file:
         lines = Lines(file)
         suite = Suite(
-            material, arguments.material, machine.describe(arguments.device), arguments.device, arguments.repeats,
+            material, machine.describe(arguments.device), arguments.rows.parent, arguments.device, arguments.repeats,
             keep_going=True, without=dict(each.split("=", 1) for each in arguments.without),
             on_row=lambda row: lines.write(row=asdict(row)), on_turn=lambda name: lines.write(turn=name),
         )  # fmt: skip
@@ -63,18 +64,18 @@ def main() -> int:
 
 
 def run(suite: Suite, case: cases.Case, lines: Lines, only: str | None) -> None:
-    with inputs.grad_mode(case):
+    race = Race(suite, case)
+    with race.mode():
         if only:
-            CONTESTANTS[only].prepare[case.op](inputs.build(case, suite.material, suite.device))()
+            CONTESTANTS[only].prepare[case.op](race.given)()
             return
-        running = Running(suite, case)
-        lines.write(table=running.given.note)
+        lines.write(table=race.material.note)
         lines.wait(LOADED)
-        running.check()
+        race.check()
         lines.wait(CHECKED)
-        running.time()
+        race.time()
         if suite.device == "cuda":  # in a rehearsal, another process would not have the stand-ins
-            running.measure_memory()
+            race.measure_memory()
 
 
 class Lines:

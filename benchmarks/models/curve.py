@@ -5,37 +5,31 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-COLOURS = {"training": "#9dbfdd", "validation": "#1d6fb8", "mean embedding": "#6b6b6b"}
+from benchmarks.common.pictures import BLUE, GREY, finish, panels
 
-
-class NoRun(Exception):
-    """Why there is no run to draw."""
+COLOURS = {"training": "#9dbfdd", "validation": BLUE, "mean embedding": GREY}
 
 
 def read(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
-        raise NoRun(f"there is no {path}: a folder of `smoothie-kernels train` has one")
+        raise ValueError(f"there is no {path}: a folder of `smoothie-kernels train` has one")
     with path.open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     if not rows:
-        raise NoRun(f"{path} has no rows yet")
+        raise ValueError(f"{path} has no rows yet")
     return rows
 
 
 def draw(run: Path, picture: Path) -> str:
     """Draws `run`/metrics.csv and validation.csv; returns what the last validation says, in words."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     training, validation = read(run / "metrics.csv"), read(run / "validation.csv")
-    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.8), dpi=150, layout="constrained")
+    figure, both = panels(1, 2, (9.6, 3.8))
     titles = ("all positions, padding included", "text alone")
-    for axes, title, prefix in zip(panels, titles, ("", "text_"), strict=True):
+    for axes, title, prefix in zip(both, titles, ("", "text_"), strict=True):
         steps = [row["step"] for row in validation]
         if not prefix:
-            axes.plot(*_curve(training, "loss"), color=COLOURS["training"], linewidth=1, label="training")
+            points = zip(*((row["step"], row["loss"]) for row in training), strict=True)
+            axes.plot(*points, color=COLOURS["training"], linewidth=1, label="training")
         losses = [row[f"{prefix}loss"] for row in validation]
         axes.plot(steps, losses, "o-", color=COLOURS["validation"], markersize=3, label="validation, averaged weights")
         mean = validation[-1][f"mean_{prefix}loss"]
@@ -43,18 +37,10 @@ def draw(run: Path, picture: Path) -> str:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0, top=1.15 * mean)
-        axes.grid(which="major", color="#e4e4e4", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("mean squared error")
-    figure.savefig(picture)
-    pyplot.close(figure)
+    both[0].set_ylabel("mean squared error")
+    finish(figure, picture, font=8)
     last = validation[-1]
     return (
         f"step {last['step']:,.0f}: {last['loss']:.3f} of {last['mean_loss']:.3f}, text {last['text_loss']:.3f} of "
         f"{last['mean_text_loss']:.3f}, nearest token right {last['accuracy']:.1%}"
     )
-
-
-def _curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    return [row["step"] for row in rows], [row[name] for row in rows]

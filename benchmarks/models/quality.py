@@ -5,6 +5,7 @@ Beside the CSV lies a JSON of the same name that says what its lines are of; ano
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -19,13 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.common.machine import Machine
-from benchmarks.common.sections import Page, Section
-from benchmarks.common.sections import fill as fill_page
-from benchmarks.models.model_report import finish, matplotlib_missing
-from benchmarks.models.sampling_report import PAGE
-from benchmarks.step.recall_report import BLUE, BROWN, GREY, in_order
+from benchmarks.common.pictures import BLUE, BROWN, GREY, finish, panels
+from benchmarks.common.report import Section
+from benchmarks.step.recall_report import in_order
 
-PICTURE = "quality"
 METRICS = {"bleu": "BLEU", "rougeL": "ROUGE-L", "distinct2": "distinct bigrams"}
 DRAWN = ("bleu", "rougeL")
 COLOURS = {"re-noise": BLUE, "ddim": BROWN, "ddpm": GREY, "sde": "#d99a6c"}
@@ -65,6 +63,27 @@ class Line(Call):
     @property
     def call(self) -> Call:
         return Call(self.solver, self.steps, self.seed, self.patience)
+
+
+SETTINGS = tuple(each.name for each in fields(Settings))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def listed(kind: type) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    add = parser.add_argument
+    add("checkpoint", help="folder of a checkpoint or of a training run, or a Hugging Face name")
+    add("--data", required=True, help="a shipped sample, a folder, a file or a Hugging Face name")
+    add("--split", default="validation", help="of --data")
+    add("--samples", type=int, default=64, help="the first texts of the split, one sample of each")
+    add("--batch-size", type=int, default=16, help="samples at once")
+    add("--steps", type=listed(int), default=[10, 20, 50, 100, 200], help="separated by commas")
+    add("--solvers", type=listed(str), default=["re-noise", "ddim", "ddpm", "sde"], help="likewise")
+    add("--seeds", type=int, default=3, help="how many")
+    patience = "stop_after and shrink_after, separated by commas; 0, which is never, is the default"
+    add("--patience", type=listed(int), default=[0], help=patience)
+    add("--out", type=Path, required=True, help="CSV file; goes on where it is there")
 
 
 def plan(solvers: Iterable[str], steps: Iterable[int], seeds: int, patience: Iterable[int]) -> list[Call]:
@@ -233,24 +252,14 @@ def text(metric: str, values: list[float]) -> str:
     return f"{statistics.fmean(values):.{digits}f}{apart}"
 
 
-def page_of(lines: list[Line], settings: Settings, machine: Machine) -> Page:
-    return Page("Quality over steps", machine, [], [], [*sections(lines, settings).values()])
-
-
 # The picture
 
 
-def draw(lines: list[Line], settings: Settings, stem: Path) -> list[Path] | str:
-    """The file drawn, or why there is none: a line per solver, the seeds as a band; dashed over the model's calls where
-    there is patience."""
-    if missing := matplotlib_missing():
-        return missing
-    from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
-
-    figure, panels = pyplot.subplots(1, len(DRAWN), figsize=(9.6, 3.8), dpi=150, layout="constrained")
+def draw(lines: list[Line], settings: Settings, stem: Path) -> list[Path]:
+    """The file drawn: a line per solver, the seeds as a band; dashed over the model's calls where there is patience."""
+    figure, both = panels(1, len(DRAWN), (9.6, 3.8))
     steps = sorted({line.steps for line in lines})
-    for axes, metric in zip(panels, DRAWN, strict=True):
+    for axes, metric in zip(both, DRAWN, strict=True):
         for solver, patience in in_order((line.solver, line.patience) for line in lines):
             of = [line for line in lines if (line.solver, line.patience) == (solver, patience)]
             counts = sorted({line.steps for line in of})
@@ -262,13 +271,7 @@ def draw(lines: list[Line], settings: Settings, stem: Path) -> list[Path] | str:
             axes.fill_between(calls, [*map(min, groups)], [*map(max, groups)], color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log")
         axes.set_xticks(steps, [f"{count}" for count in steps])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.minorticks_off()
         axes.set_xlabel("calls of the model")
         axes.set_title(f"{METRICS[metric]}, {settings.samples} samples", loc="left", fontsize=10)
-    return [finish(figure, [*panels], stem, PICTURE)]
-
-
-def fill(lines: list[Line], settings: Settings, drawn: list[Path], stem: Path, docs: Path) -> list[Path]:
-    """Puts the picture and the tables into the page; what was written."""
-    tables = {name: section.markdown() for name, section in sections(lines, settings).items()}
-    return fill_page(docs / PAGE, tables, None, drawn, stem.name)
+    return [finish(figure, stem.with_name(f"{stem.name}-quality.png"))]

@@ -6,9 +6,8 @@ Nothing here imports transformers before something is measured.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -16,23 +15,26 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.common import memory, timing
+from benchmarks.common import timing
 from benchmarks.common.embeddings import Material
-from benchmarks.models import whole
+from benchmarks.common.pictures import BLUE, BROWN, bars
+from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.report import Report, Section, duration, significant, size
+from benchmarks.common.timing import Call, Timing
+from benchmarks.models import cases, noise
 from benchmarks.models.authors import Authors
-from benchmarks.models.model_report import OURS, Products, with_times
-from benchmarks.models.sampling_cases import CONTESTANTS, SamplingCase
-from benchmarks.models.sampling_report import OURS_ALL, Result, Row
-from benchmarks.models.whole import SEED, Race, counted, flush_denormals, make_model, run_case, stretches
-from benchmarks.step.check import CheckFailed, frobenius
-from benchmarks.step.suite import WRONG, one_line
+from benchmarks.models.cases import OURS, SEED, SUM, WHOLE, Contestant, SamplingCase
+from benchmarks.models.whole import ModelRace, counted, make_model, stretches
 from smoothie_kernels.diffusion import sampling as sampler
 from smoothie_kernels.diffusion.live import before
 from smoothie_kernels.diffusion.states import make_state
+from smoothie_kernels.testing import relative_error
 
 if TYPE_CHECKING:
     from smoothie_kernels.diffusion.sampling import Samples
 
+TITLE, PREFIX, PAGE, CASES, CONTESTANTS = "Sampling", "sampling-", "sampling.md", cases.SAMPLING_CASES, cases.SAMPLING
+COLOURS = {OURS: BLUE, SUM: "#08306b", WHOLE: "#6baed6", "eager": "#d99a6c", "authors": BROWN}
 CHECK_STEPS = 5  # over the whole schedule: noise and distances both count
 SHARE = 0.995  # of tokens that must be those of the eager sampler; random weights have few, so answers are compared too
 MARGIN = 5e-5  # relative, Frobenius, of the last answers; 8e-7 was found, 7e-3 with other noise, 2e-4 with 4 % more
@@ -134,88 +136,25 @@ def lengths_of(case: SamplingCase) -> Tensor:
     return torch.linspace(1, case.length, case.batch).round().long()
 
 
-def measure(result: Result, case: SamplingCase, *given: Any, **options: Any) -> None:
-    """`run_case` of this kind."""
-    run_case(_Race, Row, result, case, *given, **options)
+def alone(case: SamplingCase, name: str, material: Material) -> Call:
+    """The first steps of a call, for a process that measures their memory."""
+    session = Session(case, name, material.of(case))
+    session.run(2, samples=1)  # makes the Vocabulary, and loads what a first call loads
+    return lambda: session.run(PEAK_STEPS)
 
 
-class _Race(Race[SamplingCase, Row]):
-    ours = OURS_ALL
+class Race(ModelRace[SamplingCase]):
+    contestants = CONTESTANTS
+    alone = alone
+    preload = ("smoothie_kernels.diffusion.model",)
 
-    def __init__(self, case: SamplingCase, material: Material, device: str, rows: dict[str, Row]) -> None:
-        super().__init__(case, material, device, rows)
-        self.model = make_model(case, material.table, device)
-        self.flop, self.vocabulary_flop = 0, 0
+    def __init__(self, suite: Suite, case: SamplingCase) -> None:
+        super().__init__(suite, case)
+        self.model = make_model(case, self.material.table, suite.device)
+        self.sessions: dict[str, Session] = {}
+        self.references: dict[bool, Samples] = {}  # the eager sampler's, by whether padding takes part
 
-    @property
-    def dense_tensors(self) -> int:
-        return 6
-
-    def check(self, *, keep_going: bool) -> None:
-        """Counts the products, and compares tokens and answers with the eager step's, of the same noise."""
-        self.checked = self.samples_that_fit()
-        references: dict[bool, Samples] = {}  # by whether padding takes part
-        try:
-            self._count()
-        except Exception as error:
-            self.failed(OURS, f"has nothing to be compared with: {one_line(error)}", keep_going)
-            return
-        for name in self.rows:
-            contestant, session = CONTESTANTS[name], self._session(name)
-            try:
-                if contestant.dense:
-                    self.expect_room()
-                if name != "eager":
-                    # With the network in float32: what its own rounding decides is not the step's.
-                    how: dict[str, Any] = {
-                        "times": times_of(CHECK_STEPS),
-                        "samples": self.checked,
-                        "accumulate": "sum",
-                        "bf16": False,
-                    }
-                    if contestant.whole not in references:
-                        references[contestant.whole] = self._session("eager", session.lengths).run(**how, seed=SEED)
-                    found = compare(session.run(**how, seed=SEED), references[contestant.whole])
-                    self.rows[name] = replace(self.rows[name], same_tokens=found[0], error=found[1])
-                session.run(2)
-                session.watch.runs.clear()
-                self.sessions[name] = session
-            except CheckFailed as error:
-                self.failed(name, error.what, keep_going)
-            except Exception as error:
-                self.failed(name, one_line(error), keep_going, WRONG if name in self.ours else "absent: ")
-        if OURS not in self.sessions:
-            self.sessions.clear()
-
-    def time(self, repeats: int) -> Products:
-        """Calls in turn; where a contestant makes fewer steps, all times are those of as many as the case has."""
-        case, clock = self.case, timing.clock_of(self.device)
-        short = timing.race(
-            {name: session.run for name, session in self.sessions.items()}, clock, patience=0, repeats=repeats
-        )
-        _, rates = self.race_parts({}, clock)
-        share = case.batch / self.checked
-        products = Products(round(share * self.flop), round(share * self.vocabulary_flop), *rates, self.checked)
-        more = {name: case.steps / session.steps for name, session in self.sessions.items()}
-        times = {name: scaled(time, more[name]) for name, time in short.items()}
-        for name, session in self.sessions.items():
-            seconds = more[name] * session.watch.median()
-            row = with_times(self.rows[name], name, times, seconds, products.seconds)
-            self.rows[name] = replace(row, steps=case.steps, timed_steps=session.steps)
-        return products
-
-    def peak(self, name: str, saved: Path, threads: int) -> memory.Peak | str:
-        if self.device == "cuda":
-            return memory.peak_on_cuda(lambda: self.sessions[name].run(PEAK_STEPS))
-        return peak_in_new_process(self.case, name, saved, threads)
-
-    def _session(self, name: str, *lengths: Tensor | None) -> Session:
-        session = Session(self.case, name, self.material, self.device, self.model)
-        if lengths:
-            (session.lengths,) = lengths
-        return session
-
-    def _count(self) -> None:
+    def count(self) -> None:
         """Of a call of all steps, each of which has the products of the second. The last search for tokens is a product
         that `counted` does not see, and the eager sampler moves no logits after its last answer."""
         session, case = self._session("eager"), self.case
@@ -227,12 +166,47 @@ class _Race(Race[SamplingCase, Row]):
         self.flop = first + (case.steps - 1) * (both - first) + last
         self.vocabulary_flop = (2 * case.steps - 1) * product + last
 
+    def admit(self, contestant: Contestant) -> Call:
+        """Tokens and answers are held to those of the eager step with the same noise."""
+        name, session = contestant.name, self._session(contestant.name)
+        if contestant.dense:
+            self.expect_room(self.dense_tensors, self.case.n)
+        if name != "eager":
+            # With the network in float32: what its own rounding decides is not the step's.
+            how: dict[str, Any] = {
+                "times": times_of(CHECK_STEPS), "samples": self.checked, "accumulate": "sum", "bf16": False,
+                "seed": SEED,
+            }  # fmt: skip
+            if contestant.whole not in self.references:
+                eager = self._session("eager")
+                eager.lengths = session.lengths
+                self.references[contestant.whole] = eager.run(**how)
+            same_tokens, error = compare(session.run(**how), self.references[contestant.whole])
+            self.set(name, same_tokens=same_tokens, error=error)
+        session.run(2)
+        session.watch.runs.clear()
+        self.set(name, steps=self.case.steps, timed_steps=session.steps)
+        self.sessions[name] = session
+        return session.run
+
+    def longer(self, name: str) -> float:
+        return self.case.steps / self.sessions[name].steps
+
+    def spent(self, name: str, parts: Mapping[str, Timing]) -> float:
+        return self.sessions[name].watch.median()
+
+    def memory_call(self, name: str) -> Call:
+        return lambda: self.sessions[name].run(PEAK_STEPS)
+
+    def _session(self, name: str) -> Session:
+        return Session(self.case, name, self.material, self.suite.device, self.model)
+
 
 def compare(found: Samples, wanted: Samples) -> tuple[float, float]:
     """The share of equal tokens, and how far the last answers are off, relatively. CheckFailed beyond the bounds."""
     there = before(wanted.lengths, wanted.tokens.shape[1])
     share = float((found.tokens == wanted.tokens)[there].double().mean())
-    off = frobenius(found.embeddings, wanted.embeddings)
+    off = relative_error(found.embeddings, wanted.embeddings)
     if not share >= SHARE:
         raise CheckFailed(f"{share:.2%} of the tokens are those of the eager sampler, {SHARE:.1%} must be")
     if not off <= MARGIN:
@@ -240,21 +214,37 @@ def compare(found: Samples, wanted: Samples) -> tuple[float, float]:
     return share, off
 
 
-def scaled(time: timing.Timing, factor: float) -> timing.Timing:
-    first, third = time.quartiles
-    return timing.Timing(factor * time.median, (factor * first, factor * third), time.runs)
+# After all cases
 
 
-def peak_in_new_process(case: SamplingCase, name: str, material: Path, threads: int) -> memory.Peak | str:
-    """The peak of a call, or why it was not measured. `material` is a saved Material of the case's size."""
-    preload = ("smoothie_kernels.diffusion.model",)
-    return whole.peak_in_new_process(_peak_here, case, name, material, threads, preload=preload)
+def conclude(suite: Suite, report: Report, cases: Iterable[SamplingCase]) -> None:
+    """After all cases."""
+    if (sizes := size_section(report, cases)).cells:
+        report.more["sizes"] = sizes
+    suite.progress("noise that is gathered", 0)
+    noise.measure(suite, report)
+    suite.progress("noise that is gathered", 1)
 
 
-def _peak_here(case: SamplingCase, name: str, material: Path, threads: int) -> memory.Peak | str:
-    flush_denormals()
-    torch.set_num_threads(threads)
-    session = Session(case, name, Material.load(material))
-    session.run(2, samples=1)  # makes the Vocabulary, and loads what a first call loads
-    call: Any = session.run
-    return memory.peak_of(lambda: call(PEAK_STEPS))
+def size_section(report: Report, cases: Iterable[SamplingCase]) -> Section:
+    """Of cases that differ in V alone, one line per V: fused, then eager. None where there is one alone."""
+    series = {case.name: case for case in cases if case.over_v and report.of(case.name)}
+    cells = []
+    for name in sorted(series, key=lambda name: report.of(name)[0].v) if len(series) > 1 else ():
+        rows = {row.contestant: row for row in report.of(name)}
+        ours, eager = rows[OURS], rows["eager"]
+        times = ["" if row.seconds is None else duration(row.seconds / series[name].steps) for row in (ours, eager)]
+        ratio = f"{eager.seconds / ours.seconds:.2f}" if eager.seconds and ours.seconds else ""
+        cells.append((f"{ours.v:,}", *times, ratio, size(ours.peak_extra_bytes), size(eager.peak_extra_bytes)))
+    header = ("V", f"{OURS}, a step", "eager, a step", f"x {OURS}", f"{OURS}, memory", "eager, memory")
+    note = next((f"{case.describe()}." for case in series.values()), "")
+    return Section("Over V", note, header, cells)
+
+
+def draw(report: Report, stem: Path) -> list[Path]:
+    """The files drawn."""
+    speed, held = (stem.with_name(f"{stem.name}-{quantity}.png") for quantity in ("speed", "memory"))
+    title = "Tokens per second, padding included"
+    drawn = bars(report, speed, title, lambda row: row.tokens_per_s, significant, COLOURS)
+    title = "Peak memory of sampling, beyond weights and table"
+    return drawn + bars(report, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)

@@ -5,9 +5,9 @@ Nothing here imports transformers before something is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +18,21 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import smoothie_kernels as sk
-from benchmarks.common import memory, timing
 from benchmarks.common.embeddings import Material
-from benchmarks.models import whole
-from benchmarks.models.model_report import OURS, Products, with_times
-from benchmarks.models.training_cases import CONTESTANTS, TrainingCase
-from benchmarks.models.training_report import REFERENCE, Curves, Result, Row
-from benchmarks.models.whole import SEED, Progress, Race, counted, flush_denormals, make_model, run_case, stretches
-from benchmarks.step.check import CheckFailed, frobenius
-from benchmarks.step.suite import WRONG, one_line
+from benchmarks.common.pictures import BLUE, BROWN, GREY, bars, finish, panels
+from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.report import Report, Section, size
+from benchmarks.common.timing import Call, Timing
+from benchmarks.models import cases
+from benchmarks.models.cases import CURVES, OURS, REFERENCE, SEED, Contestant, TrainingCase
+from benchmarks.models.whole import ModelRace, counted, make_model, stretches
 from smoothie_kernels.diffusion.noising import smooth
+from smoothie_kernels.testing import relative_error
 
 if TYPE_CHECKING:
     from smoothie_kernels.diffusion.loss import Losses
 
+TITLE, PREFIX, PAGE, CASES, CONTESTANTS = "Training", "training-", "training.md", cases.TRAINING_CASES, cases.TRAINING
 OPTIMIZER = {"lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01, "fused": True}  # the trainer's
 CLIP = 1.0
 PAD = 0  # BERT's
@@ -39,6 +40,11 @@ BATCHES = 4  # different ones, in turn
 COMPILED_WARM_UP = 2  # steps before any is timed; one of the others
 LOSS_MARGIN = 1e-4  # relative
 GRADIENT_MARGIN = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, Frobenius, of every parameter's
+
+CURVE_STEPS = 120
+COMPARED, CURVE_MARGIN = 50, 1e-4  # the first steps of the loss curves, and what they may differ by, relatively
+LEAST_DIFFERENCE = 1e-9  # what is less is drawn here
+COLOURS = {"eager": BROWN, REFERENCE: "#d99a6c", OURS: BLUE, "fused + compile": "#08306b"}
 
 Batch = dict[str, Tensor]
 
@@ -148,78 +154,53 @@ def again(calls: list[_Smoothing]) -> object:
     return torch.autograd.grad(smoothed, leaves, [call.gradient for call in calls]) if leaves else smoothed
 
 
-def measure(result: Result, case: TrainingCase, *given: Any, **options: Any) -> None:
-    """`run_case` of this kind."""
-    run_case(_Race, Row, result, case, *given, **options)
+def alone(case: TrainingCase, name: str, material: Material) -> Call:
+    """A step, for a process that measures its memory."""
+    session = Session(case, name, material.of(case), batches=1)
+    session.step(1)  # one sample makes the optimizer's state, and loads what a first step loads
+    return session.step
 
 
-class _Race(Race[TrainingCase, Row]):
-    def __init__(self, case: TrainingCase, material: Material, device: str, rows: dict[str, Row]) -> None:
-        super().__init__(case, material, device, rows)
-        self.parts: dict[str, Callable[[], object]] = {}  # what each does with the vocabulary in one step
-        self.flop, self.vocabulary_flop = 0, 0
+class Race(ModelRace[TrainingCase]):
+    contestants = CONTESTANTS
+    alone = alone
+    preload = ("smoothie_kernels.diffusion.loss",)
 
     @property
     def dense_tensors(self) -> int:
         return 10 if self.case.trainable_embeddings else 6
 
-    def check(self, *, keep_going: bool) -> None:
-        """Counts the products, compares losses and gradients with REFERENCE's, and warms everybody up."""
-        case = self.case
-        self.checked = self.samples_that_fit()
-        try:
-            reference = Session(case, REFERENCE, self.material, self.device)
+    def check(self) -> None:
+        """Losses and gradients are held to REFERENCE's. Warms everybody up."""
+        super().check()
+        self.reference: Any = None  # its memory is the others'
+
+    def count(self) -> None:
+        self.reference = self._session(REFERENCE)
+        with recorded() as calls:
+            self.flop, self.truth = counted(lambda: self.reference.gradients(self.checked))
+        self.vocabulary_flop, _ = counted(lambda: again(calls))
+
+    def admit(self, contestant: Contestant) -> Call:
+        name, session = contestant.name, None
+        if contestant.dense:
+            self.expect_room(self.dense_tensors, self.case.n)
+        if "torch_noise" not in contestant.options:
+            session = self.reference if name == REFERENCE else self._session(name)
+            self.set(name, error=compare(*session.gradients(self.checked), *self.truth, bf16=self.case.bf16))
+        session = session or self._session(name)
+        for _ in range(COMPILED_WARM_UP if contestant.compiles else 1):
             with recorded() as calls:
-                self.flop, (loss, gradients) = counted(lambda: reference.gradients(self.checked))
-            self.vocabulary_flop, _ = counted(lambda: again(calls))
-        except Exception as error:
-            self.failed(OURS, f"has nothing to be compared with: {one_line(error)}", keep_going)
-            return
-        for name in self.rows:
-            session = None
-            try:
-                if CONTESTANTS[name].options["step"] == "eager":
-                    self.expect_room()
-                if "torch_noise" not in CONTESTANTS[name].options:
-                    session = reference if name == REFERENCE else self._session(name)
-                    off = compare(*session.gradients(self.checked), loss, gradients, bf16=case.bf16)
-                    self.rows[name] = replace(self.rows[name], error=off)
-                session = session or self._session(name)
-                for _ in range(COMPILED_WARM_UP if CONTESTANTS[name].compiles else 1):
-                    with recorded() as calls:
-                        session.step()
-                self.sessions[name], self.parts[name] = session, partial(again, calls)
-            except CheckFailed as error:
-                self.failed(name, error.what, keep_going)
-            except Exception as error:
-                self.failed(name, one_line(error), keep_going, WRONG if name == OURS else "absent: ")
-        if OURS not in self.sessions:
-            self.sessions.clear()
+                session.step()
+        self.parts[name] = partial(again, calls)
+        step: Call = session.step
+        return step
 
-    def time(self, repeats: int) -> Products:
-        """Steps in turn, then what they are made of in turn."""
-        case, clock = self.case, timing.clock_of(self.device)
-        steps = {name: session.step for name, session in self.sessions.items()}
-        times = timing.race(steps, clock, patience=0, repeats=repeats)
-        part_seconds, rates = self.race_parts(self.parts, clock)
-        share = case.batch / self.checked
-        flop, vocabulary_flop = (round(share * flop) for flop in (self.flop, self.vocabulary_flop))
-        products = Products(flop, vocabulary_flop, *rates, self.checked)
-        for name, time in times.items():
-            row = with_times(self.rows[name], name, times, part_seconds[name], products.seconds)
-            self.rows[name] = replace(row, steps_per_s=1 / time.median)
-        return products
-
-    def peak(self, name: str, saved: Path, threads: int) -> memory.Peak | str:
-        step: Any = self.sessions[name].step
-        if self.device == "cuda":
-            return memory.peak_on_cuda(step)
-        if CONTESTANTS[name].compiles:
-            return memory.peak_of(step)
-        return peak_in_new_process(self.case, name, saved, threads)
+    def spent(self, name: str, parts: Mapping[str, Timing]) -> float:
+        return parts[name].median
 
     def _session(self, name: str) -> Session:
-        return Session(self.case, name, self.material, self.device)
+        return Session(self.case, name, self.material, self.suite.device)
 
 
 def compare(
@@ -231,7 +212,7 @@ def compare(
         raise CheckFailed(f"the loss is off by {off:.3g} relative, {LOSS_MARGIN:.3g} is allowed")
     if gradients.keys() != true_gradients.keys():
         raise CheckFailed(f"gradients are of other parameters: {sorted(gradients.keys() ^ true_gradients.keys())}")
-    errors = {name: frobenius(gradients[name], true) for name, true in true_gradients.items() if true.any()}
+    errors = {name: relative_error(gradients[name], true) for name, true in true_gradients.items() if true.any()}
     allowed = GRADIENT_MARGIN[torch.bfloat16 if bf16 else torch.float32]
     for name, error in errors.items():
         if not error <= allowed:
@@ -239,34 +220,92 @@ def compare(
     return max(errors.values())
 
 
-def peak_in_new_process(case: TrainingCase, name: str, material: Path, threads: int) -> memory.Peak | str:
-    """The peak of one step, or why it was not measured. `material` is a saved Material of the case's size."""
-    preload = ("smoothie_kernels.diffusion.loss",)
-    return whole.peak_in_new_process(_peak_here, case, name, material, threads, preload=preload)
+# Loss curves
 
 
-def _peak_here(case: TrainingCase, name: str, material: Path, threads: int) -> memory.Peak | str:
-    flush_denormals()
-    torch.set_num_threads(threads)
-    session = Session(case, name, Material.load(material), batches=1)
-    session.step(1)  # one sample makes the optimizer's state, and loads what a first step loads
-    step: Any = session.step
-    return memory.peak_of(step)
+@dataclass(frozen=True)
+class Curves:
+    """Losses of one model trained twice from the same weights on the same batches."""
+
+    case: dict[str, Any]
+    losses: dict[str, list[float]]
+
+    def differences(self) -> list[float]:
+        """Relative, by step."""
+        pairs = zip(self.losses[OURS], self.losses[REFERENCE], strict=True)
+        return [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
+
+    @property
+    def worst(self) -> float:
+        """The largest of the first steps."""
+        return max(self.differences()[:COMPARED])
+
+    def failures(self) -> list[str]:
+        if all(difference < CURVE_MARGIN for difference in self.differences()[:COMPARED]):
+            return []
+        return [f"loss curves of {OURS!r} and {REFERENCE!r} differ by {self.worst:.2g} within {COMPARED} steps"]
+
+    def section(self) -> Section:
+        differences = self.differences()
+        marks = [step for step in (1, 10, 20, COMPARED, 100, 200, 400) if step < len(differences)] + [len(differences)]
+        cells = [
+            (f"{step}", *(f"{losses[step - 1]:.6f}" for losses in self.losses.values()),
+             f"{differences[step - 1]:.1e}", f"{max(differences[:step]):.1e}")
+            for step in marks
+        ]  # fmt: skip
+        note = (
+            f"{TrainingCase(**self.case).describe()}; the same weights and batches. The largest relative difference "
+            f"within {COMPARED} steps is {self.worst:.1e}; {CURVE_MARGIN:.0e} is allowed."
+        )
+        return Section("Loss curves", note, ("step", *self.losses, "difference", "largest so far"), cells)
 
 
-def train_curves(
-    case: TrainingCase,
-    steps: int,
-    material: Material,
-    device: str = "cpu",
-    progress: Progress = lambda what, parts: None,
-) -> Curves:
+def conclude(suite: Suite, report: Report, cases: Iterable[TrainingCase]) -> None:
+    """After all cases."""
+    curves = train_curves(CURVES[suite.device], CURVE_STEPS, suite)
+    report.content["curves"] = [asdict(curves)]
+    report.more["curves"] = curves.section()
+    report.red += curves.failures()
+
+
+def train_curves(case: TrainingCase, steps: int, suite: Suite) -> Curves:
     """Trains fused and eager, in turn, from the same weights."""
-    sized = material.sized(case.v or len(material.table), case.d)
-    sessions = {name: Session(case, name, sized, device, batches=steps) for name in (REFERENCE, OURS)}
+    material = suite.material.of(case)
+    sessions = {name: Session(case, name, material, suite.device, batches=steps) for name in (REFERENCE, OURS)}
     losses: dict[str, list[Tensor]] = {name: [] for name in sessions}
     for step in range(steps):
-        progress(f"loss curves: step {step + 1} of {steps}", 1 / steps)
+        suite.progress(f"loss curves: step {step + 1} of {steps}", 1 / steps)
         for name, session in sessions.items():
             losses[name].append(session.step())
     return Curves(asdict(case), {name: torch.stack(of_steps).tolist() for name, of_steps in losses.items()})
+
+
+# Pictures
+
+
+def draw(report: Report, stem: Path) -> list[Path]:
+    """The files drawn."""
+    steps, held, curves = (stem.with_name(f"{stem.name}-{quantity}.png") for quantity in ("steps", "memory", "curves"))
+    drawn = bars(
+        report, steps, "Training steps per second", lambda row: 1 / (row.seconds or 1), lambda rate: f"{rate:.2f}",
+        COLOURS,
+    )  # fmt: skip
+    title = "Peak memory of a training step, beyond the weights"
+    drawn += bars(report, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)
+    return drawn + [draw_curves(Curves(**found), curves) for found in report.content.get("curves", [])]
+
+
+def draw_curves(curves: Curves, path: Path) -> Path:
+    figure, (above, below) = panels(2, 1, (7.2, 5), sharex=True, height_ratios=(3, 2))
+    differences = curves.differences()
+    steps = range(1, len(differences) + 1)
+    for name, style, width in ((REFERENCE, "-", 3.0), (OURS, "--", 1.2)):
+        above.plot(steps, curves.losses[name], style, color=COLOURS[name], linewidth=width, label=name)
+    above.set_ylabel("loss")
+    above.set_title(TrainingCase(**curves.case).describe(), loc="left", fontsize=8)
+    below.plot(steps, [max(difference, LEAST_DIFFERENCE) for difference in differences], ".", color=BLUE)
+    below.plot((1, COMPARED), 2 * (CURVE_MARGIN,), "--", color=GREY, linewidth=1.2, label="allowed")
+    below.set_yscale("log")
+    below.set_ylabel(f"relative difference\n(none: at {LEAST_DIFFERENCE:.0e})")
+    below.set_xlabel("training step")
+    return finish(figure, path)

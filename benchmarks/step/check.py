@@ -10,10 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.common.race import CheckFailed
 from benchmarks.step.competitors import dense_distances, dense_mean
 from benchmarks.step.contestants import SEED, Contestant
 from benchmarks.step.inputs import SIGMA_MIN, Call, Inputs, Outputs
 from smoothie_kernels import noise
+from smoothie_kernels.testing import relative_error
 
 ROWS, ROWS_IF_LARGE, LARGE = 32, 8, 2**16  # as many rows are compared, evenly spread; fewer where V is large
 CHUNK = 8192  # tokens of the table in float64 at a time
@@ -21,7 +23,7 @@ CHUNK = 8192  # tokens of the table in float64 at a time
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed beside twice the error of the dense step in the inputs' own type."""
+    """What is allowed next to twice the error of the dense step in the inputs' own type."""
 
     smoothed: float  # relative, Frobenius; of gradients too
     tie: float  # tokens that are further away by less than this times ||x||^2 count as nearest
@@ -43,14 +45,6 @@ THEIRS = {
 MISSED = 0.05  # by so much may recall be below its target; `python -m benchmarks recall` has the narrow bound
 NOISE_TIE = 1e-4  # backends may differ by 5e-5 in a normal
 ROUNDING = 0.21  # root mean square of the relative error of a rounded number, over eps of its type
-
-
-class CheckFailed(Exception):
-    """Which contestant gave what wrong result."""
-
-    def __init__(self, message: str, what: str = "") -> None:
-        super().__init__(message)
-        self.what = what or message  # without the names of case and contestant
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,10 @@ def truth(inputs: Inputs, rows: Tensor, *, noisy: bool) -> Truth:
     for part, weight in zip(parts, torch.split(weights, CHUNK, 1), strict=True):
         smoothed.addmm_(weight, part.double())
     naive = naive_logits.softmax(1).to(x.dtype) @ inputs.table
-    means = {"smoothed": (smoothed, frobenius(naive, smoothed))}
+    means = {"smoothed": (smoothed, relative_error(naive, smoothed))}
     if inputs.op.trains:
         exact, naive_gradients = (gradients(inputs, rows, eps, dtype) for dtype in (torch.float64, x.dtype))
-        means |= {name: (exact[name], frobenius(naive_gradients[name], exact[name])) for name in exact}
+        means |= {name: (exact[name], relative_error(naive_gradients[name], exact[name])) for name in exact}
     scale = lse.abs().clamp_min(1)
     return Truth(
         squares[:, 0], squared_distances, logits, naive_logits, lse, scale,
@@ -125,7 +119,7 @@ def mean_of_top(inputs: Inputs, rows: Tensor, true: Truth, indices: Tensor, smoo
             (logits.gather(1, indices).softmax(1).to(dtype)[:, None] @ table[indices].to(dtype))[:, 0]
             for logits, dtype in ((exact, torch.float64), (naive, x.dtype))
         )
-        return mean, frobenius(of_naive, mean)
+        return mean, relative_error(of_naive, mean)
     weights = exact.softmax(1).gather(1, indices)
     kept = (weights[:, None] @ table[indices].double())[:, 0]
     quiet = -inputs.mu[rows, None].double() * true.squared_distances / (2 * SIGMA_MIN**2)
@@ -134,10 +128,6 @@ def mean_of_top(inputs: Inputs, rows: Tensor, true: Truth, indices: Tensor, smoo
     for part, logits in zip(torch.split(table, CHUNK), torch.split(quiet, CHUNK, 1), strict=True):
         others.addmm_((1 + logits) / len(table), part.double())
     return kept + (1 - weights.sum(1, keepdim=True)) * others, true.means["smoothed"][1]
-
-
-def frobenius(value: Tensor, true: Tensor) -> float:
-    return float((value.double() - true).norm() / true.norm())
 
 
 def largest(value: Tensor, true: Tensor, scale: Tensor) -> float:
@@ -183,7 +173,7 @@ class Referee:
         if outputs.grad_x is not None and outputs.grad_embeddings is not None:
             given = [each.double() for each in (self.inputs.grad, outputs.grad_x, outputs.grad_embeddings)]
             total, *parts = (each.sum(0) for each in given)
-            error = frobenius(parts[0] + parts[1], total)
+            error = relative_error(parts[0] + parts[1], total)
             # A weight is rounded once before it takes its row's gradient to the table; gradients of x and table up to
             # three times: as products, in their sum, at the end. The errors are independent, so their squares add up.
             of_grad, of_x, of_table = (float(each.square().sum()) for each in given)
@@ -217,7 +207,7 @@ class Referee:
         for what, (exact, naive) in means.items():
             value = getattr(outputs, what)
             if value is not None:
-                error = frobenius(value[self.rows] if what == "smoothed" else value, exact)
+                error = relative_error(value[self.rows] if what == "smoothed" else value, exact)
                 errors.append(expect(what, error, max(allowed.smoothed, 2 * naive)))
         return max(errors, default=None)
 

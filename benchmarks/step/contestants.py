@@ -6,13 +6,16 @@ once per table (column norms, padded copies, compilation) may be done while maki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import smoothie_kernels as sk
+from benchmarks.common import case
 from benchmarks.hopper import plans
 from benchmarks.hopper.plans import Plan
 from benchmarks.step import chunked, competitors, epilogue
@@ -29,15 +32,11 @@ def never(inputs: Inputs) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Contestant:
-    name: str
+@dataclass(frozen=True, kw_only=True)
+class Contestant(case.Contestant):
     prepare: Mapping[str, Prepare]  # by operator
-    what: str
-    ours: bool = False
     recall_target: float = 1.0  # of the top-k that it gives
     smooth: str = "topk"  # what its mean embedding is of where it gives a top-k, as fused_smoothie_step calls it
-    compiles: bool = False  # its first call compiles a program, whose memory is not the step's
     tensors_of_n_v: int = 0  # of four-byte elements that it holds at once, so that it can be left out where memory ends
     absent: Callable[[Inputs], str | None] = field(default=never)  # why it cannot take part, or None
 
@@ -155,16 +154,13 @@ def planned(plan: Plan) -> Mapping[str, Prepare]:
     return {op: under(prepare) for op, prepare in fused(plan.backend, workspace=plan.workspace).items()}
 
 
-def _top_k(name: str, recall_target: float, what: str, smooth: str = "topk") -> list[Contestant]:
+def ours(name: str, what: str, make: Callable[[str], Mapping[str, Prepare]], **more: Any) -> Iterator[Contestant]:
     """By whichever backend auto picks, and by name."""
-    of_backend = [("auto", name, never), *((each, f"{name}[{each}]", backend_cannot(each)) for each in ALL_BACKENDS)]
-    return [
-        Contestant(
-            label, top_k(recall_target, smooth, backend), what, ours=True, recall_target=recall_target, smooth=smooth,
-            absent=absent,
+    yield Contestant(name, what, ours=True, prepare=make("auto"), **more)
+    for each in ALL_BACKENDS:
+        yield Contestant(
+            f"{name}[{each}]", f"its {each} backend", ours=True, prepare=make(each), absent=backend_cannot(each), **more
         )
-        for backend, label, absent in of_backend
-    ]  # fmt: skip
 
 
 def backend_cannot(name: str) -> Callable[[Inputs], str | None]:
@@ -202,57 +198,41 @@ def products(dtype: torch.dtype | None = None) -> Mapping[str, Prepare]:
     return dict.fromkeys(OPS, prepare)
 
 
-CONTESTANTS = {
-    contestant.name: contestant
-    for contestant in (
-        Contestant("fused", fused(), "this package, with a Vocabulary made beforehand", ours=True),
-        Contestant("fused, raw table", fused(raw=True), "this package, given the table as a tensor", ours=True),
-        *(
-            Contestant(f"fused[{name}]", fused(name), f"its {name} backend", ours=True, absent=backend_cannot(name))
-            for name in ALL_BACKENDS
-        ),
-        *(
-            Contestant(name, planned(plan), "another plan of the same", ours=True, absent=backend_cannot(plan.backend))
-            for name, plan in plans.ALL.items()
-        ),
-        *_top_k("top-k, 0.95", 0.95, "this package: the top-k at recall_target 0.95, and their mean"),
-        *_top_k("top-k, exact", 1.0, "the same, exact"),
-        *_top_k("top-k and mean", 0.95, "the same at 0.95, their mean and the table's for the tail", "topk+mean"),
-        Contestant("statistics", statistics(), "its pass alone: tokens, noisy tokens, lse", ours=True),
-        *(
-            Contestant(
-                f"statistics[{name}]",
-                statistics(name),
-                f"that of its {name} backend",
-                ours=True,
-                absent=backend_cannot(name),
-            )
-            for name in ALL_BACKENDS
-        ),
-        Contestant("eager", competitors.dense(), "PyTorch as the authors of Smoothie write it", tensors_of_n_v=6),
-        Contestant(
-            "eager, float32", competitors.dense(dtype=torch.float32), "the same on float32 copies", tensors_of_n_v=6
-        ),
-        Contestant(
-            "compiled", competitors.dense(compiled=True), "eager under torch.compile", compiles=True, tensors_of_n_v=4
-        ),
-        Contestant(
-            "chunked",
-            {"step": chunked.step, "nearest": chunked.nearest, **training(chunked.smoothed)},
-            "PyTorch, the vocabulary in chunks; gradients by hand",
-        ),
-        Contestant(
-            "chunked, compiled epilogue",
-            {"step": epilogue.step, **training(epilogue.smoothed)},
-            "library products over blocks of rows, all between them one kernel by torch.compile",
-            compiles=True,
-        ),
-        Contestant("sdpa", {"step": competitors.sdpa}, "scaled_dot_product_attention with the bias as one more column"),
-        Contestant("flex", {"step": competitors.flex}, "FlexAttention with the bias in score_mod", compiles=True),
-        Contestant(
-            "keops", {"step": competitors.keops}, "KeOps LazyTensor", compiles=True, absent=competitors.no_keops
-        ),
-    )
-}
-FLOOR = Contestant("products", products(), "the matrix products alone (the floor)", tensors_of_n_v=1)
-FLOAT_FLOOR = Contestant("products, float32", products(torch.float32), "the same in float32", tensors_of_n_v=1)
+def _everybody() -> Iterator[Contestant]:
+    yield from ours("fused", "this package, with a Vocabulary made beforehand", fused)
+    yield Contestant("fused, raw table", "the same, given the table as a tensor", ours=True, prepare=fused(raw=True))
+    for name, plan in plans.ALL.items():
+        cannot = backend_cannot(plan.backend)
+        yield Contestant(name, "another plan of the same", ours=True, prepare=planned(plan), absent=cannot)
+    for name, target, smooth, what in (
+        ("top-k, 0.95", 0.95, "topk", "this package: the top-k at recall_target 0.95, and their mean"),
+        ("top-k, exact", 1.0, "topk", "the same, exact"),
+        ("top-k and mean", 0.95, "topk+mean", "the same at 0.95, their mean and the table's for the tail"),
+    ):
+        yield from ours(name, what, partial(top_k, target, smooth), recall_target=target, smooth=smooth)
+    yield from ours("statistics", "its pass alone: tokens, noisy tokens, lse", statistics)
+
+    dense = competitors.dense
+    yield Contestant("eager", "PyTorch as the authors of Smoothie write it", prepare=dense(), tensors_of_n_v=6)
+    wide = dense(dtype=torch.float32)
+    yield Contestant("eager, float32", "the same on float32 copies", prepare=wide, tensors_of_n_v=6)
+    compiled = dense(compiled=True)
+    yield Contestant("compiled", "eager under torch.compile", compiles=True, prepare=compiled, tensors_of_n_v=4)
+    by_op = {"step": chunked.step, "nearest": chunked.nearest, **training(chunked.smoothed)}
+    yield Contestant("chunked", "PyTorch, the vocabulary in chunks; gradients by hand", prepare=by_op)
+    what = "library products over blocks of rows, all between them one kernel by torch.compile"
+    by_op = {"step": epilogue.step, **training(epilogue.smoothed)}
+    yield Contestant("chunked, compiled epilogue", what, compiles=True, prepare=by_op)
+    what = "scaled_dot_product_attention with the bias as one more column"
+    yield Contestant("sdpa", what, prepare={"step": competitors.sdpa})
+    flex = {"step": competitors.flex}
+    yield Contestant("flex", "FlexAttention with the bias in score_mod", compiles=True, prepare=flex)
+    keops, absent = {"step": competitors.keops}, competitors.no_keops
+    yield Contestant("keops", "KeOps LazyTensor", compiles=True, prepare=keops, absent=absent)
+
+
+CONTESTANTS = {contestant.name: contestant for contestant in _everybody()}
+FLOOR, FLOAT_FLOOR = (
+    Contestant(f"products{more}", f"the matrix products alone{more}: the floor", prepare=products(of), tensors_of_n_v=1)
+    for more, of in (("", None), (", float32", torch.float32))
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ class Inputs:
     mu: Tensor  # [N] float32: one value per row, as in training
     std: Tensor  # [N] float32
     grad: Tensor  # [N, D]: the gradient of `smoothed` that the training operators' backward begins with
-    note: str  # what the table is
 
     @property
     def op(self) -> Op:
@@ -116,10 +115,7 @@ class Outputs(NamedTuple):
 
 
 Call = Callable[[], Outputs]
-
-
-class Prepare(Protocol):
-    def __call__(self, inputs: Inputs) -> Call: ...
+Prepare = Callable[[Inputs], Call]
 
 
 def training(
@@ -160,7 +156,7 @@ def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
     A row is its token's embedding and a little of everything else, as a model's prediction is; exactly the embedding it
     would be in training. The noise of the schedule is in mu and std.
     """
-    material = material.sized(case.v or len(material.table), case.d or material.table.shape[1])
+    material = material.of(case)
     mu, std = (case.mu, case.std) if case.t is None else schedule(case.t)
     tokens = material.tokens.repeat(-(-case.n // len(material.tokens)))[: case.n]
     x = material.table[tokens]
@@ -173,5 +169,4 @@ def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
         torch.full((case.n,), mu, device=device),
         torch.full((case.n,), std, device=device),
         torch.randn(x.shape, generator=generator).to(device, case.dtype),
-        material.note,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import smoothie_kernels as sk
 from benchmarks.common.embeddings import Material
-from benchmarks.common.machine import Machine
+from benchmarks.common.race import Suite
 from benchmarks.step import inputs
 from benchmarks.step.cases import Case
 from benchmarks.step.contestants import SEED, without_mean
@@ -19,8 +19,6 @@ from smoothie_kernels.recall import Buckets, expected_recall, pick_buckets
 
 SLACK = 0.01  # recall below what is wanted; or DEVIATIONS of its own standard error, where these are more
 DEVIATIONS = 4
-
-Progress = Callable[[str, float], None]  # what is being done, and how many parts of `Plan.parts` are done
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,6 @@ class MeanError:
 
 @dataclass(frozen=True)
 class Result:
-    machine: Machine
     plan: Plan
     tables: dict[int, str] = field(default_factory=dict)  # what the table of V tokens was
     library: list[LibraryRecall] = field(default_factory=list)
@@ -138,33 +135,26 @@ def too_low(recall: float, wanted: float, error: float) -> bool:
     return not recall >= wanted - max(SLACK, DEVIATIONS * error)
 
 
-def measure(
-    material: Material,
-    machine: Machine,
-    device: str = "cpu",
-    plan: Plan | None = None,
-    progress: Progress = lambda what, parts: None,
-) -> Result:
-    plan = plan or Plan()
-    result = Result(machine, plan)
+def measure(suite: Suite, plan: Plan) -> Result:
+    material, device, result = suite.material, suite.device, Result(plan)
     with torch.inference_mode():
         for size in plan.sizes:
             sized = material.sized(size or len(material.table), material.table.shape[1])
             table = sk.Vocabulary(sized.table.to(device))
             result.tables[len(table)] = sized.note
             for given in inputs_at(plan.times, sized, plan.rows, device):
-                progress(f"recall: V = {len(table):,}, t = {given.case.t}", 1)
+                suite.progress(f"recall: V = {len(table):,}, t = {given.case.t}", 1)
                 _measure_recall(result, given, table)
         table = sk.Vocabulary(material.table.to(device))
         for given in inputs_at(plan.curve, material, plan.rows, device):
-            progress(f"mass and error: t = {given.case.t:.3g}", 1)
+            suite.progress(f"mass and error: t = {given.case.t:.3g}", 1)
             _measure_curves(result, given, table)
     return result
 
 
 def inputs_at(times: tuple[float, ...] | list[float], material: Material, rows: int, device: str) -> Iterator[Inputs]:
     for t in times:
-        yield inputs.build(Case("recall", "", (), n=rows, op="topk", t=t), material, device)
+        yield inputs.build(Case("recall", "", n=rows, op="topk", t=t), material, device)
 
 
 def _measure_recall(result: Result, given: Inputs, table: sk.Vocabulary) -> None:

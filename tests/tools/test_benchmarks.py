@@ -16,12 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from benchmarks.common import compare, memory, timing
 from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.common.machine import Machine
+from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report, Row
 from benchmarks.hopper import bars
 from benchmarks.step import cases, check, epilogue, inputs, recall
-from benchmarks.step.check import CheckFailed, Referee
+from benchmarks.step.check import Referee
 from benchmarks.step.contestants import CONTESTANTS, FLOOR
-from benchmarks.step.suite import Running, Suite
+from benchmarks.step.race import Race, alone
 from smoothie_kernels import noise
 from smoothie_kernels.recall import Buckets
 from smoothie_kernels.testing import dense_logits
@@ -205,11 +206,9 @@ def test_the_floor_makes_the_products_of_the_cost_model_for_a_longer_table(op, m
 
 @pytest.mark.skipif(not memory.RESET.exists(), reason=memory.NO_MARK)
 @pytest.mark.parametrize("name", ["eager", "chunked", "fused[reference]"])
-def test_memory_of_training_counts_the_gradient_of_the_table(name, tmp_path):
+def test_memory_of_training_counts_the_gradient_of_the_table(name):
     case, material = replace(cases.CASES["train"], n=4, v=20_000, d=64), synthetic(20_000, 64)
-    material.save(tmp_path / "material.pt")
-    peak = memory._peak_here(case, name, tmp_path / "material.pt", torch.get_num_threads())
-    assert isinstance(peak, memory.Peak), peak
+    peak = memory.peak_of(alone(case, name, material))
     assert 0.9 * material.table.nbytes < peak.extra < 100 * material.table.nbytes
 
 
@@ -233,15 +232,19 @@ def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monk
     case = replace(cases.CASES["train"], **SMALL, contestants=("fused[reference]", "chunked"))
     wrong = dict.fromkeys(cases.OPS, lambda given: lambda: inputs.Outputs(torch.zeros_like(given.x)))
     monkeypatch.setitem(CONTESTANTS, "fused[reference]", replace(CONTESTANTS["fused[reference]"], prepare=wrong))
-    monkeypatch.setattr(Running, "measure_memory", lambda running: None)
-    suite = Suite(material, tmp_path / "material.pt", machine, "cpu", repeats=1)
+    monkeypatch.setattr(Race, "measure_memory", lambda race: None)
+    suite, report = Suite(material, machine, tmp_path, repeats=1), Report(machine)
     with pytest.raises(CheckFailed, match=r"fused\[reference\]"):
-        suite.run(case)
-    ours, theirs, floor = replace(suite, keep_going=True).run(case)[1]
+        Race(suite, case).run(report)
+    assert not report.rows
+    Race(replace(suite, keep_going=True), case).run(report)
+    ours, theirs, floor = report.rows
+    assert "wrong: smoothed is off" in report.failures[0]
     assert ours.note.startswith("wrong: smoothed is off")
     assert ours.seconds is None
     assert theirs.seconds
     assert theirs.efficiency == floor.seconds / theirs.seconds
+    assert (theirs.ratios, floor.ratios.keys()) == ({}, {"chunked"})  # the floor is no competitor
 
 
 def test_a_model_is_material_with_its_text_and_without_its_unused_rows(tmp_path):
@@ -293,7 +296,7 @@ def test_a_race_runs_everybody_as_often_as_asked_and_interleaved():
 def test_a_report_survives_its_file_and_two_are_compared(tmp_path, monkeypatch):
     machine = Machine("GPU (R) X", "host", 2, 2, "avx2", 8.0, {"torch": "2"}, "abcdef0", "today")
     row = Row("step", "fused", "step", 1, 2, 3, "float32", True, ours=True, seconds=1.0, quartiles=(0.9, 1.1), runs=5)
-    report = Report(machine, {"step": "a table"}, [row])
+    report = Report(machine, tables={"step": "a table"}, rows=[row])
     path = report.save(tmp_path)[0]
     assert path.name == "gpu-x-abcdef0.json"
     assert Report.load(path) == report
@@ -332,10 +335,10 @@ def test_recall_of_buckets_is_that_of_searching_them(v, k, buckets, keep):
         assert found == pytest.approx((again.values >= exact.values[:, -1:]).double().mean().item())
 
 
-def test_mass_and_error_are_those_of_the_dense_step():
+def test_mass_and_error_are_those_of_the_dense_step(tmp_path):
     material, machine = synthetic(301, 20), Machine("CPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today")
     plan = replace(TINY, sizes=(), error_ks=(4, 301))
-    result = recall.measure(material, machine, plan=plan)
+    result = recall.measure(Suite(material, machine, tmp_path), plan)
     assert {row.t for row in result.mass} == {*plan.marks, 0.25}
     for given in recall.inputs_at(plan.curve, material, plan.rows, "cpu"):
         t, seed, offset = given.case.t, recall.SEED, recall.offset_of(given)

@@ -141,7 +141,7 @@ def test_bars_are_met_and_missed_by_the_numbers():
         row("gpu-rates", "square product, bfloat16", 1.0, gflop_per_s=700e3),
         row("gpu-rates", "square product, float32", 1.0, gflop_per_s=50e3),
     ]
-    found = {cells[0]: cells[1:] for cells in bars.section(Report(MACHINE, {}, rows)).cells}
+    found = {cells[0]: cells[1:] for cells in bars.section(Report(MACHINE, rows=rows)).cells}
     assert found["cuda, step, of the measured GEMM rate"] == ("≥ 60%", "≥ 75%", "76%", "goal")
     assert found["cuda, statistics, of the measured GEMM rate"] == ("≥ 65%", "≥ 80%", "70%", "met")
     assert found["cuda, what noise adds"] == ("≤ 15%", "≤ 10%", "11%", "met")
@@ -151,4 +151,4 @@ def test_bars_are_met_and_missed_by_the_numbers():
     assert found["N = 1 to 64 in a graph, of the copy's rate"][2:] == ("70%", "met")
     assert found["cuda, step, peak extra memory"][2:] == ("419 MB", "**missed**")
     assert "forward and backward, compiled over it" not in found
-    assert bars.section(Report(MACHINE, {}, [])).cells == []
+    assert bars.section(Report(MACHINE)).cells == []

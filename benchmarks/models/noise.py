@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 import smoothie_kernels as sk
 from benchmarks.common import timing
-from benchmarks.common.embeddings import Material
-from benchmarks.models.sampling_cases import NoisePlan
-from benchmarks.models.whole import SEED, stretches
+from benchmarks.common.race import Suite
+from benchmarks.common.report import Report, Section, duration, size
+from benchmarks.models.cases import PAPER, SEED
+from benchmarks.models.whole import stretches
 from smoothie_kernels.diffusion.schedules import make_schedule
 from smoothie_kernels.diffusion.solvers import ACCUMULATE, make_route
 from smoothie_kernels.diffusion.states import as_noise
 
+STEPS = (50, 200)  # of a call
+SIZES = {"cpu": (512, 384, 5), "cuda": (PAPER["batch"] * PAPER["length"], PAPER["d"], 10)}  # N, D, timed runs
 DELTA, MU, STD = 0.25, 0.05, 0.25  # of the sampler; of the step in the middle of its schedule, about
 KEPT, FRESH = 0.9, 0.1  # of a stored field; they cost the same whatever they are
 NO_NOISE, ONE = "no noise", "one field"
@@ -44,16 +47,15 @@ def mean_fields(steps: int, accumulate: str) -> float:
     return sum(map(len, fields)) / len(fields)
 
 
-def measure(material: Material, plan: NoisePlan, device: str) -> list[NoiseCost]:
+def measure(suite: Suite, report: Report) -> None:
     """All in turn. What is stored adds to the step without noise: reading it there is not in its time."""
-    material = material.sized(len(material.table), plan.d)
+    device, (n, width, repeats) = suite.device, SIZES[suite.device]
+    material = suite.material.sized(len(suite.material.table), width)
     vocabulary = sk.Vocabulary(material.table.to(device))
-    x = material.table[stretches(material.tokens, plan.n)].to(device)
-    n, (v, d) = plan.n, material.table.shape
+    x = material.table[stretches(material.tokens, n)].to(device)
+    v, d = material.table.shape
     counts = {NO_NOISE: 0.0, ONE: 1.0} | {
-        f"{accumulate}, {steps} steps": mean_fields(steps, accumulate)
-        for steps in plan.steps
-        for accumulate in ACCUMULATE
+        f"{accumulate}, {steps} steps": mean_fields(steps, accumulate) for steps in STEPS for accumulate in ACCUMULATE
     }
 
     def step(fields: int) -> Callable[[], object]:
@@ -68,12 +70,28 @@ def measure(material: Material, plan: NoisePlan, device: str) -> list[NoiseCost]
     with torch.inference_mode():
         for call in calls.values():
             call()
-        times = timing.race(calls, timing.clock_of(device), patience=0, repeats=plan.repeats)
+        times = timing.race(calls, timing.clock_of(device), patience=0, repeats=repeats)
     seconds = {way: time.median for way, time in times.items()}
     quiet = seconds[NO_NOISE]
     for way in (STORED, DRAWN):
         seconds[way] += quiet
-    return [
+    costs = [
         NoiseCost(way, counts.get(way, 1.0), n, v, d, time, time / quiet, 0 if way in counts else 2 * n * v)
         for way, time in seconds.items()
     ]
+    report.content["noise"] = [asdict(cost) for cost in costs]
+    report.more["noise"] = section(costs)
+
+
+def section(costs: list[NoiseCost]) -> Section:
+    cells: list[tuple[str, ...]] = [
+        (cost.way, f"{cost.fields:.3g}", duration(cost.seconds), f"{cost.over_no_noise:.2f}",
+         size(cost.stored_bytes) if cost.stored_bytes else "0")
+        for cost in costs
+    ]  # fmt: skip
+    n, v, d = costs[0].n, costs[0].v, costs[0].d
+    note = (
+        f"One step of the vocabulary, N = {n:,}, V = {v:,}, D = {d}, with the mean number of fields of ddpm. Stored: "
+        "the step without noise and the update of the field; the fresh field is there, or is drawn."
+    )
+    return Section("Noise that is gathered", note, ("noise", "fields", "step", "x no noise", "stored"), cells)

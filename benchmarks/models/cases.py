@@ -1,0 +1,187 @@
+"""Who trains and samples what: the cases and the contestants of the benchmarks of whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.common import case
+from smoothie_kernels.diffusion.options import LossOptions
+
+SEED = 0
+OURS, REFERENCE = "fused", "eager, our noise"
+SUM, WHOLE = "fused, sum", "fused, whole"
+
+
+@dataclass(frozen=True)
+class Contestant(case.Contestant):
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the loss, or of `generate`
+    unread: bool = False  # with the tensors that the authors' loop makes and never reads
+    whole: bool = False  # all positions take part, whatever the case says
+
+    @property
+    def dense(self) -> bool:
+        return bool(self.options["step"] == "eager")
+
+
+FUSED, EAGER = {"step": "fused"}, {"step": "eager"}
+TRAINING = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("eager", "the authors' arithmetic and torch.randn", options=EAGER | {"torch_noise": True}),
+        Contestant(REFERENCE, "the same with the package's noise field: the truth of the check", options=EAGER),
+        Contestant(OURS, "fused_smoothie_step", ours=True, options=FUSED),
+        Contestant("fused + compile", "the same, every layer under torch.compile", compiles=True, options=FUSED),
+    )
+}
+TORCH_NOISE = EAGER | {"seed": None}
+SAMPLING = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant(OURS, "one embedding a position is carried", ours=True, options=FUSED),
+        Contestant(
+            SUM, "the same; the noise of all steps so far is added up", ours=True, options=FUSED | {"accumulate": "sum"}
+        ),
+        Contestant(WHOLE, "the same; padding takes part", ours=True, options=FUSED, whole=True),
+        Contestant("eager", "the authors' arithmetic and torch.randn: the logits are carried", options=TORCH_NOISE),
+        Contestant("authors", "eager, and what their loop makes without reading it", options=TORCH_NOISE, unread=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ModelCase(case.Case):
+    contestants: tuple[str, ...] = ("eager", OURS)
+    d: int | None = 384
+    repeats: int | None = 3
+    batch: int = 32
+    length: int = 32  # of a target
+    source: int = 32  # of a source
+    layers: int = 4
+    hidden: int = 384
+    heads: int = 12
+    condition_layers: int = 2
+    self_condition_layers: int = 1
+    bf16: bool = False
+
+    @property
+    def n(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def network_type(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def describe(self) -> str:
+        positions = f"{self.batch} x {self.length} positions after sources of {self.source}"
+        bf16 = ["the network in bfloat16"] if self.bf16 else []
+        return ", ".join([f"{self.layers} layers of width {self.hidden}", positions, *bf16, *self.more()])
+
+    def more(self) -> list[str]:
+        """More of the description."""
+        raise NotImplementedError
+
+
+SomeModelCase = TypeVar("SomeModelCase", bound=ModelCase)
+
+
+@dataclass(frozen=True)
+class TrainingCase(ModelCase):
+    self_conditioning: float = 0.0
+    trainable_embeddings: bool = False
+    skip_padding: bool = False
+
+    def options(self, contestant: Contestant) -> LossOptions:
+        chosen = {name: getattr(self, name) for name in ("self_conditioning", "skip_padding", "bf16")}
+        return LossOptions(seed=SEED, **chosen, **contestant.options)
+
+    def more(self) -> list[str]:
+        table, padding = "the table trains", "half the positions padding, skipped"
+        found = [text for text, is_so in ((table, self.trainable_embeddings), (padding, self.skip_padding)) if is_so]
+        share = f"self-conditioning in {self.self_conditioning:.0%} of the steps"
+        return [*found, share] if self.self_conditioning else found
+
+
+@dataclass(frozen=True)
+class SamplingCase(ModelCase):
+    solver: str = "re-noise"
+    steps: int = 50
+    dense_steps: int = 10  # the first of them, after which the eager contestants' time is taken
+    ragged: bool = False  # lengths from 1 to `length`, evenly spread; the rest is padding
+    over_v: bool = False  # belongs to the series over V
+
+    def more(self) -> list[str]:
+        return [*(["half of them padding"] if self.ragged else []), f"{self.solver}, {self.steps} steps"]
+
+
+PAPER: dict[str, Any] = {
+    "batch": 256, "length": 64, "source": 64, "d": 768, "layers": 12, "hidden": 768, "condition_layers": 6,
+    "self_condition_layers": 3, "bf16": True, "groups": ("cuda",),
+}  # fmt: skip
+BOTH, LATER, FULL = ("cpu", "cuda"), ("cpu", "cuda full"), ("cpu full", "cuda full")
+ALL, TWO = tuple(TRAINING), ("eager", OURS)
+_TRAIN = TrainingCase("train-4x384", "4 layers of width 384", ALL, repeats=5, groups=BOTH)
+_RARELY = replace(_TRAIN, contestants=TWO, repeats=3, groups=LATER)
+TRAINING_CASES = {
+    case.name: case
+    for case in (
+        TrainingCase("train-12x768", "the paper's model and batch", ALL, repeats=10, **PAPER),
+        _TRAIN,
+        replace(
+            _RARELY, name="train-4x384-self", self_conditioning=1.0,
+            why="self-conditioning in every step: two predictions, one of them trained",
+        ),
+        replace(
+            _RARELY, name="train-4x384-table", trainable_embeddings=True,
+            why="trainable embeddings: three times the vocabulary, with gradients",
+        ),
+        TrainingCase("train-4x384-small", "a small batch", batch=8, repeats=5),
+        TrainingCase("train-8x384", "a larger network", layers=8),
+        TrainingCase("train-4x384-8k", "a small vocabulary", v=8_000),
+        replace(
+            _RARELY, name="train-4x384-ragged", why="half the positions are padding, and skipped", skip_padding=True
+        ),
+        TrainingCase("train-4x384-large", "a large batch", batch=64, length=64, groups=FULL),
+        TrainingCase("train-4x384-128k", "a large vocabulary", v=128_000, groups=FULL),
+    )
+}  # fmt: skip
+CURVE = TrainingCase(
+    "curves", "the losses of a small model", batch=8, length=24, source=24, layers=2, condition_layers=1,
+    self_conditioning=0.5,
+)  # fmt: skip
+CURVES = {"cpu": CURVE, "cuda": replace(CURVE, batch=64, length=64, source=64, layers=4, condition_layers=2)}
+
+_THREE = (OURS, "eager", "authors")
+_PAPER = SamplingCase(
+    "sample-12x768", "the paper's model and solver, 200 steps", _THREE, steps=200, dense_steps=20, **PAPER
+)  # fmt: skip
+_SMALL = SamplingCase("", "", (OURS, "eager"), batch=16, source=64, repeats=2)
+_LONG = replace(_SMALL, contestants=_THREE, dense_steps=50, repeats=3)
+SAMPLING_CASES = {
+    case.name: case
+    for case in (
+        _PAPER,
+        replace(_PAPER, name="sample-12x768-ddim", why="the paper's model, ddim", solver="ddim"),
+        replace(_LONG, name="sample-4x384", why="4 layers of width 384, the paper's solver", over_v=True),
+        replace(_LONG, name="sample-4x384-ddim", why="ddim", solver="ddim"),
+        replace(
+            _SMALL, name="sample-4x384-ddpm", why="ddpm: noise that is gathered", solver="ddpm",
+            contestants=(OURS, SUM, "eager", "authors"),
+        ),
+        replace(_SMALL, name="sample-4x384-sde", why="the reverse SDE", solver="sde", contestants=(OURS, SUM, "eager")),
+        replace(_SMALL, name="sample-4x384-8k", why="a small vocabulary", v=8_000, over_v=True),
+        replace(_SMALL, name="sample-4x384-128k", why="a large vocabulary", v=128_000, over_v=True),
+        replace(
+            _SMALL, name="sample-4x384-ragged", why="half the positions are padding, and take no part", ragged=True,
+            contestants=(OURS, WHOLE, "eager"),
+        ),
+        replace(_SMALL, name="sample-4x384-one", why="one sample", batch=1, dense_steps=50),
+        replace(
+            _SMALL, name="sample-4x384-large", why="a large batch", batch=64, steps=20, dense_steps=5,
+            groups=("cpu full",),
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,121 @@
+"""The race of one case of the step: everybody against float64, then times with the floor, then memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from benchmarks.common import race, timing
+from benchmarks.common.embeddings import Material
+from benchmarks.common.race import Absent, Suite, one_line
+from benchmarks.common.report import Report, Row, noise_costs
+from benchmarks.step import inputs, pictures
+from benchmarks.step.cases import CASES, Case
+from benchmarks.step.check import Referee
+from benchmarks.step.contestants import CONTESTANTS, FLOAT_FLOOR, FLOOR, Contestant
+from benchmarks.step.inputs import Call, Prepare
+
+ROTATED = 2**28  # bytes of tables that a graph reads in turn: several times any L2, so that no table is found there
+
+TITLE, PREFIX, PAGE, cases, draw = "Benchmark", "", "", CASES, pictures.draw  # what a command needs of this module
+
+
+def alone(case: Case, name: str, material: Material) -> Callable[[], object]:
+    """Making and running a call, for a process that measures its memory."""
+    prepare = CONTESTANTS[name].prepare[case.op]
+    with inputs.grad_mode(case):
+        given = inputs.build(case, material)
+        prepare(given.cut(2, 64))()
+
+    def call() -> object:
+        with inputs.grad_mode(case):
+            return prepare(given)()
+
+    return call
+
+
+class Race(race.Race[Case]):
+    contestants = CONTESTANTS
+    alone = alone
+
+    def __init__(self, suite: Suite, case: Case) -> None:
+        super().__init__(suite, case)
+        with self.mode():
+            self.given = inputs.build(case, self.material, suite.device)
+        self.referee = Referee(self.given)
+        self.per_run = 1  # calls in one run of a graph
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        with inputs.grad_mode(self.case):
+            yield
+
+    def new_row(self) -> Row:
+        case, (n, v, d) = self.case, self.given.sizes
+        dtype, k = str(case.dtype).removeprefix("torch."), self.given.k if case.op == "topk" else None
+        return Row(case.name, "", case.op, n, v, d, dtype, self.given.noisy, k)
+
+    def admit(self, contestant: Contestant) -> Call:
+        if reason := contestant.absent(self.given):
+            raise Absent(reason)
+        self.expect_room(contestant.tensors_of_n_v, self.case.n)
+        call = contestant.prepare[self.case.op](self.given)
+        self.set(contestant.name, error=self.referee.check(contestant, call))
+        return call
+
+    def time(self) -> None:
+        """All in turn; the floor's rows join the others."""
+        case, given, on_gpu = self.case, self.given, self.suite.device == "cuda"
+        floors = {
+            floor.name: floor
+            for floor in ([FLOOR] if on_gpu or case.dtype == torch.float32 else [FLOOR, FLOAT_FLOOR])
+            if self._has_room(floor)
+        }
+        for floor in floors.values():
+            self.join(floor)
+        prepare = {name: CONTESTANTS[name].prepare[case.op] for name in self.calls}
+        prepare |= {name: floor.prepare[case.op] for name, floor in floors.items()}
+        calls = self.calls | {name: prepare[name](given) for name in floors}
+        times = timing.race(
+            self._captured(prepare) if case.captured and on_gpu else calls,
+            timing.clock_of(self.suite.device),
+            patience=case.patience,
+            repeats=self.suite.repeats,
+            progress=lambda part: self.suite.progress(f"{case.name}: timing", part),
+            on_turn=self.suite.on_turn,
+        )
+        times = {name: time.scaled(1 / self.per_run) for name, time in times.items()}
+        self.set_times(times, min((times[name].median for name in floors if name in times), default=None))
+        for name, time in times.items():
+            rates = {"gflop_per_s": given.flop / time.median / 1e9, "gb_per_s": given.bytes / time.median / 1e9}
+            self.set(name, **rates)
+
+    def _captured(self, prepare: Mapping[str, Prepare]) -> dict[str, Callable[[], object]]:
+        """One CUDA graph for each contestant, with one call for each of several tables."""
+        given = self.given
+        self.per_run = max(2, -(-ROTATED // given.table.nbytes))
+        copies = [replace(given, x=given.x.clone(), table=given.table.clone()) for _ in range(self.per_run)]
+        graphs: dict[str, Callable[[], object]] = {}
+        for name, make in prepare.items():
+            self.begin("capturing", name, 0)
+            try:
+                graphs[name] = timing.capture([make(copy) for copy in copies])
+            except Exception as error:
+                self.set(name, note=f"absent: no CUDA graph holds it: {one_line(error)}")
+        return graphs
+
+    def _has_room(self, floor: Contestant) -> bool:
+        try:
+            self.expect_room(floor.tensors_of_n_v, self.case.n)
+        except Absent:
+            return False
+        return True
+
+
+def conclude(suite: Suite, report: Report, cases: Iterable[Case]) -> None:
+    """After all cases."""
+    if (costs := noise_costs(report.rows)).cells:
+        report.more["noise"] = costs
