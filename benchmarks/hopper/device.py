@@ -5,7 +5,7 @@ runs in a process of its own, and every result is written at once. README.md say
 
     python -m benchmarks.hopper pack       before: what the machine will need, gathered in build/device
     python -m benchmarks.hopper probe      are the kernels right? `smoothie-kernels check`, then the tests
-    python -m benchmarks.hopper measure    the step against what people use instead, and a profile of the slowest kernel
+    python -m benchmarks.hopper measure    the step against what people use instead
     python -m benchmarks.hopper models     whole training steps and calls of the sampler
 
 Nothing is downloaded or compiled but Triton's kernels. The results of a call are one archive in the folder --out.
@@ -33,8 +33,8 @@ from rich.console import Console
 from benchmarks.common import machine
 from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
 from benchmarks.common.machine import ROOT, Machine
-from benchmarks.common.report import WRONG, Report
-from benchmarks.hopper import bars, crew, rates, rehearsal
+from benchmarks.common.report import WRONG, Report, Row
+from benchmarks.hopper import bars, rates, rehearsal, worker
 from benchmarks.step import cases
 from smoothie_kernels.backends import cuda
 from smoothie_kernels.check.isolate import Ended, run_command
@@ -55,10 +55,8 @@ TESTS = tuple(
                  "nearest", "forward", "backward", "topk", "vocabulary", "library")
 )  # fmt: skip
 TEST_SECONDS, ALONE_AT_ONCE = 60, 8  # for one test; tests that are tried again at the same time, each alone
-PROFILE_SECONDS = 45.0
 CASES_AT_ONCE = 8  # that are checked
 CASE_BYTES = 16 * 2**30  # of the GPU, for one: ten tensors of N x V in float32
-PROFILED = {"fused[cuda]": "score_kernel", "fused[triton]": "chunk_fwd_kernel"}  # contestants: their slowest kernels
 MODELS = (  # command, case, seconds: the paper's model first
     ("training", "train-12x768", 100.0), ("sampling", "sample-12x768", 80.0), ("training", "train-4x384", 60.0),
     ("sampling", "sample-4x384", 60.0),
@@ -202,59 +200,28 @@ def read_tests(lines: Path) -> dict[str, str]:
 
 def measure(call: Call) -> None:
     names = [rates.CASE, *(case.name for case in cases.CASES.values() if case.groups == cases.HOPPER)]
-    chosen = [name for name in names if call.wants(name)]
-    report, ends = Report(call.machine), dict[str, str]()
-    material = packed_material(call)
-    more = ["--rehearsal", call.rehearsed, "--repeats", "1"] if call.rehearsed else []
-    command = crew.command(call.device, material, *more)
+    report, ends, material = Report(call.machine), dict[str, str](), packed_material(call)
 
-    def on_case(worker: crew.Worker, how: str) -> None:
-        crew.collect(report, worker, how)
+    def on_case(case: str, table: str, rows: list[Row], how: str) -> None:
+        report.tables[case], ends[case] = table, how
+        report.rows[:] = [*(row for row in report.rows if row.case != case), *rows]
         report.save(call.folder)
-        ends[worker.case] = how
-        call.says(f"{worker.case}: {how or 'measured'}")
+        call.says(f"{case}: {how or 'measured'}")
 
-    reserve = 0.0 if call.rehearsed else PROFILE_SECONDS
-    left_out = crew.run(
-        (crew.Worker(name, command, call.folder) for name in chosen), call.env, call.end - reserve, on_case,
-        cases_at_once(call.device),
-    )  # fmt: skip
+    given = (call.folder, material, call.device, call.end, call.rehearsed, 1 if call.rehearsed else None, worker.SILENT)
+    works = [worker.Work(name, *given) for name in names if call.wants(name)]
+    left_out = worker.measure(works, cases_at_once(call.device), call.env, on_case)
     call.failed += [f"{name}: {how}" for name, how in ends.items() if how]
     call.failed += [f"{name}: left out, no time" for name in left_out]
     call.failed += [f"{row.case}, {row.contestant}: {row.note}" for row in report.rows if row.note.startswith(WRONG)]
     report.show(call.console)
     bars.section(report).show(call.console)
-    if not call.rehearsed:
-        profile(call, report, command)
 
 
 def cases_at_once(device: str) -> int:
     if device == "cpu":
         return CASES_AT_ONCE
     return max(1, min(CASES_AT_ONCE, torch.cuda.get_device_properties(0).total_memory // CASE_BYTES))
-
-
-def profile(call: Call, report: Report, command: list[str]) -> None:
-    """Nsight Compute's counters of the kernels that take the longest, with the clocks as they are."""
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        call.says("profile: there is no ncu on PATH")
-        return
-    for who, kernel in PROFILED.items():
-        if not any((row.case, row.contestant) == (bars.STEP, who) and row.seconds for row in report.rows):
-            continue
-        options = [
-            "--set", "full", "--clock-control", "none", "--kernel-name", f"regex:{kernel}", "--launch-skip", "1",
-            "--launch-count", "1", "--export", str(call.folder / f"profile-{kernel}"), "--force-overwrite",
-            "--page", "details",
-        ]  # fmt: skip
-        once = [*command, bars.STEP, "--rows", str(call.folder / "profile.jsonl"), "--only", who]
-        if call.left() > LEAST_SECONDS:
-            ended = run_command(
-                [ncu, *options, *once], min(PROFILE_SECONDS, call.left()), call.folder / f"profile-{kernel}.txt",
-                call.env, ROOT,
-            )  # fmt: skip
-            call.says(f"profile of {who}, {kernel}: {ended}")
 
 
 def packed_material(call: Call) -> Path:
@@ -288,9 +255,7 @@ CALLS = {"probe": probe, "measure": measure, "models": models}
 
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hopper",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.hopper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("call", choices=("pack", *CALLS))
     parser.add_argument("--out", type=Path, help="folder for the archive; $OUT or benchmarks/results without it")

@@ -22,7 +22,7 @@ import torch
 from benchmarks.common.machine import Machine
 from benchmarks.common.pictures import BLUE, BROWN, GREY, finish, panels
 from benchmarks.common.report import Section
-from benchmarks.step.recall_report import in_order
+from benchmarks.step.recall import in_order
 
 METRICS = {"bleu": "BLEU", "rougeL": "ROUGE-L", "distinct2": "distinct bigrams"}
 DRAWN = ("bleu", "rougeL")

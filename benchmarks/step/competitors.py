@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.step.chunked import column_bias
 from benchmarks.step.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, training
+from benchmarks.step.pieces import column_bias
 
 # Dense PyTorch, as one writes it
 
@@ -36,7 +37,7 @@ def dense_mean(
 
 
 def normals(like: Tensor, fields: int) -> Tensor:
-    """The sum of so many independent ones, with variance 1."""
+    """A sum of independent fields, with variance 1."""
     total = torch.randn_like(like)
     for _ in range(1, fields):
         total += torch.randn_like(like)
@@ -79,35 +80,29 @@ def dense(*, compiled: bool = False, dtype: torch.dtype | None = None) -> Mappin
     def program(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False) if compiled else function
 
-    def step(inputs: Inputs) -> Call:
-        inputs, run = inputs.to(dtype), program(dense_step)
-        return lambda: Outputs(*run(inputs.x, inputs.table, inputs.mu, inputs.std, inputs.noisy, inputs.case.fields))
+    def operator(function: Callable[..., Any], more: Callable[[Inputs], tuple[Any, ...]], *names: str) -> Prepare:
+        """What the function gives has these names in Outputs."""
+
+        def prepare(inputs: Inputs) -> Call:
+            inputs, run = inputs.to(dtype), program(function)
+            given = (inputs.x, inputs.table, *more(inputs))
+            return lambda: Outputs(**dict(zip(names, run(*given), strict=True)))
+
+        return prepare
 
     def smoothed(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
         run = program(dense_smoothed)
         return lambda x, table: run(x, table, inputs.mu, inputs.std, inputs.noisy)
 
-    def nearest(inputs: Inputs) -> Call:
-        inputs, run = inputs.to(dtype), program(dense_nearest)
-
-        def call() -> Outputs:
-            tokens, distance = run(inputs.x, inputs.table)
-            return Outputs(tokens=tokens, distance=distance)
-
-        return call
-
-    def topk(inputs: Inputs) -> Call:
-        inputs, run = inputs.to(dtype), program(dense_topk)
-
-        def call() -> Outputs:
-            smoothed, tokens, values, indices = run(
-                inputs.x, inputs.table, inputs.mu, inputs.std, inputs.noisy, inputs.k
-            )  # fmt: skip
-            return Outputs(smoothed, tokens, top_values=values, top_indices=indices)
-
-        return call
-
-    return {"step": step, "nearest": nearest, "topk": topk, **training(smoothed, dtype)}
+    noisy = attrgetter("mu", "std", "noisy")
+    return {
+        "step": operator(dense_step, lambda inputs: (*noisy(inputs), inputs.case.fields), "smoothed", "tokens"),
+        "nearest": operator(dense_nearest, lambda inputs: (), "tokens", "distance"),
+        "topk": operator(
+            dense_topk, lambda inputs: (*noisy(inputs), inputs.k), "smoothed", "tokens", "top_values", "top_indices"
+        ),
+        **training(smoothed, dtype),
+    }
 
 
 # Attention and kernel libraries: without noise, and without the nearest token

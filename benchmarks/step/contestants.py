@@ -7,7 +7,7 @@ once per table (column norms, padded copies, compilation) may be done while maki
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import smoothie_kernels as sk
 from benchmarks.common import case
 from benchmarks.hopper import plans
 from benchmarks.hopper.plans import Plan
-from benchmarks.step import chunked, competitors, epilogue
+from benchmarks.step import competitors, pieces
 from benchmarks.step.cases import OPS
 from benchmarks.step.inputs import SIGMA_MIN, Call, Inputs, Outputs, Prepare, aligned, training
 from smoothie_kernels import dispatch, library
@@ -28,69 +28,59 @@ SEED = 20_250_518
 ALL_BACKENDS = (*dispatch.BACKENDS, *dispatch.BY_NAME)
 
 
-def never(inputs: Inputs) -> str | None:
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Contestant(case.Contestant):
     prepare: Mapping[str, Prepare]  # by operator
     recall_target: float = 1.0  # of the top-k that it gives
     smooth: str = "topk"  # what its mean embedding is of where it gives a top-k, as fused_smoothie_step calls it
     tensors_of_n_v: int = 0  # of four-byte elements that it holds at once, so that it can be left out where memory ends
-    absent: Callable[[Inputs], str | None] = field(default=never)  # why it cannot take part, or None
+    absent: Callable[[Inputs], str | None] = lambda inputs: None  # why it cannot take part, or None
 
 
 # This package
 
 
+def options_of(inputs: Inputs) -> dict[str, Any]:
+    """What all its calls take."""
+    return {"std": inputs.std if inputs.noisy else 0, "sigma_min": SIGMA_MIN, "seed": SEED}
+
+
 def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -> Mapping[str, Prepare]:
-    def run(inputs: Inputs, x: Tensor, table: Tensor | sk.Vocabulary) -> sk.SmoothieStep:
-        std = inputs.std if inputs.noisy else 0
-        return sk.fused_smoothie_step(
-            x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, workspace=workspace, backend=backend,
-            **inputs.fields,
-        )  # fmt: skip
+    how = {"workspace": workspace, "backend": backend}
 
     def prepared(table: Tensor) -> Tensor | sk.Vocabulary:
         return table if raw else sk.Vocabulary(table, backend=backend)
 
     def step(inputs: Inputs) -> Call:
-        table = prepared(inputs.table)
+        table, options = prepared(inputs.table), {**options_of(inputs), **inputs.fields, **how}
 
         def call() -> Outputs:
-            y = run(inputs, inputs.x, table)
+            y = sk.fused_smoothie_step(inputs.x, table, inputs.mu, **options)
             return Outputs(y.smoothed, y.tokens, y.noisy_tokens, y.lse)
 
         return call
 
     def smoothed(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
-        if inputs.op.trains_table:  # it is another one in every step of an optimiser
-            return lambda x, table: run(inputs, x, prepared(table)).smoothed
-        frozen = prepared(inputs.table)
-        return lambda x, table: run(inputs, x, frozen).smoothed
+        # A trained table is another one in every step of an optimiser.
+        frozen, options = None if inputs.op.trains_table else prepared(inputs.table), {**options_of(inputs), **how}
+        return lambda x, table: (
+            sk.fused_smoothie_step(x, prepared(table) if frozen is None else frozen, inputs.mu, **options).smoothed
+        )
 
     def nearest(inputs: Inputs) -> Call:
         table = prepared(inputs.table)
-
-        def call() -> Outputs:
-            tokens, distance = sk.nearest_token(inputs.x, table, backend=backend)
-            return Outputs(tokens=tokens, distance=distance)
-
-        return call
+        return lambda: Outputs(**sk.nearest_token(inputs.x, table, backend=backend)._asdict())
 
     return {"step": step, "nearest": nearest, "topk": step, **training(smoothed)}
 
 
-def top_k(recall_target: float, smooth: str = "topk", backend: str = "auto") -> Mapping[str, Prepare]:
+def top_k(recall_target: float, smooth: str, backend: str) -> Mapping[str, Prepare]:
     def prepare(inputs: Inputs) -> Call:
-        table, std = sk.Vocabulary(inputs.table, backend=backend), inputs.std if inputs.noisy else 0
+        table, options = sk.Vocabulary(inputs.table, backend=backend), options_of(inputs)
+        options |= {"topk": inputs.k, "recall_target": recall_target, "smooth": smooth, "backend": backend}
 
         def call() -> Outputs:
-            y = sk.fused_smoothie_step(
-                inputs.x, table, inputs.mu, std, sigma_min=SIGMA_MIN, seed=SEED, topk=inputs.k,
-                recall_target=recall_target, smooth=smooth, backend=backend,
-            )  # fmt: skip
+            y = sk.fused_smoothie_step(inputs.x, table, inputs.mu, **options)
             assert y.topk is not None
             return Outputs(
                 y.smoothed, y.tokens, y.noisy_tokens, y.lse, top_values=y.topk.values, top_indices=y.topk.indices
@@ -102,14 +92,9 @@ def top_k(recall_target: float, smooth: str = "topk", backend: str = "auto") -> 
 
 
 def without_mean(
-    inputs: Inputs,
-    table: sk.Vocabulary,
-    *,
-    topk: int = 0,
-    recall_target: float = 1.0,
-    offset: int = 0,
+    inputs: Inputs, table: sk.Vocabulary, *, topk: int = 0, recall_target: float = 1.0, offset: int = 0,
     backend: str = "auto",
-) -> StepOutputs:
+) -> StepOutputs:  # fmt: skip
     """One pass of the library that gives everything but a mean embedding."""
     *outputs, _ = library.step_fwd(
         inputs.x, table.embeddings, table.bias, inputs.mu, inputs.std if inputs.noisy else None, row_ids=None,
@@ -120,7 +105,7 @@ def without_mean(
     return StepOutputs(*outputs)
 
 
-def statistics(backend: str = "auto") -> Mapping[str, Prepare]:
+def statistics(backend: str) -> Mapping[str, Prepare]:
     """The pass that a top-k rides on."""
 
     def prepare(inputs: Inputs) -> Call:
@@ -218,10 +203,10 @@ def _everybody() -> Iterator[Contestant]:
     yield Contestant("eager, float32", "the same on float32 copies", prepare=wide, tensors_of_n_v=6)
     compiled = dense(compiled=True)
     yield Contestant("compiled", "eager under torch.compile", compiles=True, prepare=compiled, tensors_of_n_v=4)
-    by_op = {"step": chunked.step, "nearest": chunked.nearest, **training(chunked.smoothed)}
+    by_op: Mapping[str, Prepare] = {**pieces.contestant(pieces.Chunks), "nearest": pieces.nearest}
     yield Contestant("chunked", "PyTorch, the vocabulary in chunks; gradients by hand", prepare=by_op)
     what = "library products over blocks of rows, all between them one kernel by torch.compile"
-    by_op = {"step": epilogue.step, **training(epilogue.smoothed)}
+    by_op = pieces.contestant(pieces.Blocks)
     yield Contestant("chunked, compiled epilogue", what, compiles=True, prepare=by_op)
     what = "scaled_dot_product_attention with the bias as one more column"
     yield Contestant("sdpa", what, prepare={"step": competitors.sdpa})

@@ -68,27 +68,6 @@ class Inputs:
     def bytes(self) -> int:
         return self.op.bytes(*self.sizes, self.x.element_size())
 
-    @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """No noise for a while: a contestant with random numbers of its own can then be compared with the truth."""
-        kept = self.std.clone()
-        self.std.zero_()
-        try:
-            yield
-        finally:
-            self.std.copy_(kept)
-
-    @contextmanager
-    def graded_only_at(self, rows: Tensor) -> Iterator[None]:
-        """The gradient is zero but in these rows for a while, which makes the truth affordable."""
-        kept = self.grad.clone()
-        self.grad.zero_()
-        self.grad[rows] = kept[rows]
-        try:
-            yield
-        finally:
-            self.grad.copy_(kept)
-
     def cut(self, n: int, v: int) -> Inputs:
         """The first n rows and v tokens: a small call that loads what a first call loads."""
         return replace(
@@ -98,6 +77,19 @@ class Inputs:
     def to(self, dtype: torch.dtype | None) -> Inputs:
         """Rows and table in another type; None: as they are. The gradient is shared, so that it can be silenced."""
         return self if dtype is None else replace(self, x=self.x.to(dtype), table=self.table.to(dtype))
+
+
+@contextmanager
+def zeroed(tensor: Tensor, but: Tensor | None = None) -> Iterator[None]:
+    """Zero in all rows, or in all but some, for a while."""
+    kept = tensor.clone()
+    tensor.zero_()
+    if but is not None:
+        tensor[but] = kept[but]
+    try:
+        yield
+    finally:
+        tensor.copy_(kept)
 
 
 class Outputs(NamedTuple):

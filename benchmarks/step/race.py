@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from benchmarks.common import race, timing
 from benchmarks.common.embeddings import Material
+from benchmarks.common.pictures import BLUE, BROWN, bars
 from benchmarks.common.race import Absent, Suite, one_line
-from benchmarks.common.report import Report, Row, noise_costs
-from benchmarks.step import inputs, pictures
-from benchmarks.step.cases import CASES, Case
+from benchmarks.common.report import Report, Row, duration, noise_costs, size
+from benchmarks.step import inputs
+from benchmarks.step.cases import Case
 from benchmarks.step.check import Referee
 from benchmarks.step.contestants import CONTESTANTS, FLOAT_FLOOR, FLOOR, Contestant
 from benchmarks.step.inputs import Call, Prepare
 
 ROTATED = 2**28  # bytes of tables that a graph reads in turn: several times any L2, so that no table is found there
 
-TITLE, PREFIX, PAGE, cases, draw = "Benchmark", "", "", CASES, pictures.draw  # what a command needs of this module
+TITLE, PREFIX, PAGE = "Benchmark", "", ""
+COLOURS = {"eager": BROWN, "fused": BLUE, "products": "#a0a0a0"}
 
 
 def alone(case: Case, name: str, material: Material) -> Callable[[], object]:
@@ -119,3 +122,12 @@ def conclude(suite: Suite, report: Report, cases: Iterable[Case]) -> None:
     """After all cases."""
     if (costs := noise_costs(report.rows)).cells:
         report.more["noise"] = costs
+
+
+def draw(report: Report, stem: Path) -> list[Path]:
+    """Of the sweep over V, where it was run: time and memory."""
+    sweep = Report(report.machine, rows=[row for row in report.rows if row.case.startswith("sweep-")])
+    time, held = (stem.with_name(f"{stem.name}-{quantity}.png") for quantity in ("time", "memory"))
+    drawn = bars(sweep, time, "Time of one noisy step", lambda row: row.seconds, duration, COLOURS)
+    title = "Peak memory of one noisy step, beyond the inputs"
+    return drawn + bars(sweep, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)

@@ -19,9 +19,9 @@ from benchmarks.common.machine import Machine
 from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report, Row
 from benchmarks.hopper import bars
-from benchmarks.step import cases, check, epilogue, inputs, recall
+from benchmarks.step import cases, check, inputs, pieces, recall
 from benchmarks.step.check import Referee
-from benchmarks.step.contestants import CONTESTANTS, FLOOR
+from benchmarks.step.contestants import CONTESTANTS, FLOOR, SEED
 from benchmarks.step.race import Race, alone
 from smoothie_kernels import noise
 from smoothie_kernels.recall import Buckets
@@ -166,7 +166,7 @@ def test_blocks_of_rows_give_what_one_block_gives():
     given = small("train", std=0.0)
     results = []
     for rows in (SMALL["n"], 4):
-        blocks = epilogue.Blocks(given)
+        blocks = pieces.Blocks(given)
         blocks.rows = rows
         smoothed, tokens, log_totals = blocks.step(with_tokens=True)
         results.append((smoothed, tokens, log_totals, *blocks.gradients(given.grad, smoothed, log_totals, True)))
@@ -180,7 +180,7 @@ def test_the_padding_of_the_table_takes_no_part():
     given, contestant = small("train", std=0.0), CONTESTANTS[cases.EPILOGUE]
     given.table.add_(10)
     assert given.x.norm(dim=1).max() < torch.cdist(given.x, given.table).min()
-    blocks = epilogue.Blocks(given)
+    blocks = pieces.Blocks(given)
     assert blocks.step(with_tokens=True)[1].max() < SMALL["v"]
     call = contestant.prepare["train"](given)
     given.table.sub_(5)
@@ -301,7 +301,7 @@ def test_a_report_survives_its_file_and_two_are_compared(tmp_path, monkeypatch):
     assert path.name == "gpu-x-abcdef0.json"
     assert Report.load(path) == report
     assert compare.find((str(path), str(path))) == (path, path)
-    with pytest.raises(compare.NoResult):
+    with pytest.raises(ValueError, match="'no-such-ref' is no"):
         compare.find(("no-such-ref", str(path)), tmp_path)
     for other in compare.OTHERS:
         (tmp_path / f"{other}{path.name}").touch()
@@ -323,33 +323,33 @@ def test_every_case_names_contestants_that_exist_and_know_its_operator():
 def test_recall_of_buckets_is_that_of_searching_them(v, k, buckets, keep):
     logits = torch.randn(30, v)
     exact = logits.topk(k)
-    row = recall.recall_of(Buckets(buckets, keep), exact.indices, v, t=0.5)
+    strided, contiguous = recall.recall_of(Buckets(buckets, keep), exact.indices, v, t=0.5)
     width = -(-v // buckets)
-    for found, of_bucket in ((row.strided, lambda j: j % buckets), (row.contiguous, lambda j: j // width)):
+    for found, of_bucket in ((strided, lambda j: j % buckets), (contiguous, lambda j: j // width)):
         kept = torch.full_like(logits, -torch.inf)
         for b in range(buckets):
             tokens = torch.tensor([j for j in range(v) if of_bucket(j) == b], dtype=torch.int64)
             best = tokens[logits[:, tokens].topk(min(keep, len(tokens))).indices]
             kept.scatter_(1, best, logits.gather(1, best))
         again = kept.topk(k)
-        assert found == pytest.approx((again.values >= exact.values[:, -1:]).double().mean().item())
+        assert found.found == pytest.approx((again.values >= exact.values[:, -1:]).double().mean().item())
 
 
 def test_mass_and_error_are_those_of_the_dense_step(tmp_path):
     material, machine = synthetic(301, 20), Machine("CPU", "host", 2, 2, "", 8.0, {}, "abcdef0", "today")
     plan = replace(TINY, sizes=(), error_ks=(4, 301))
     result = recall.measure(Suite(material, machine, tmp_path), plan)
-    assert {row.t for row in result.mass} == {*plan.marks, 0.25}
+    mass = result.of("mass")["mass", 4]
+    assert mass.keys() == {*plan.marks, 0.25}
     for given in recall.inputs_at(plan.curve, material, plan.rows, "cpu"):
-        t, seed, offset = given.case.t, recall.SEED, recall.offset_of(given)
+        t, seed, offset = given.case.t, SEED, recall.offset_of(given)
         eps = noise.gaussian(plan.rows, 301, seed=seed, offset=offset)
         table = given.table.double()
         _, logits = dense_logits(given.x.double(), table, given.mu.double(), given.std.double(), eps.double())
         full, (weights, tokens) = logits.softmax(1) @ table, logits.softmax(1).topk(4)
-        kept = next(row.kept for row in result.mass if (row.t, row.k) == (t, 4))
-        assert kept == pytest.approx(weights.sum(1).mean().item(), abs=1e-5)
+        assert mass[t] == pytest.approx(weights.sum(1).mean().item(), abs=1e-5)
         mean = ((weights / weights.sum(1, keepdim=True))[:, None] @ table[tokens])[:, 0]
-        error = {(row.k, row.smooth): row.error for row in result.errors if row.t == t}
+        error = {(k, smooth): at[t] for (smooth, k), at in result.of("topk", "topk+mean").items()}
         assert error[4, "topk"] == pytest.approx(float((mean - full).norm() / full.norm()), abs=1e-5)
         assert error[301, "topk"] < 1e-5
         assert error[301, "topk+mean"] < 1e-5

@@ -15,7 +15,7 @@ pytest.importorskip("pytest_timeout", reason="the call gives each test a time li
 from benchmarks.common import machine
 from benchmarks.common.machine import Machine
 from benchmarks.common.report import Report, Row
-from benchmarks.hopper import bars, crew, device
+from benchmarks.hopper import bars, device, worker
 
 MACHINE = Machine("NVIDIA H100", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
 FAULTY_TESTS = """
@@ -36,9 +36,7 @@ def call(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(device, "MATERIAL", tmp_path / "material.pt")
     monkeypatch.setattr(device.rehearsal, "emulator", lambda: None)
-    monkeypatch.setattr(
-        crew, "SILENT", {state: min(seconds, 15) for state, seconds in crew.SILENT.items()} | {"loaded": 60}
-    )
+    monkeypatch.setattr(worker, "SILENT", worker.SILENT | {"check": 15, "time": 15})
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the call has workers of its own
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(device.Call, "env", {"PYTHONPATH": f"{machine.ROOT}:{Path(__file__).parent}"})
