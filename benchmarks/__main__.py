@@ -1,7 +1,5 @@
 """Command line: `python -m benchmarks --help` lists the commands."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile
@@ -153,14 +151,12 @@ def measure_recall(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def measure_quality(arguments: argparse.Namespace, console: Console) -> int:
-    settings = quality.Settings(**{name: getattr(arguments, name) for name in quality.SETTINGS})
-    calls = quality.plan(arguments.solvers, arguments.steps, arguments.seeds, arguments.patience)
     here, out = machine.describe(arguments.device, "transformers"), arguments.out
-    with progress_bar(console, len(calls)) as progress:
-        lines = quality.measure(settings, calls, out, here, arguments.device, progress)
-    sections = quality.sections(lines, settings)
+    with progress_bar(console, 1) as progress:
+        lines = quality.measure(arguments, here, progress)
+    sections = quality.sections(lines, arguments)
     Report(here, more=sections).show(console)
-    drawn = pictures(lambda: quality.draw(lines, settings, out.with_suffix("")), console)
+    drawn = pictures(lambda: quality.draw(lines, arguments.samples, out.with_suffix("")), console)
     tables = {name: section.markdown() for name, section in sections.items()}
     tell([out, *drawn, *(fill(arguments.docs / arguments.page, tables, drawn) if arguments.docs else [])], console)
     return 0

@@ -1,7 +1,5 @@
 """What a case and a contestant of every benchmark have, and which cases a run takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +27,13 @@ class Case:
     d: int | None = None  # None: the table's; any other width means a synthetic table
     groups: tuple[str, ...] = ("cpu",)  # "cpu" and "cuda" are the default runs of a device, "cpu full" is for --full
     repeats: int | None = None  # timed runs of every contestant; None: as many as `timing.race` finds
+
+
+Named = TypeVar("Named", bound=Contestant | Case)
+
+
+def by_name(*each: Named) -> dict[str, Named]:
+    return {one.name: one for one in each}
 
 
 SomeCase = TypeVar("SomeCase", bound=Case)

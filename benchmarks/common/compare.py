@@ -1,7 +1,5 @@
 """Two result files side by side: what became faster, what smaller."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD

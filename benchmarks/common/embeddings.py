@@ -1,7 +1,5 @@
 """The embedding table and the text: loaded from files on this machine, checked, normalised as in the paper."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,10 +30,10 @@ class Material:
     tokens: Tensor  # [length of the text] int64
     note: str
 
-    def of(self, case: Case) -> Material:
+    def of(self, case: Case) -> "Material":
         return self.sized(case.v or len(self.table), case.d or self.table.shape[1])
 
-    def sized(self, v: int, d: int) -> Material:
+    def sized(self, v: int, d: int) -> "Material":
         """This material with a vocabulary of v; another width than the table's means a synthetic table."""
         if d != self.table.shape[1]:
             return synthetic(v, d)
@@ -45,14 +43,14 @@ class Material:
             return self._grown(v)
         return self
 
-    def _cut(self, v: int) -> Material:
+    def _cut(self, v: int) -> "Material":
         """The tokens that the text uses come first, so that its words keep their embeddings."""
         seen = dict.fromkeys([*self.tokens.tolist(), *range(len(self.table))])
         kept = torch.tensor(sorted(list(seen)[:v]))
         tokens = self.tokens[torch.isin(self.tokens, kept)]
         return Material(self.table[kept], torch.searchsorted(kept, tokens), f"{v:,} rows of: {self.note}")
 
-    def _grown(self, v: int) -> Material:
+    def _grown(self, v: int) -> "Material":
         real, d = self.table.shape
         generator = torch.Generator().manual_seed(v)
         table = torch.empty(v, d)
@@ -66,7 +64,7 @@ class Material:
         torch.save({"table": self.table, "tokens": self.tokens, "note": self.note}, path)
 
     @staticmethod
-    def load(path: Path) -> Material:
+    def load(path: Path) -> "Material":
         content = torch.load(path)
         return Material(content["table"].float(), content["tokens"], content["note"])
 

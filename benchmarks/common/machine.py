@@ -1,7 +1,5 @@
 """What the numbers were taken on, and of what."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

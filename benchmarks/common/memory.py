@@ -4,8 +4,6 @@ The kernel keeps a process's high-water mark of resident memory and resets it on
 README.md says what counts and what does not.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import multiprocessing

@@ -1,7 +1,5 @@
 """What all pictures share. matplotlib is imported when one is drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How one case is run, whatever is measured: everybody is checked, timed in turn, and measured for memory."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

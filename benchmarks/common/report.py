@@ -1,7 +1,5 @@
 """What a run found: rows and tables on the screen, as JSON, as Markdown, and in a page of the docs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -129,7 +127,7 @@ class Report:
         return [data, text]
 
     @staticmethod
-    def load(path: Path) -> Report:
+    def load(path: Path) -> "Report":
         """Machine, tables and rows of a file."""
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [row_of(each) for each in content["rows"]]

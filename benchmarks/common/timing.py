@@ -1,7 +1,5 @@
 """Time: all contestants of a case in turn, again and again, so that a machine's moods fall on all of them alike."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time
@@ -29,7 +27,7 @@ class Timing:
     quartiles: tuple[float, float]
     runs: int
 
-    def scaled(self, factor: float) -> Timing:
+    def scaled(self, factor: float) -> "Timing":
         first, third = self.quartiles
         return Timing(factor * self.median, (factor * first, factor * third), self.runs)
 

@@ -12,8 +12,6 @@ Nothing is downloaded or compiled but Triton's kernels. The results of a call ar
 `--rehearse` makes the call on a machine without a GPU: small cases, Triton's interpreter, the emulator of Hopper.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -37,7 +35,7 @@ from benchmarks.common.report import WRONG, Report, Row
 from benchmarks.hopper import bars, rates, rehearsal, worker
 from benchmarks.step import cases
 from smoothie_kernels.backends import cuda
-from smoothie_kernels.check.isolate import Ended, run_command
+from smoothie_kernels.check.isolate import run_command
 
 SECONDS = 240.0
 REHEARSAL = "benchmarks.hopper.rehearsal"  # a module with a function `prepare`
@@ -61,8 +59,6 @@ MODELS = (  # command, case, seconds: the paper's model first
     ("training", "train-12x768", 100.0), ("sampling", "sample-12x768", 80.0), ("training", "train-4x384", 60.0),
     ("sampling", "sample-4x384", 60.0),
 )  # fmt: skip
-
-
 SMALL_MODELS = (("training", "train-4x384-small", 100.0), ("sampling", "sample-4x384-one", 100.0))  # in a rehearsal
 
 
@@ -70,24 +66,19 @@ SMALL_MODELS = (("training", "train-4x384-small", 100.0), ("sampling", "sample-4
 class Call:
     """One of the calls, and what all of its parts need."""
 
-    name: str
     machine: Machine
+    device: str
     folder: Path  # for everything that is written
     begin: float
     end: float
     rehearsed: str = ""  # the module that stands in for a GPU
     patterns: tuple[str, ...] = ("*",)
     failed: list[str] = field(default_factory=list)
-    console: Console = field(default_factory=lambda: Console(width=150, highlight=False))
 
     @property
     def env(self) -> Mapping[str, str]:
         common = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "SMOOTHIE_GOLDEN": str(GOLDEN)}
         return common | ({"TRITON_INTERPRET": "1"} if self.rehearsed else {})
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.rehearsed else "cuda"
 
     def wants(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.patterns)
@@ -98,21 +89,18 @@ class Call:
     def says(self, text: str) -> None:
         print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
 
-    def run(
-        self, name: str, command: list[str], seconds: float, fine: tuple[int, ...] = (0,), **env: str
-    ) -> Ended | None:
-        """A command with its output in a file; None where there is no time for it. `fine`: exit codes."""
+    def run(self, name: str, command: list[str], seconds: float, fine: tuple[int, ...] = (0,), **env: str) -> None:
+        """A command with its output in a file, where there is time for it. `fine`: exit codes."""
         seconds = min(seconds, self.left())
         if seconds < LEAST_SECONDS:
             self.says(f"{name}: left out, no time")
             self.failed.append(f"{name}: left out")
-            return None
+            return
         self.says(f"{name}: at most {seconds:.0f} s")
         ended = run_command([sys.executable, *command], seconds, self.folder / f"{name}.txt", {**self.env, **env}, ROOT)
         self.says(f"{name}: {ended}\n{ended.tail}")
         if ended.code not in fine:
             self.failed.append(f"{name}: {ended}")
-        return ended
 
 
 # --- before
@@ -210,18 +198,16 @@ def measure(call: Call) -> None:
 
     given = (call.folder, material, call.device, call.end, call.rehearsed, 1 if call.rehearsed else None, worker.SILENT)
     works = [worker.Work(name, *given) for name in names if call.wants(name)]
-    left_out = worker.measure(works, cases_at_once(call.device), call.env, on_case)
+    at_once = CASES_AT_ONCE
+    if call.device == "cuda":
+        at_once = max(1, min(at_once, torch.cuda.get_device_properties(0).total_memory // CASE_BYTES))
+    left_out = worker.measure(works, at_once, call.env, on_case)
     call.failed += [f"{name}: {how}" for name, how in ends.items() if how]
     call.failed += [f"{name}: left out, no time" for name in left_out]
     call.failed += [f"{row.case}, {row.contestant}: {row.note}" for row in report.rows if row.note.startswith(WRONG)]
-    report.show(call.console)
-    bars.section(report).show(call.console)
-
-
-def cases_at_once(device: str) -> int:
-    if device == "cpu":
-        return CASES_AT_ONCE
-    return max(1, min(CASES_AT_ONCE, torch.cuda.get_device_properties(0).total_memory // CASE_BYTES))
+    console = Console(width=150, highlight=False)
+    report.show(console)
+    bars.section(report).show(console)
 
 
 def packed_material(call: Call) -> Path:
@@ -270,7 +256,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
         return 2
     if options.rehearse:
         rehearsal.emulator()  # the compiler's minute is not the call's
-    here = machine.describe("cpu" if options.rehearse else "cuda")
+    device = "cpu" if options.rehearse else "cuda"
+    here = machine.describe(device)
     name = f"{options.call}-{here.stem}"
     out: Path = (options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")).resolve()
     folder = RUNS / name
@@ -278,9 +265,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     for each in (out, folder):
         each.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    call = Call(
-        options.call, here, folder, begin, begin + options.seconds, options.rehearse, tuple(options.only.split(","))
-    )
+    end, patterns = begin + options.seconds, tuple(options.only.split(","))
+    call = Call(here, device, folder, begin, end, options.rehearse, patterns)
     try:
         CALLS[options.call](call)
     finally:

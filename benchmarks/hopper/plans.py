@@ -1,7 +1,5 @@
 """Other numbers in the plans of our GPU backends, timed next to what the backends pick: names, and what to patch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

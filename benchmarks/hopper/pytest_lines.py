@@ -1,8 +1,6 @@
 """A pytest plugin that writes a JSON line for each test as it ends, to the file $SMOOTHIE_TEST_LINES: of a run that is
 killed, or whose workers die, everything that had ended is known."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

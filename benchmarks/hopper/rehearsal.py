@@ -1,7 +1,5 @@
 """Stand-ins for a GPU, for `benchmarks.hopper --rehearse`: small cases, Triton's interpreter, Hopper's emulator."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from dataclasses import replace

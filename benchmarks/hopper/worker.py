@@ -5,8 +5,6 @@ the rows it had are there, and so is the name of the contestant that ran last. T
 again without it.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import fcntl
 import json

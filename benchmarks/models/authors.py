@@ -11,8 +11,6 @@ Their last step also moves the logits to t = 0, where nobody looks at them: left
 Statistics of the distances are of their training step alone. The arithmetic that counts is `Eager`'s, to the last bit.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The picture of a training run: its losses over steps, next to predicting the mean embedding."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -3,21 +3,17 @@
 Beside the CSV lies a JSON of the same name that says what its lines are of; another model, text or machine is refused.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.common.machine import Machine
 from benchmarks.common.pictures import BLUE, BROWN, GREY, finish, panels
@@ -27,19 +23,6 @@ from benchmarks.step.recall import in_order
 METRICS = {"bleu": "BLEU", "rougeL": "ROUGE-L", "distinct2": "distinct bigrams"}
 DRAWN = ("bleu", "rougeL")
 COLOURS = {"re-noise": BLUE, "ddim": BROWN, "ddpm": GREY, "sde": "#d99a6c"}
-
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all lines of a CSV are of."""
-
-    checkpoint: str
-    data: str
-    split: str = "validation"
-    samples: int = 64
-    batch_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -59,13 +42,6 @@ class Line(Call):
     distinct2: float = 0.0  # 0 to 1
     seconds_per_sample: float = 0.0
     mean_calls: float = 0.0  # of the model, for a sample
-
-    @property
-    def call(self) -> Call:
-        return Call(self.solver, self.steps, self.seed, self.patience)
-
-
-SETTINGS = tuple(each.name for each in fields(Settings))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,16 +73,16 @@ def plan(solvers: Iterable[str], steps: Iterable[int], seeds: int, patience: Ite
 class Session:
     """A model with its tokenizer, sources and references."""
 
-    def __init__(self, settings: Settings, device: str) -> None:
+    def __init__(self, given: argparse.Namespace) -> None:
         from smoothie_kernels.diffusion.data import load_text
         from smoothie_kernels.diffusion.pipeline import SmoothiePipeline
 
-        self.settings, self.device = settings, device
-        self.pipeline = SmoothiePipeline.from_pretrained(settings.checkpoint, device=device)
+        self.batch_size = given.batch_size
+        self.pipeline = SmoothiePipeline.from_pretrained(given.checkpoint, device=given.device)
         if not self.pipeline.model.config.condition_layers:
-            raise ValueError(f"CHECKPOINT must be a model with a source, got {settings.checkpoint!r} without")
-        text = load_text(settings.data, settings.split)
-        text = text.select(range(min(settings.samples, len(text))))
+            raise ValueError(f"CHECKPOINT must be a model with a source, got {given.checkpoint!r} without")
+        text = load_text(given.data, given.split)
+        text = text.select(range(min(given.samples, len(text))))
         self.sources, self.references = list(text["source"]), [[target] for target in text["target"]]
         self._generate(self.sources[:1], Call("re-noise", 1, 0))  # makes the Vocabulary
 
@@ -128,37 +104,28 @@ class Session:
     def _generate(self, sources: list[str], call: Call) -> Any:
         looks = call.patience or None
         return self.pipeline(
-            sources, truncate=True, batch_size=self.settings.batch_size, solver=call.solver, steps=call.steps,
+            sources, truncate=True, batch_size=self.batch_size, solver=call.solver, steps=call.steps,
             seed=call.seed, stop_after=looks, shrink_after=looks,
         )  # fmt: skip
 
 
-def measure(
-    settings: Settings, calls: list[Call], out: Path, machine: Machine, device: str,
-    progress: Progress = lambda what, parts: None,
-) -> list[Line]:  # fmt: skip
-    """Adds what is missing to the CSV; all its lines."""
-    record = {
-        **asdict(settings),
-        **_model(settings.checkpoint),
-        "machine": machine.processor,
-        "threads": machine.threads,
-    }
-    done = {line.call: line for line in resume(out, record)}
+def measure(given: argparse.Namespace, machine: Machine, progress: Callable[[str, float], None]) -> list[Line]:
+    """Adds what is missing to the CSV; all its lines. `given` are the options of the command."""
+    calls = plan(given.solvers, given.steps, given.seeds, given.patience)
+    record = {name: getattr(given, name) for name in ("data", "split", "samples", "batch_size")}
+    record |= {**_model(given.checkpoint), "machine": machine.processor, "threads": machine.threads}
+    done = {Call(*astuple(line)[:4]): line for line in resume(given.out, record)}
     wanted = [call for call in calls if call not in done]
-    session = Session(settings, device) if wanted else None
-    progress("", len(calls) - len(wanted))
-    with out.open("a", encoding="utf-8", newline="") as file:
+    if not wanted:
+        return [*done.values()]
+    session = Session(given)
+    with given.out.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        for call in wanted if session else ():
-            progress(f"{call.solver}, {call.steps} steps, seed {call.seed}", 0)
-            line = session.run(call)  # type: ignore[union-attr]
-            writer.writerow(astuple(line))
+        for call in wanted:
+            progress(f"{call.solver}, {call.steps} steps, seed {call.seed}", 1 / len(wanted))
+            done[call] = session.run(call)
+            writer.writerow(astuple(done[call]))
             file.flush()
-            done[call] = line
-            progress("", 1)
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return [*done.values()]
 
 
@@ -167,29 +134,21 @@ def resume(out: Path, record: dict[str, Any]) -> list[Line]:
     was killed is taken out."""
     if out.suffix != ".csv":
         raise ValueError(f"--out must be a .csv file, got {out}")
-    notes, header = out.with_suffix(".json"), ",".join(field.name for field in fields(Line))
+    notes, names = out.with_suffix(".json"), [each.name for each in fields(Line)]
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         notes.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        out.write_text(header + "\n", encoding="utf-8")
-        return []
+        out.write_text(",".join(names) + "\n", encoding="utf-8")
     before = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-    if other := sorted(name for name in {*before, *record} if before.get(name) != record.get(name)):
-        name = other[0]
-        raise ValueError(f"--out {out} is of another {name}: {before.get(name)!r}, not {record.get(name)!r}")
-    whole = out.read_text(encoding="utf-8").rpartition("\n")[0]
-    out.write_text(whole + "\n", encoding="utf-8")
-    if whole.partition("\n")[0] != header:
-        raise ValueError(f"--out {out} must have the columns {header}")
-    return [*read(out)]
-
-
-def read(path: Path) -> Iterator[Line]:
-    kinds = {"str": str, "int": int, "float": float}
-    types = {field.name: kinds[str(field.type)] for field in fields(Line)}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            yield Line(**{name: types[name](value) for name, value in row.items()})
+    for name in sorted({*before, *record}):
+        if before.get(name) != record.get(name):
+            raise ValueError(f"--out {out} is of another {name}: {before.get(name)!r}, not {record.get(name)!r}")
+    header, *lines = out.read_text(encoding="utf-8").rpartition("\n")[0].split("\n")
+    if header.split(",") != names:
+        raise ValueError(f"--out {out} must have the columns {','.join(names)}")
+    out.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
+    kinds: list[Any] = [each.type for each in fields(Line)]
+    return [Line(*(kind(value) for kind, value in zip(kinds, row, strict=True))) for row in csv.reader(lines)]
 
 
 def _model(checkpoint: str) -> dict[str, str]:
@@ -205,9 +164,9 @@ def _model(checkpoint: str) -> dict[str, str]:
 # Tables
 
 
-def sections(lines: list[Line], settings: Settings) -> dict[str, Section]:
+def sections(lines: list[Line], given: argparse.Namespace) -> dict[str, Section]:
     """By the name of their block in the page: one for every metric, and what patience saves where there is some."""
-    of = f"{settings.samples} samples of {settings.data}, {settings.split}"
+    of = f"{given.samples} samples of {given.data}, {given.split}"
     found = {f"quality-{name}": metric_section(lines, name, of) for name in METRICS}
     return found | ({"patience": patience_section(lines, of)} if any(line.patience for line in lines) else {})
 
@@ -226,15 +185,19 @@ def metric_section(lines: list[Line], metric: str, of: str) -> Section:
 def patience_section(lines: list[Line], of: str) -> Section:
     header = ("solver", "steps", "patience", "BLEU", "ROUGE-L", "model calls", "s a sample", "x without")
     cells: list[tuple[str, ...]] = []
-    for call in in_order((line.solver, line.steps, line.patience) for line in lines):
-        found = {name: of_seeds(lines, name, *call) for name in ("bleu", "rougeL", "mean_calls", "seconds_per_sample")}
-        mean = {name: statistics.fmean(values) for name, values in found.items()}
-        whole = of_seeds(lines, "seconds_per_sample", *call[:2])
-        cells.append((
-            call[0], f"{call[1]}", f"{call[2]}" if call[2] else "none", text("bleu", found["bleu"]),
-            text("rougeL", found["rougeL"]), f"{mean['mean_calls']:.1f}", f"{mean['seconds_per_sample']:.3g}",
-            f"{mean['seconds_per_sample'] / statistics.fmean(whole):.2f}" if whole else "",
-        ))  # fmt: skip
+    for solver, steps, patience in in_order((line.solver, line.steps, line.patience) for line in lines):
+        bleu, rouge, calls, seconds = (
+            of_seeds(lines, name, solver, steps, patience)
+            for name in ("bleu", "rougeL", "mean_calls", "seconds_per_sample")
+        )
+        spent, whole = statistics.fmean(seconds), of_seeds(lines, "seconds_per_sample", solver, steps)
+        times = (
+            f"{statistics.fmean(calls):.1f}",
+            f"{spent:.3g}",
+            f"{spent / statistics.fmean(whole):.2f}" if whole else "",
+        )
+        of_call = (solver, f"{steps}", f"{patience or 'none'}")
+        cells.append((*of_call, text("bleu", bleu), text("rougeL", rouge), *times))
     note = (
         f"{of}. A sample is done when its text was the same for so many steps; what is behind its end leaves likewise."
     )
@@ -255,7 +218,7 @@ def text(metric: str, values: list[float]) -> str:
 # The picture
 
 
-def draw(lines: list[Line], settings: Settings, stem: Path) -> list[Path]:
+def draw(lines: list[Line], samples: int, stem: Path) -> list[Path]:
     """The file drawn: a line per solver, the seeds as a band; dashed over the model's calls where there is patience."""
     figure, both = panels(1, len(DRAWN), (9.6, 3.8))
     steps = sorted({line.steps for line in lines})
@@ -273,5 +236,5 @@ def draw(lines: list[Line], settings: Settings, stem: Path) -> list[Path]:
         axes.set_xticks(steps, [f"{count}" for count in steps])
         axes.minorticks_off()
         axes.set_xlabel("calls of the model")
-        axes.set_title(f"{METRICS[metric]}, {settings.samples} samples", loc="left", fontsize=10)
+        axes.set_title(f"{METRICS[metric]}, {samples} samples", loc="left", fontsize=10)
     return [finish(figure, stem.with_name(f"{stem.name}-quality.png"))]

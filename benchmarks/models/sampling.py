@@ -3,35 +3,34 @@
 Nothing here imports transformers before something is measured.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+import smoothie_kernels as sk
 from benchmarks.common import timing
 from benchmarks.common.embeddings import Material
 from benchmarks.common.pictures import BLUE, BROWN, bars
 from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report, Section, duration, significant, size
 from benchmarks.common.timing import Call, Timing
-from benchmarks.models import cases, noise
+from benchmarks.models import cases
 from benchmarks.models.authors import Authors
-from benchmarks.models.cases import OURS, SEED, SUM, WHOLE, Contestant, SamplingCase
+from benchmarks.models.cases import OURS, PAPER, SEED, SUM, WHOLE, Contestant, SamplingCase
 from benchmarks.models.whole import ModelRace, counted, make_model, stretches
 from smoothie_kernels.diffusion import sampling as sampler
 from smoothie_kernels.diffusion.live import before
-from smoothie_kernels.diffusion.states import make_state
+from smoothie_kernels.diffusion.schedules import make_schedule
+from smoothie_kernels.diffusion.solvers import ACCUMULATE, make_route
+from smoothie_kernels.diffusion.states import as_noise, make_state
 from smoothie_kernels.testing import relative_error
-
-if TYPE_CHECKING:
-    from smoothie_kernels.diffusion.sampling import Samples
 
 TITLE, PREFIX, PAGE, CASES, CONTESTANTS = "Sampling", "sampling-", "sampling.md", cases.SAMPLING_CASES, cases.SAMPLING
 COLOURS = {OURS: BLUE, SUM: "#08306b", WHOLE: "#6baed6", "eager": "#d99a6c", "authors": BROWN}
@@ -78,16 +77,10 @@ class Watched:
     """A state of the sampler whose calls are timed."""
 
     def __init__(self, state: Any, watch: Watch) -> None:
-        self.state, self.watch, self.knows_tokens = state, watch, state.knows_tokens
-
-    def begin(self, *given: Any) -> Any:
-        return self.watch.time(self.state.begin, *given)
-
-    def smooth(self, *given: Any) -> Any:
-        return self.watch.time(self.state.smooth, *given)
-
-    def update(self, *given: Any) -> Any:
-        return self.watch.time(self.state.update, *given)
+        self.knows_tokens = state.knows_tokens
+        self.begin, self.smooth, self.update = (
+            partial(watch.time, call) for call in (state.begin, state.smooth, state.update)
+        )
 
 
 class Session:
@@ -104,18 +97,17 @@ class Session:
 
     def run(
         self, steps: int | None = None, times: list[float] | None = None, samples: int | None = None, **options: Any
-    ) -> Samples:
+    ) -> Any:
         """The first steps of a call, or all that the contestant's time is taken of; options are those of `generate`."""
         first = self.steps if steps is None else steps
         times = times_of(self.case.steps)[: first + 1] if times is None else times
         options = {"solver": self.case.solver, "bf16": self.case.bf16, **self.contestant.options, **options}
         self.watch.begin()
         with self._watched():
-            found: Samples = self.model.generate(
+            return self.model.generate(
                 self.source[:samples], times=times, lengths=None if self.lengths is None else self.lengths[:samples],
                 **options,
             )  # fmt: skip
-        return found
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -152,7 +144,7 @@ class Race(ModelRace[SamplingCase]):
         super().__init__(suite, case)
         self.model = make_model(case, self.material.table, suite.device)
         self.sessions: dict[str, Session] = {}
-        self.references: dict[bool, Samples] = {}  # the eager sampler's, by whether padding takes part
+        self.references: dict[bool, Any] = {}  # the eager sampler's, by whether padding takes part
 
     def count(self) -> None:
         """Of a call of all steps, each of which has the products of the second. The last search for tokens is a product
@@ -202,7 +194,7 @@ class Race(ModelRace[SamplingCase]):
         return Session(self.case, name, self.material, self.suite.device, self.model)
 
 
-def compare(found: Samples, wanted: Samples) -> tuple[float, float]:
+def compare(found: Any, wanted: Any) -> tuple[float, float]:
     """The share of equal tokens, and how far the last answers are off, relatively. CheckFailed beyond the bounds."""
     there = before(wanted.lengths, wanted.tokens.shape[1])
     share = float((found.tokens == wanted.tokens)[there].double().mean())
@@ -221,9 +213,8 @@ def conclude(suite: Suite, report: Report, cases: Iterable[SamplingCase]) -> Non
     """After all cases."""
     if (sizes := size_section(report, cases)).cells:
         report.more["sizes"] = sizes
-    suite.progress("noise that is gathered", 0)
-    noise.measure(suite, report)
     suite.progress("noise that is gathered", 1)
+    measure_noise(suite, report)
 
 
 def size_section(report: Report, cases: Iterable[SamplingCase]) -> Section:
@@ -248,3 +239,59 @@ def draw(report: Report, stem: Path) -> list[Path]:
     drawn = bars(report, speed, title, lambda row: row.tokens_per_s, significant, COLOURS)
     title = "Peak memory of sampling, beyond weights and table"
     return drawn + bars(report, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)
+
+
+# The noise that ddpm has gathered: few fields drawn again, all of them drawn again, one that is stored
+
+NOISE_STEPS = (50, 200)  # of a call
+NOISE_SIZES = {"cpu": (512, 384, 5), "cuda": (PAPER["batch"] * PAPER["length"], PAPER["d"], 10)}  # N, D, timed runs
+DELTA, MU, STD = 0.25, 0.05, 0.25  # of the sampler; of the step in the middle of its schedule, about
+KEPT, FRESH = 0.9, 0.1  # of a stored field; they cost the same whatever they are
+NO_NOISE = "no noise"
+
+
+def measure_noise(suite: Suite, report: Report) -> None:
+    """All in turn. What is stored adds to the step without noise: reading it there is not in its time."""
+    device, (n, width, repeats) = suite.device, NOISE_SIZES[suite.device]
+    material = suite.material.sized(len(suite.material.table), width)
+    vocabulary, (v, d) = sk.Vocabulary(material.table.to(device)), material.table.shape
+    x = material.table[stretches(material.tokens, n)].to(device)
+    counts = {NO_NOISE: 0.0, "one field": 1.0}  # of fields, on average over the steps of a call
+    for steps in NOISE_STEPS:
+        for how in ACCUMULATE:
+            fields = make_route(make_schedule("arctan", delta=DELTA), times_of(steps), "ddpm", how).fields
+            counts[f"{how}, {steps} steps"] = statistics.fmean(map(len, fields))
+
+    def step(fields: int) -> Call:
+        noise: Mapping[str, Any] = as_noise({offset: STD / fields**0.5 for offset in range(fields)})
+        return lambda: sk.fused_smoothie_step(x, vocabulary, MU, seed=SEED, **noise)
+
+    stored, fresh = (torch.randn(n, v, device=device).bfloat16() for _ in range(2))
+    updates: dict[str, Call] = {
+        "stored in bfloat16": lambda: stored.mul_(KEPT).add_(fresh, alpha=FRESH),
+        "stored in bfloat16, torch.randn": lambda: stored.mul_(KEPT).add_(fresh.normal_(), alpha=FRESH),
+    }
+    calls = {way: step(round(count)) for way, count in counts.items()} | updates
+    with torch.inference_mode():
+        for call in calls.values():
+            call()
+        times = timing.race(calls, timing.clock_of(device), patience=0, repeats=repeats)
+    quiet, found = times[NO_NOISE].median, list[dict[str, Any]]()
+    for way, time in times.items():
+        seconds = time.median + (quiet if way in updates else 0.0)
+        found.append({
+            "way": way, "fields": counts.get(way, 1.0), "n": n, "v": v, "d": d, "seconds": seconds,
+            "over_no_noise": seconds / quiet, "stored_bytes": 2 * n * v if way in updates else 0,
+        })  # fmt: skip
+    report.content["noise"] = found
+    cells = [
+        (each["way"], f"{each['fields']:.3g}", duration(each["seconds"]), f"{each['over_no_noise']:.2f}",
+         size(each["stored_bytes"]) if each["stored_bytes"] else "0")
+        for each in found
+    ]  # fmt: skip
+    note = (
+        f"One step of the vocabulary, N = {n:,}, V = {v:,}, D = {d}, with the mean number of fields of ddpm. Stored: "
+        "the step without noise and the update of the field; the fresh field is there, or is drawn."
+    )
+    header = ("noise", "fields", "step", "x no noise", "stored")
+    report.more["noise"] = Section("Noise that is gathered", note, header, cells)

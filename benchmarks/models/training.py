@@ -3,14 +3,13 @@
 Nothing here imports transformers before something is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,9 +27,6 @@ from benchmarks.models.cases import CURVES, OURS, REFERENCE, SEED, Contestant, T
 from benchmarks.models.whole import ModelRace, counted, make_model, stretches
 from smoothie_kernels.diffusion.noising import smooth
 from smoothie_kernels.testing import relative_error
-
-if TYPE_CHECKING:
-    from smoothie_kernels.diffusion.loss import Losses
 
 TITLE, PREFIX, PAGE, CASES, CONTESTANTS = "Training", "training-", "training.md", cases.TRAINING_CASES, cases.TRAINING
 OPTIMIZER = {"lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01, "fused": True}  # the trainer's
@@ -64,7 +60,8 @@ class Session:
         self.loss = TrainingLoss(model, case.options(contestant)).train()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **OPTIMIZER)  # type: ignore[arg-type]
-        self.batches = [_to(device, batch) for batch in make_batches(case, material.tokens, batches)]
+        made = make_batches(case, material.tokens, batches)
+        self.batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in made]
         self.steps = 0
 
     def step(self, samples: int | None = None) -> Tensor:
@@ -75,7 +72,8 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
-        return found.total.detach()
+        loss: Tensor = found.total.detach()
+        return loss
 
     def gradients(self, samples: int | None = None) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of the first batch, without an update."""
@@ -85,12 +83,11 @@ class Session:
         self.optimizer.zero_grad()
         return float(found.total.detach()), gradients
 
-    def _forward(self, batch: Batch, samples: int | None) -> Losses:
+    def _forward(self, batch: Batch, samples: int | None) -> Any:
         from smoothie_kernels.diffusion.loss import Place
 
         part = {name: tensor[:samples] for name, tensor in batch.items()}
-        found: Losses = self.loss(part, Place(self.steps, 0, len(batch["target"])))
-        return found
+        return self.loss(part, Place(self.steps, 0, len(batch["target"])))
 
 
 def make_batches(case: TrainingCase, tokens: Tensor, count: int) -> list[Batch]:
@@ -111,29 +108,16 @@ def make_batches(case: TrainingCase, tokens: Tensor, count: int) -> list[Batch]:
     return batches
 
 
-def _to(device: str, batch: Batch) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@dataclass
-class _Smoothing:
-    """A call of `smooth` in a step, and the gradient that came back to it."""
-
-    arguments: tuple[Any, ...]  # x, vocabulary, mu, std
-    options: dict[str, Any]
-    gradient: Tensor | None = None
-
-
 @contextmanager
-def recorded() -> Iterator[list[_Smoothing]]:
-    """The calls of `smooth` that the loss makes inside: for `again`, when one backward pass is done."""
+def recorded() -> Iterator[list[SimpleNamespace]]:
+    """The calls of `smooth` that the loss makes inside, and after one backward pass the gradients that came back."""
     from smoothie_kernels.diffusion import loss
 
-    calls: list[_Smoothing] = []
+    calls: list[SimpleNamespace] = []
 
     def recording(*arguments: Any, **options: Any) -> Tensor:
         smoothed = smooth(*arguments, **options)
-        call = _Smoothing(arguments, options)
+        call = SimpleNamespace(arguments=arguments, options=options, gradient=None)
         if smoothed.requires_grad:
             smoothed.register_hook(partial(setattr, call, "gradient"))  # type: ignore[no-untyped-call]
         calls.append(call)
@@ -143,7 +127,7 @@ def recorded() -> Iterator[list[_Smoothing]]:
         yield calls
 
 
-def again(calls: list[_Smoothing]) -> object:
+def again(calls: list[SimpleNamespace]) -> object:
     """What a step spends on the vocabulary, backward included. As the loss makes the calls: all with the same rows and
     one Vocabulary, which is new where the table trains."""
     x, vocabulary = calls[0].arguments[:2]

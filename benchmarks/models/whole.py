@@ -3,12 +3,10 @@
 Nothing here imports transformers before something is measured.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +19,10 @@ from benchmarks.common.report import Row
 from benchmarks.common.timing import Call, Timing
 from benchmarks.models.cases import OURS, SEED, ModelCase, SomeModelCase
 
-if TYPE_CHECKING:
-    from smoothie_kernels.diffusion.model import SmoothieModel
-
 PART_REPEATS = 2  # timed runs of a step's parts
 
 
-def make_model(case: ModelCase, table: Tensor, device: str, **options: Any) -> SmoothieModel:
+def make_model(case: ModelCase, table: Tensor, device: str, **options: Any) -> Any:
     """The same case gives the same weights to everybody; options are more of the config."""
     from smoothie_kernels.diffusion.model import SmoothieConfig, SmoothieModel
 
@@ -37,8 +32,7 @@ def make_model(case: ModelCase, table: Tensor, device: str, **options: Any) -> S
         target_length=case.length, source_length=case.source, **options,
     )  # fmt: skip
     torch.manual_seed(SEED)
-    model: SmoothieModel = SmoothieModel(config, table).to(device)
-    return model
+    return SmoothieModel(config, table).to(device)
 
 
 def stretches(tokens: Tensor, *shape: int) -> Tensor:

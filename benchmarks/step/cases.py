@@ -1,7 +1,5 @@
 """What is measured: the operators with their cost models, and one entry per case. A new case is one more entry."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any

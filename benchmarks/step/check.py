@@ -1,7 +1,5 @@
 """Correctness before speed: every contestant against the dense step in float64, on some of the rows."""
 
-from __future__ import annotations
-
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass

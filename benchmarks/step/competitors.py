@@ -1,7 +1,5 @@
 """What people use instead of this package: PyTorch as one writes it, the same compiled, and attention libraries."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from functools import partial

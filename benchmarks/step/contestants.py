@@ -4,8 +4,6 @@ Every contestant makes, from the inputs of a case, a call without arguments: the
 once per table (column norms, padded copies, compilation) may be done while making it, for all contestants alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,53 +40,42 @@ class Contestant(case.Contestant):
 
 def options_of(inputs: Inputs) -> dict[str, Any]:
     """What all its calls take."""
-    return {"std": inputs.std if inputs.noisy else 0, "sigma_min": SIGMA_MIN, "seed": SEED}
+    return {"std": inputs.std if inputs.noisy else 0, "sigma_min": SIGMA_MIN, "seed": SEED, **inputs.fields}
 
 
-def fused(backend: str = "auto", *, raw: bool = False, workspace: int = 2**28) -> Mapping[str, Prepare]:
-    how = {"workspace": workspace, "backend": backend}
+def fused(
+    backend: str = "auto", *, raw: bool = False, workspace: int = 2**28, top: Mapping[str, Any] | None = None
+) -> Mapping[str, Prepare]:
+    """`top`: how it takes a top-k."""
 
     def prepared(table: Tensor) -> Tensor | sk.Vocabulary:
         return table if raw else sk.Vocabulary(table, backend=backend)
 
+    def options(inputs: Inputs) -> dict[str, Any]:
+        return options_of(inputs) | {"workspace": workspace, "backend": backend}
+
     def step(inputs: Inputs) -> Call:
-        table, options = prepared(inputs.table), {**options_of(inputs), **inputs.fields, **how}
+        table, given = prepared(inputs.table), options(inputs) | ({"topk": inputs.k, **top} if top else {})
 
         def call() -> Outputs:
-            y = sk.fused_smoothie_step(inputs.x, table, inputs.mu, **options)
-            return Outputs(y.smoothed, y.tokens, y.noisy_tokens, y.lse)
+            y = sk.fused_smoothie_step(inputs.x, table, inputs.mu, **given)
+            best = {"top_values": y.topk.values, "top_indices": y.topk.indices} if y.topk else {}
+            return Outputs(y.smoothed, y.tokens, y.noisy_tokens, y.lse, **best)
 
         return call
 
     def smoothed(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
         # A trained table is another one in every step of an optimiser.
-        frozen, options = None if inputs.op.trains_table else prepared(inputs.table), {**options_of(inputs), **how}
+        frozen, given = None if inputs.op.trains_table else prepared(inputs.table), options(inputs)
         return lambda x, table: (
-            sk.fused_smoothie_step(x, prepared(table) if frozen is None else frozen, inputs.mu, **options).smoothed
+            sk.fused_smoothie_step(x, prepared(table) if frozen is None else frozen, inputs.mu, **given).smoothed
         )
 
     def nearest(inputs: Inputs) -> Call:
         table = prepared(inputs.table)
         return lambda: Outputs(**sk.nearest_token(inputs.x, table, backend=backend)._asdict())
 
-    return {"step": step, "nearest": nearest, "topk": step, **training(smoothed)}
-
-
-def top_k(recall_target: float, smooth: str, backend: str) -> Mapping[str, Prepare]:
-    def prepare(inputs: Inputs) -> Call:
-        table, options = sk.Vocabulary(inputs.table, backend=backend), options_of(inputs)
-        options |= {"topk": inputs.k, "recall_target": recall_target, "smooth": smooth, "backend": backend}
-
-        def call() -> Outputs:
-            y = sk.fused_smoothie_step(inputs.x, table, inputs.mu, **options)
-            assert y.topk is not None
-            return Outputs(
-                y.smoothed, y.tokens, y.noisy_tokens, y.lse, top_values=y.topk.values, top_indices=y.topk.indices
-            )
-
-        return call
-
-    return {"topk": prepare}
+    return {"topk": step} if top else {"step": step, "nearest": nearest, "topk": step, **training(smoothed)}
 
 
 def without_mean(
@@ -194,7 +181,8 @@ def _everybody() -> Iterator[Contestant]:
         ("top-k, exact", 1.0, "topk", "the same, exact"),
         ("top-k and mean", 0.95, "topk+mean", "the same at 0.95, their mean and the table's for the tail"),
     ):
-        yield from ours(name, what, partial(top_k, target, smooth), recall_target=target, smooth=smooth)
+        top = {"recall_target": target, "smooth": smooth}
+        yield from ours(name, what, partial(fused, top=top), **top)
     yield from ours("statistics", "its pass alone: tokens, noisy tokens, lse", statistics)
 
     dense = competitors.dense

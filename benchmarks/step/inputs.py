@@ -1,7 +1,5 @@
 """What a contestant is given, and what it gives: rows that are tokens of real text, noised at the paper's schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -68,13 +66,13 @@ class Inputs:
     def bytes(self) -> int:
         return self.op.bytes(*self.sizes, self.x.element_size())
 
-    def cut(self, n: int, v: int) -> Inputs:
+    def cut(self, n: int, v: int) -> "Inputs":
         """The first n rows and v tokens: a small call that loads what a first call loads."""
         return replace(
             self, x=self.x[:n], table=self.table[:v].clone(), mu=self.mu[:n], std=self.std[:n], grad=self.grad[:n]
         )  # fmt: skip
 
-    def to(self, dtype: torch.dtype | None) -> Inputs:
+    def to(self, dtype: torch.dtype | None) -> "Inputs":
         """Rows and table in another type; None: as they are. The gradient is shared, so that it can be silenced."""
         return self if dtype is None else replace(self, x=self.x.to(dtype), table=self.table.to(dtype))
 

@@ -5,8 +5,6 @@ Distances are not positive, so exp(logit) cannot overflow and the softmax needs 
 a block adds bias and noise, takes exp, sums over the row and finds the nearest token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

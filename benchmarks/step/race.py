@@ -1,7 +1,5 @@
 """The race of one case of the step: everybody against float64, then times with the floor, then memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

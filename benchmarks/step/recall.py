@@ -1,7 +1,5 @@
 """What an approximate top-k finds on real embeddings, how much weight the top-k hold, how far their mean is off."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

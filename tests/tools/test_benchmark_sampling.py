@@ -18,7 +18,7 @@ from benchmarks.common.machine import Machine
 from benchmarks.common.memory import Peak
 from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report
-from benchmarks.models import noise, quality, sampling
+from benchmarks.models import quality, sampling
 from benchmarks.models.authors import Authors
 from benchmarks.models.cases import OURS, SAMPLING, SUM, WHOLE, SamplingCase
 from benchmarks.models.quality import Call, Line
@@ -158,7 +158,7 @@ def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, cap
     (docs / sampling.PAGE).write_text(f"{blank}![](a-b-speed.png)\n![](sampling-quality.png)\n")
     tiny = replace(TINY, contestants=(OURS, "eager"), over_v=True)
     monkeypatch.setattr(sampling, "CASES", {"tiny": tiny, "tiny-v": replace(tiny, name="tiny-v", v=100)})
-    monkeypatch.setattr(noise, "SIZES", {"cpu": (20, D, 2)})
+    monkeypatch.setattr(sampling, "NOISE_SIZES", {"cpu": (20, D, 2)})
     monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
     arguments = ["sampling", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
@@ -178,7 +178,7 @@ def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, cap
     assert "| eager | 3/6 |" in page
     assert f"](../out/{stem}-speed.png)\n![](sampling-quality.png)" in page  # the picture stands once
     assert Report.load(out / f"{stem}.json").rows[0].ratios.keys() == {"eager"}
-    assert json.loads((out / f"{stem}.json").read_text())["noise"][0]["way"] == noise.NO_NOISE
+    assert json.loads((out / f"{stem}.json").read_text())["noise"][0]["way"] == sampling.NO_NOISE
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ class Counting:
 
     made: list[Call] = []  # noqa: RUF012
 
-    def __init__(self, settings, device):
+    def __init__(self, given):
         pass
 
     def run(self, call: Call) -> Line:
@@ -245,9 +245,7 @@ def test_a_curve_goes_on_where_it_was_and_is_drawn(tmp_path, monkeypatch):
     assert len({*Counting.made}) == 16
     assert Counting.made.count(Call("sde", 10, 1)) == 2
     assert len(Counting.made) == 17
-    lines = [*quality.read(out)]
-    assert {line.call for line in lines} == {*Counting.made}
-    assert len(lines) == 16
+    assert len(out.read_text().splitlines()) == 17
     page = (docs / sampling.PAGE).read_text()
     assert page.count("old\n") == 1  # origin is of the other command
     assert "| ddim | 12.2 ± 0.5 | 13.1 ± 0.5 |" in page
