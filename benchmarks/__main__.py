@@ -10,29 +10,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 
-from benchmarks.common import compare, machine
+from benchmarks.common import machine
 from benchmarks.common.case import select
 from benchmarks.common.embeddings import Material, load_material, synthetic
-from benchmarks.common.race import STAGES, CheckFailed, Suite
-from benchmarks.common.report import Report, fill
+from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.report import Report, Section, compared, fill
 from benchmarks.hopper import bars
 from benchmarks.models import curve, quality, sampling, training
 from benchmarks.step import race as step
 from benchmarks.step import recall
 
 SYNTHETIC = (30_522, 768)  # V, D of BERT
+RESULTS = machine.ROOT / "benchmarks" / "results"
 RACES: Mapping[str, Any] = {"run": step, "training": training, "sampling": sampling}  # commands, and their modules
-HELP = {
-    "run": "the kernels: check, measure, report",
-    "training": "whole training steps, fused and eager: time, memory, loss curves",
-    "sampling": "sampling, fused and eager: time, memory, what noise costs",
-}
 
 
 def main() -> int:
@@ -53,7 +46,7 @@ def main() -> int:
     except CheckFailed as error:
         errors.print(f"check failed, no speed is reported: {escape(str(error))}", style="bold red")
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         errors.print(f"benchmarks: {error}", style="bold red", markup=False)
         return 2
 
@@ -82,11 +75,11 @@ def parse() -> argparse.Namespace:
         measures(command)
         kinds = "a Hugging Face name, a model's folder, a .safetensors file, a packed .pt file, or 'synthetic'"
         command.add_argument("--embeddings", help=kinds)
-        command.add_argument("--out", type=Path, default=compare.RESULTS, help="folder of the result files")
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
 
     add("list", "cases and contestants", list_cases)
     for name, module in RACES.items():
-        command = add(name, HELP[name], measure, module.PAGE)
+        command = add(name, (module.__doc__ or "").partition("\n")[0], measure, module.PAGE)
         command.add_argument("--cases", default="", help="names or shell patterns, separated by commas")
         command.add_argument("--full", action="store_true", help="more cases")
         command.add_argument("--repeats", type=int, help="timed runs of every contestant; by default the case's own")
@@ -105,25 +98,22 @@ def parse() -> argparse.Namespace:
     command = add("curve", "draw the losses of a training run", draw_curve)
     command.add_argument("run", type=Path, help="folder that `smoothie-kernels train` wrote")
     command.add_argument("picture", type=Path, help="file to draw into, .png or .svg")
-    command = add("compare", "two results: .json files, or git refs that have a result file", compare_two)
-    command.add_argument("before")
-    command.add_argument("after")
+    command = add("compare", "two results: what became faster, what smaller", compare)
+    command.add_argument("before", type=Path, help=".json file")
+    command.add_argument("after", type=Path, help=".json file")
     return parser.parse_args()
 
 
 def list_cases(arguments: argparse.Namespace, console: Console) -> int:
+    note = 'Without --cases, those of the device run, "cpu" or "cuda"; --full adds its "full" ones.'
     for name, module in RACES.items():
-        columns = Column("case", overflow="fold"), "run", "N", "V", "D", "what for"
-        table = Table(*columns, box=SIMPLE_HEAD, title=f"python -m benchmarks {name}", title_justify="left")
+        cells = []
         for case in module.CASES.values():
             sizes = ("table" if size is None else f"{size:,}" for size in (case.n, case.v, case.d))
-            table.add_row(case.name, ", ".join(case.groups), *sizes, case.why)
-        console.print(table)
-        table = Table("contestant", "what", box=SIMPLE_HEAD)
-        for contestant in module.Race.contestants.values():
-            table.add_row(escape(contestant.name), contestant.what)
-        console.print(table)
-    console.print('Without --cases, those of the device run, "cpu" or "cuda"; --full adds its "full" ones.')
+            cells.append((case.name, ", ".join(case.groups), *sizes, case.why))
+        Section(f"python -m benchmarks {name}", note, ("case", "run", "N", "V", "D", "what for"), cells).show(console)
+        cells = [(each.name, each.what) for each in module.Race.contestants.values()]
+        Section("Its contestants", "", ("contestant", "what"), cells).show(console)
     return 0
 
 
@@ -132,7 +122,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> int:
     module = RACES[arguments.command]
     patterns = filter(None, arguments.cases.split(","))
     cases = select(module.CASES, arguments.device, full=arguments.full, patterns=patterns)
-    with suite_of(arguments, console, STAGES * len(cases) + 1) as suite:
+    with suite_of(arguments, console) as suite:
         report = Report(suite.machine, module.TITLE, module.PREFIX)
         for case in cases:
             module.Race(suite, case).run(report)
@@ -143,17 +133,16 @@ def measure(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def measure_recall(arguments: argparse.Namespace, console: Console) -> int:
-    plan = recall.Plan()
-    with suite_of(arguments, console, plan.parts) as suite:
-        result = recall.measure(suite, plan)
+    with suite_of(arguments, console) as suite:
+        result = recall.measure(suite, recall.Plan())
     report = recall.report_of(result, suite)
     return conclude(report, arguments, console, lambda stem: recall.draw(result, stem))
 
 
 def measure_quality(arguments: argparse.Namespace, console: Console) -> int:
     here, out = machine.describe(arguments.device, "transformers"), arguments.out
-    with progress_bar(console, 1) as progress:
-        lines = quality.measure(arguments, here, progress)
+    with console.status("") as status:
+        lines = quality.measure(arguments, here, status.update)
     sections = quality.sections(lines, arguments)
     Report(here, more=sections).show(console)
     drawn = pictures(lambda: quality.draw(lines, arguments.samples, out.with_suffix("")), console)
@@ -176,14 +165,13 @@ def draw_curve(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def compare_two(arguments: argparse.Namespace, console: Console) -> int:
-    before, after = compare.find((arguments.before, arguments.after))
-    compare.show(Report.load(before), Report.load(after), console)
+def compare(arguments: argparse.Namespace, console: Console) -> int:
+    compared(Report.load(arguments.before), Report.load(arguments.after)).show(console)
     return 0
 
 
 @contextmanager
-def suite_of(arguments: argparse.Namespace, console: Console, parts: float) -> Iterator[Suite]:
+def suite_of(arguments: argparse.Namespace, console: Console) -> Iterator[Suite]:
     start, packages = time.monotonic(), () if arguments.command in ("run", "recall") else ("transformers",)
     console.print("reading the embedding table and the text ...")
     if arguments.embeddings == "synthetic":
@@ -193,20 +181,12 @@ def suite_of(arguments: argparse.Namespace, console: Console, parts: float) -> I
     else:
         material = load_material(arguments.embeddings)
     here = machine.describe(arguments.device, *packages)
-    with tempfile.TemporaryDirectory() as folder, progress_bar(console, parts) as progress:
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         yield Suite(
             material, here, Path(folder), arguments.device, getattr(arguments, "repeats", None),
-            getattr(arguments, "keep_going", False), progress=progress,
+            getattr(arguments, "keep_going", False), progress=lambda what: status.update(escape(what)),
         )  # fmt: skip
     console.print(f"took {time.monotonic() - start:.0f} s")
-
-
-@contextmanager
-def progress_bar(console: Console, parts: float) -> Iterator[Callable[[str, float], None]]:
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=parts)
-        yield lambda what, done: bar.update(task, advance=done, description=what or None)
 
 
 def conclude(

@@ -69,7 +69,7 @@ def describe(device: str, *packages: str) -> Machine:
         versions={"smoothie_kernels": sk.__version__, "torch": torch.__version__, "python": platform.python_version()}
         | {name: found for name in ("triton", "pykeops", *packages) if (found := _version(name))}
         | ({"cuda": str(torch.version.cuda)} if device == "cuda" else {}),
-        commit=commit_of("HEAD")
+        commit=commit()
         + (
             "+dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") else ""
         ),
@@ -77,12 +77,10 @@ def describe(device: str, *packages: str) -> Machine:
     )
 
 
-def commit_of(ref: str) -> str:
-    """Seven digits, or "unknown" where there is no such ref. A copy without git may have a file that says of which."""
-    found = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-    if not found and ref == "HEAD" and STAMP.is_file():
-        found = STAMP.read_text(encoding="utf-8")
-    return (found or "unknown")[:7]
+def commit() -> str:
+    """Seven digits, or "unknown". A copy without git may have a file that says of which it is."""
+    found = _git("rev-parse", "HEAD") or (STAMP.read_text(encoding="utf-8") if STAMP.is_file() else "unknown")
+    return found[:7]
 
 
 def _git(*arguments: str) -> str:

@@ -75,7 +75,8 @@ def peak_of(call: Call) -> Peak | str:
     if not RESET.exists():
         return NO_MARK
     gc.collect()
-    _give_back_free_memory()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what malloc keeps of freed blocks would be used again unseen
     before = _kilobytes(STATUS)
     RESET.write_text("5")
     outputs = call()
@@ -89,13 +90,6 @@ def _kilobytes(path: Path) -> dict[str, int]:
     """Bytes by field of a file whose lines are like "VmRSS: 12 kB"."""
     lines = (line.split() for line in path.read_text().splitlines())
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
-
-
-def _give_back_free_memory() -> None:
-    """What malloc keeps of freed blocks would be used again unseen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def peak_on_cuda(call: Call) -> Peak:

@@ -1,10 +1,11 @@
 """What all pictures share. matplotlib is imported when one is drawn."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import Report, Row
+from benchmarks.common.report import Report, Row, duration, size
 
 BLUE, BROWN, GREY = "#1d6fb8", "#b3541e", "#6b6b6b"
 
@@ -33,32 +34,42 @@ def finish(figure: Any, path: Path, *, grid: str = "both", font: int = 9, column
     return path
 
 
-def bars(
-    report: Report, path: Path, title: str, value_of: Callable[[Row], float | None], text_of: Callable[[float], str],
-    colours: Mapping[str, str],
-) -> list[Path]:  # fmt: skip
-    """A group of bars per case, one for every contestant in it that was timed."""
+@dataclass(frozen=True)
+class Bars:
+    """Of what a group of bars per case is, one for every contestant in it that was timed."""
+
+    title: str
+    value: Callable[[Row], float | None]
+    text: Callable[[float], str]
+
+
+TIME = Bars("Time", lambda row: row.seconds, duration)
+MEMORY = Bars("Peak memory beyond what is there before", lambda row: row.peak_extra_bytes, size)
+
+
+def draw_bars(report: Report, stem: Path, colours: Mapping[str, str], **quantities: Bars) -> list[Path]:
+    """One picture for each quantity; none where nothing was timed."""
     rows = [row for row in report.rows if row.seconds]
-    cases = list(dict.fromkeys(row.case for row in rows))
-    if not rows:
-        return []
-    figure, axes = panels(size=(7.2, 1.2 + 0.22 * (len(rows) + len(cases))))
-    y, ticks = 0.0, []
-    for case in cases:
-        group = [row for row in rows if row.case == case]
-        ticks.append(y + (len(group) - 1) / 2)
-        for row in group:
-            value = value_of(row)
-            text = "not measured" if value is None else text_of(value)
-            axes.barh(y, value or 0, color=colours.get(row.contestant, GREY), height=0.85)
-            axes.annotate(text, (value or 0, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    cases, drawn = list(dict.fromkeys(row.case for row in rows)), []
+    for quantity, bars in quantities.items() if rows else ():
+        figure, axes = panels(size=(7.2, 1.2 + 0.22 * (len(rows) + len(cases))))
+        y, ticks = 0, []
+        for case in cases:
+            timed = [row for row in rows if row.case == case]
+            ticks.append(y + (len(timed) - 1) / 2)
+            for row in timed:
+                value = bars.value(row)
+                text = "not measured" if value is None else bars.text(value)
+                axes.barh(y, value or 0, color=colours.get(row.contestant, GREY), height=0.85)
+                axes.annotate(text, (value or 0, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
+                y += 1
             y += 1
-        y += 1
-    for name in dict.fromkeys(row.contestant for row in rows):
-        axes.barh(0, 0, color=colours.get(name, GREY), label=name)
-    axes.set_yticks(ticks, cases, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter(lambda value, _: text_of(value))
-    axes.set_title(title, loc="left", fontsize=10)
-    return [finish(figure, path, grid="x")]
+        for name in dict.fromkeys(row.contestant for row in rows):
+            axes.barh(0, 0, color=colours.get(name, GREY), label=name)
+        axes.set_yticks(ticks, cases, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_formatter(lambda value, _, text=bars.text: text(value))
+        axes.set_title(bars.title, loc="left", fontsize=10)
+        drawn.append(finish(figure, stem.with_name(f"{stem.name}-{quantity}.png"), grid="x"))
+    return drawn

@@ -18,7 +18,6 @@ from benchmarks.common.report import WRONG, Report, Row
 from benchmarks.common.timing import Call, Timing
 
 USABLE = 0.8  # of the free memory
-STAGES = 3  # of a case, for the progress bar: check, time, memory
 
 
 class CheckFailed(Exception):
@@ -50,7 +49,7 @@ class Suite:
     without: Mapping[str, str] = field(default_factory=dict)  # contestants that do not run, and why
     on_row: Callable[[Row], None] = ignore  # every row, each time that something is added to it
     on_turn: Callable[[str], None] = ignore  # the contestant that runs next
-    progress: Callable[[str, float], None] = ignore  # what is being done, and how many stages are done since last time
+    progress: Callable[[str], None] = ignore  # what is being done
 
 
 class Race(ABC, Generic[SomeCase]):
@@ -178,10 +177,10 @@ class Race(ABC, Generic[SomeCase]):
     def bytes_of(self, tensors: int, rows: int) -> int:
         return 4 * tensors * rows * len(self.material.table)
 
-    def begin(self, what: str, name: str, stages: float = 1.0) -> None:
+    def begin(self, what: str, name: str) -> None:
         """Another contestant of a stage."""
         self.suite.on_turn(name)
-        self.suite.progress(f"{self.case.name}: {what} {name}", stages / len(self.case.contestants))
+        self.suite.progress(f"{self.case.name}: {what} {name}")
 
 
 def one_line(error: Exception) -> str:

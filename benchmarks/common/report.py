@@ -209,19 +209,21 @@ def case_section(title: str, rows: list[Row], note: str) -> Section:
     return Section(title, note, ("contestant", *header), cells, ours)
 
 
-def noise_costs(rows: list[Row]) -> Section:
-    """Where a contestant ran a case with and without noise, all else being equal: how much longer it took."""
-
-    def key(row: Row) -> tuple[object, ...]:
-        return row.contestant, row.op, row.n, row.v, row.d, row.k, row.dtype
-
-    quiet = {key(row): row.seconds for row in rows if row.seconds and not row.noise and row.op != "nearest"}
+def compared(before: Report, after: Report) -> Section:
+    """What became faster, what smaller."""
+    earlier = {(row.case, row.contestant): row for row in before.rows}
     cells = [
-        (row.case, row.contestant, duration(row.seconds), duration(without), f"{row.seconds / without - 1:+.0%}")
-        for row in rows
-        if row.seconds and row.noise and not row.contestant.startswith("products") and (without := quiet.get(key(row)))
-    ]
-    return Section("Cost of noise", "", ("case", "contestant", "with noise", "without", "cost"), cells)
+        (row.case, row.contestant, duration(old.seconds), duration(row.seconds), f"{row.seconds / old.seconds:.2f}",
+         size(old.peak_extra_bytes), size(row.peak_extra_bytes))
+        for row in after.rows
+        if row.seconds and (old := earlier.get((row.case, row.contestant))) and old.seconds
+    ]  # fmt: skip
+    note = "\n".join(
+        f"{name}: {report.machine.processor}, commit {report.machine.commit}, {report.machine.date}"
+        for name, report in (("before", before), ("after", after))
+    )
+    header = ("case", "contestant", "before", "after", "time ratio", "memory before", "memory after")
+    return Section("Two results", note, header, cells)
 
 
 def machine_lines(machine: Machine) -> list[str]:

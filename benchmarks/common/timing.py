@@ -67,10 +67,9 @@ def race(
     *,
     patience: float,
     repeats: int | None = None,
-    progress: Callable[[float], None] = lambda part: None,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Runs every call for about `patience` seconds in all (see `_how_often`), or `repeats` times.
+    """Runs every call for about `patience` seconds in all, between FEWEST and MOST times, or `repeats` times.
 
     Rounds go through all calls in order; one with fewer runs than there are rounds sits out evenly. Every call must
     have run before. `on_turn` gets the name of each call before it runs.
@@ -85,7 +84,11 @@ def race(
     gc.collect()
     first = {name: timed(name) for name in calls}
     samples = {name: [seconds] if seconds > SLOW else [] for name, seconds in first.items()}
-    runs = {name: (repeats or _how_often(first[name], patience)) - len(samples[name]) for name in calls}
+    runs = {}
+    for name, seconds in first.items():
+        fewest = next((runs for below, runs in FEWEST if seconds < below), 1)
+        often = repeats or min(max(int(patience / seconds), fewest), MOST)
+        runs[name] = often - len(samples[name])
     rounds = max(runs.values())
     gc.disable()
     try:
@@ -93,7 +96,6 @@ def race(
             for name in calls:
                 if (k + 1) * runs[name] // rounds > k * runs[name] // rounds:
                     samples[name].append(timed(name))
-            progress(1 / rounds)
     finally:
         gc.enable()
     return {name: summary(times) for name, times in samples.items()}
@@ -117,11 +119,6 @@ def capture(calls: list[Call]) -> Call:
         return outputs  # the graph writes into their memory
 
     return replay
-
-
-def _how_often(seconds: float, patience: float) -> int:
-    fewest = next((runs for below, runs in FEWEST if seconds < below), 1)
-    return min(max(int(patience / seconds), fewest), MOST)
 
 
 def summary(times: list[float]) -> Timing:

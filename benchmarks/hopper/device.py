@@ -115,7 +115,7 @@ def pack() -> int:
     Material(material.table.bfloat16(), material.tokens, note).save(MATERIAL)
     if SHARED_GOLDEN.is_dir():
         shutil.copytree(SHARED_GOLDEN, GOLDEN, dirs_exist_ok=True)
-    COMMIT.write_text(machine.commit_of("HEAD") + "\n", encoding="utf-8")
+    COMMIT.write_text(machine.commit() + "\n", encoding="utf-8")
     missing = [path for path in (*LIBRARIES, GOLDEN) if not path.exists()]
     for path in missing:
         print(f"missing: {path.relative_to(ROOT)} (SMOOTHIE_WATCHDOG=1 make build makes the libraries)")

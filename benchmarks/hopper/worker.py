@@ -67,13 +67,16 @@ def measure(
                     continue
                 table, rows, turn = read(work)
                 how, to_blame = how_it_ended(work, ended, turn)
-                on_case(work.case, table, [blamed(row, how) if row.contestant == turn else row for row in rows], how)
+                if how and turn in rows:
+                    note = f"{WRONG if rows[turn].ours else 'absent: '}{how}"
+                    rows[turn] = replace(rows[turn], seconds=None, quartiles=None, note=note)
+                on_case(work.case, table, [*rows.values()], how)
                 if to_blame and turn not in dict(work.without) and len(work.without) + 1 < TRIES:
                     waiting.append(replace(work, without=(*work.without, (turn, how))))
     return left_out
 
 
-def read(work: Work) -> tuple[str, list[Row], str]:
+def read(work: Work) -> tuple[str, dict[str, Row], str]:
     """What a process wrote: table, rows, and the contestant that ran last."""
     table, rows, turn = "none", dict[str, Row](), ""
     for line in work.path("jsonl").read_bytes().split(b"\n")[:-1]:
@@ -81,7 +84,7 @@ def read(work: Work) -> tuple[str, list[Row], str]:
         table, turn = content.get("table", table), content.get("turn", turn)
         if row := content.get("row"):
             rows[row["contestant"]] = row_of(row)
-    return table, [*rows.values()], turn
+    return table, rows, turn
 
 
 def how_it_ended(work: Work, ended: Ended, turn: str) -> tuple[str, bool]:
@@ -95,12 +98,6 @@ def how_it_ended(work: Work, ended: Ended, turn: str) -> tuple[str, bool]:
     if "Timeout (" in work.path("txt").read_text(encoding="utf-8", errors="replace"):
         return f"hang: {turn or 'before the first contestant'}", bool(turn)
     return f"error: {ended.tail.rpartition(chr(10))[2][:100]}", bool(turn)
-
-
-def blamed(row: Row, how: str) -> Row:
-    """Of the contestant that took its process down."""
-    note = f"{WRONG if row.ours else 'absent: '}{how}"
-    return replace(row, seconds=None, quartiles=None, note=note) if how else row
 
 
 # In the process of a case

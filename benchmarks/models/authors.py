@@ -1,14 +1,8 @@
-"""The sampler as Smoothie's authors run it: the eager one with what their loop makes and never reads.
+"""The sampler as Smoothie's authors run it: the eager one, with the tensors of rows x vocabulary that they never read.
 
-From their code of November 2025 (github.com/ashaba1in/smoothie: `calc_score`, `pred_embeddings` in diffusion_holder.py,
-`marginal` in diffusion_utils/dynamic.py), in tensors of rows x vocabulary:
-
-- the prior is drawn on the CPU, then copied;
-- every step makes the noise that the logits hold if the answer is right, and the score from it: five operations;
-- re-noising makes the score of the fresh noise: two more.
-
-Their last step also moves the logits to t = 0, where nobody looks at them: left out here, as `sample` has no such step.
-Statistics of the distances are of their training step alone. The arithmetic that counts is `Eager`'s, to the last bit.
+Their code of November 2025 (github.com/ashaba1in/smoothie, diffusion_holder.py and diffusion_utils/dynamic.py) draws
+the prior on the CPU and copies it. Every step makes the noise that the logits hold if the answer is right, and the
+score from it; re-noising makes the score of the fresh noise. Their last step also moves the logits to t = 0: left out.
 """
 
 import math

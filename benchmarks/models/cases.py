@@ -1,7 +1,7 @@
 """Who trains and samples what: the cases and the contestants of the benchmarks of whole models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from smoothie_kernels.diffusion.options import LossOptions
 SEED = 0
 OURS, REFERENCE = "fused", "eager, our noise"
 SUM, WHOLE = "fused, sum", "fused, whole"
+UNTOLD = {"name", "why", "contestants", "groups", "repeats", "v", "d", "dense_steps", "over_v"}  # of a case
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,9 @@ class ModelCase(case.Case):
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def describe(self) -> str:
-        positions = f"{self.batch} x {self.length} positions after sources of {self.source}"
-        bf16 = ["the network in bfloat16"] if self.bf16 else []
-        return ", ".join([f"{self.layers} layers of width {self.hidden}", positions, *bf16, *self.more()])
-
-    def more(self) -> list[str]:
-        """More of the description."""
-        raise NotImplementedError
+        """What is not zero, false or none of its numbers and options."""
+        told = {name: value for name, value in asdict(self).items() if value and name not in UNTOLD}
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in told.items())
 
 
 SomeModelCase = TypeVar("SomeModelCase", bound=ModelCase)
@@ -88,12 +85,6 @@ class TrainingCase(ModelCase):
         chosen = {name: getattr(self, name) for name in ("self_conditioning", "skip_padding", "bf16")}
         return LossOptions(seed=SEED, **chosen, **contestant.options)
 
-    def more(self) -> list[str]:
-        table, padding = "the table trains", "half the positions padding, skipped"
-        found = [text for text, is_so in ((table, self.trainable_embeddings), (padding, self.skip_padding)) if is_so]
-        share = f"self-conditioning in {self.self_conditioning:.0%} of the steps"
-        return [*found, share] if self.self_conditioning else found
-
 
 @dataclass(frozen=True)
 class SamplingCase(ModelCase):
@@ -102,9 +93,6 @@ class SamplingCase(ModelCase):
     dense_steps: int = 10  # the first of them, after which the eager contestants' time is taken
     ragged: bool = False  # lengths from 1 to `length`, evenly spread; the rest is padding
     over_v: bool = False  # belongs to the series over V
-
-    def more(self) -> list[str]:
-        return [*(["half of them padding"] if self.ragged else []), f"{self.solver}, {self.steps} steps"]
 
 
 PAPER: dict[str, Any] = {

@@ -109,7 +109,7 @@ class Session:
         )  # fmt: skip
 
 
-def measure(given: argparse.Namespace, machine: Machine, progress: Callable[[str, float], None]) -> list[Line]:
+def measure(given: argparse.Namespace, machine: Machine, progress: Callable[[str], None]) -> list[Line]:
     """Adds what is missing to the CSV; all its lines. `given` are the options of the command."""
     calls = plan(given.solvers, given.steps, given.seeds, given.patience)
     record = {name: getattr(given, name) for name in ("data", "split", "samples", "batch_size")}
@@ -121,8 +121,8 @@ def measure(given: argparse.Namespace, machine: Machine, progress: Callable[[str
     session = Session(given)
     with given.out.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        for call in wanted:
-            progress(f"{call.solver}, {call.steps} steps, seed {call.seed}", 1 / len(wanted))
+        for i, call in enumerate(wanted):
+            progress(f"{i + 1} of {len(wanted)}: {call.solver}, {call.steps} steps, seed {call.seed}")
             done[call] = session.run(call)
             writer.writerow(astuple(done[call]))
             file.flush()

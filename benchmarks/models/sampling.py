@@ -17,7 +17,7 @@ from torch import Tensor
 import smoothie_kernels as sk
 from benchmarks.common import timing
 from benchmarks.common.embeddings import Material
-from benchmarks.common.pictures import BLUE, BROWN, bars
+from benchmarks.common.pictures import BLUE, BROWN, MEMORY, Bars, draw_bars
 from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report, Section, duration, significant, size
 from benchmarks.common.timing import Call, Timing
@@ -213,7 +213,7 @@ def conclude(suite: Suite, report: Report, cases: Iterable[SamplingCase]) -> Non
     """After all cases."""
     if (sizes := size_section(report, cases)).cells:
         report.more["sizes"] = sizes
-    suite.progress("noise that is gathered", 1)
+    suite.progress("noise that is gathered")
     measure_noise(suite, report)
 
 
@@ -234,11 +234,8 @@ def size_section(report: Report, cases: Iterable[SamplingCase]) -> Section:
 
 def draw(report: Report, stem: Path) -> list[Path]:
     """The files drawn."""
-    speed, held = (stem.with_name(f"{stem.name}-{quantity}.png") for quantity in ("speed", "memory"))
-    title = "Tokens per second, padding included"
-    drawn = bars(report, speed, title, lambda row: row.tokens_per_s, significant, COLOURS)
-    title = "Peak memory of sampling, beyond weights and table"
-    return drawn + bars(report, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)
+    speed = Bars("Tokens per second, padding included", lambda row: row.tokens_per_s, significant)
+    return draw_bars(report, stem, COLOURS, speed=speed, memory=MEMORY)
 
 
 # The noise that ddpm has gathered: few fields drawn again, all of them drawn again, one that is stored

@@ -18,9 +18,9 @@ from torch.nn.utils import clip_grad_norm_
 
 import smoothie_kernels as sk
 from benchmarks.common.embeddings import Material
-from benchmarks.common.pictures import BLUE, BROWN, GREY, bars, finish, panels
+from benchmarks.common.pictures import BLUE, BROWN, GREY, MEMORY, Bars, draw_bars, finish, panels
 from benchmarks.common.race import CheckFailed, Suite
-from benchmarks.common.report import Report, Section, size
+from benchmarks.common.report import Report, Section
 from benchmarks.common.timing import Call, Timing
 from benchmarks.models import cases
 from benchmarks.models.cases import CURVES, OURS, REFERENCE, SEED, Contestant, TrainingCase
@@ -258,7 +258,7 @@ def train_curves(case: TrainingCase, steps: int, suite: Suite) -> Curves:
     sessions = {name: Session(case, name, material, suite.device, batches=steps) for name in (REFERENCE, OURS)}
     losses: dict[str, list[Tensor]] = {name: [] for name in sessions}
     for step in range(steps):
-        suite.progress(f"loss curves: step {step + 1} of {steps}", 1 / steps)
+        suite.progress(f"loss curves: step {step + 1} of {steps}")
         for name, session in sessions.items():
             losses[name].append(session.step())
     return Curves(asdict(case), {name: torch.stack(of_steps).tolist() for name, of_steps in losses.items()})
@@ -269,27 +269,19 @@ def train_curves(case: TrainingCase, steps: int, suite: Suite) -> Curves:
 
 def draw(report: Report, stem: Path) -> list[Path]:
     """The files drawn."""
-    steps, held, curves = (stem.with_name(f"{stem.name}-{quantity}.png") for quantity in ("steps", "memory", "curves"))
-    drawn = bars(
-        report, steps, "Training steps per second", lambda row: 1 / (row.seconds or 1), lambda rate: f"{rate:.2f}",
-        COLOURS,
-    )  # fmt: skip
-    title = "Peak memory of a training step, beyond the weights"
-    drawn += bars(report, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)
-    return drawn + [draw_curves(Curves(**found), curves) for found in report.content.get("curves", [])]
-
-
-def draw_curves(curves: Curves, path: Path) -> Path:
-    figure, (above, below) = panels(2, 1, (7.2, 5), sharex=True, height_ratios=(3, 2))
-    differences = curves.differences()
-    steps = range(1, len(differences) + 1)
-    for name, style, width in ((REFERENCE, "-", 3.0), (OURS, "--", 1.2)):
-        above.plot(steps, curves.losses[name], style, color=COLOURS[name], linewidth=width, label=name)
-    above.set_ylabel("loss")
-    above.set_title(TrainingCase(**curves.case).describe(), loc="left", fontsize=8)
-    below.plot(steps, [max(difference, LEAST_DIFFERENCE) for difference in differences], ".", color=BLUE)
-    below.plot((1, COMPARED), 2 * (CURVE_MARGIN,), "--", color=GREY, linewidth=1.2, label="allowed")
-    below.set_yscale("log")
-    below.set_ylabel(f"relative difference\n(none: at {LEAST_DIFFERENCE:.0e})")
-    below.set_xlabel("training step")
-    return finish(figure, path)
+    rate = Bars("Training steps per second", lambda row: 1 / (row.seconds or 1), lambda rate: f"{rate:.2f}")
+    drawn = draw_bars(report, stem, COLOURS, steps=rate, memory=MEMORY)
+    for curves in (Curves(**found) for found in report.content.get("curves", [])):
+        figure, (above, below) = panels(2, 1, (7.2, 5), sharex=True, height_ratios=(3, 2))
+        differences = curves.differences()
+        steps = range(1, len(differences) + 1)
+        for name, style, width in ((REFERENCE, "-", 3.0), (OURS, "--", 1.2)):
+            above.plot(steps, curves.losses[name], style, color=COLOURS[name], linewidth=width, label=name)
+        above.set_ylabel("loss")
+        below.plot(steps, [max(difference, LEAST_DIFFERENCE) for difference in differences], ".", color=BLUE)
+        below.plot((1, COMPARED), 2 * (CURVE_MARGIN,), "--", color=GREY, linewidth=1.2, label="allowed")
+        below.set_yscale("log")
+        below.set_ylabel(f"relative difference\n(none: at {LEAST_DIFFERENCE:.0e})")
+        below.set_xlabel("training step")
+        drawn.append(finish(figure, stem.with_name(f"{stem.name}-curves.png")))
+    return drawn

@@ -121,7 +121,7 @@ class ModelRace(Race[SomeModelCase]):
             return
         case, clock = self.case, timing.clock_of(self.suite.device)
         repeats = self.suite.repeats or case.repeats
-        self.suite.progress(f"{case.name}: timing", 1)
+        self.suite.progress(f"{case.name}: timing")
         short = timing.race(self.calls, clock, patience=0, repeats=repeats)
         types = (torch.float32, case.network_type)
         gemms = {str(dtype): self._product(dtype) for dtype in set(types)}

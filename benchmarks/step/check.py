@@ -55,13 +55,6 @@ class Truth:
     means: dict[str, tuple[Tensor, float]]  # smoothed [R, D] and gradients, each with the relative error of naive's
 
 
-def compared_rows(inputs: Inputs) -> Tensor:
-    """Indices into x."""
-    n, v, _ = inputs.sizes
-    count = min(n, ROWS if v < LARGE else ROWS_IF_LARGE)
-    return torch.linspace(0, n - 1, count, device=inputs.x.device).round().long()
-
-
 def truth(inputs: Inputs, rows: Tensor, *, noisy: bool) -> Truth:
     x, mu, std = inputs.x[rows], inputs.mu[rows, None], inputs.std[rows, None]
     table, squares = inputs.table.double(), x.double().square().sum(1, keepdim=True)
@@ -121,8 +114,9 @@ class Referee:
     """Compares the contestants of one case; a truth is computed once."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.rows = compared_rows(inputs)
+        self.inputs, (n, v, _) = inputs, inputs.sizes
+        count = min(n, ROWS if v < LARGE else ROWS_IF_LARGE)
+        self.rows = torch.linspace(0, n - 1, count, device=inputs.x.device).round().long()
         self._truths: dict[bool, Truth] = {}
 
     def check(self, contestant: Contestant, call: Call) -> float | None:

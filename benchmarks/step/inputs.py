@@ -18,12 +18,6 @@ ALIGNED = 64  # where V is no multiple of 8, cuBLAS takes kernels for 16-bit pro
 SPREAD = 0.25  # standard deviation of a row around its token's embedding, whose entries have standard deviation 1
 
 
-def schedule(t: float, delta: float = 1.0) -> tuple[float, float]:
-    """(mu, std) at time t of the paper's schedule: D_t = mu D_0 + std eps."""
-    mu, std = Arctan(delta=delta, sigma_min=SIGMA_MIN).marginal(torch.tensor(t, dtype=torch.float64))
-    return float(mu), float(std)
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What every contestant of a case is given."""
@@ -57,14 +51,6 @@ class Inputs:
     @property
     def k(self) -> int:
         return min(self.case.k, len(self.table))
-
-    @property
-    def flop(self) -> int:
-        return self.op.flop(*self.sizes)
-
-    @property
-    def bytes(self) -> int:
-        return self.op.bytes(*self.sizes, self.x.element_size())
 
     def cut(self, n: int, v: int) -> "Inputs":
         """The first n rows and v tokens: a small call that loads what a first call loads."""
@@ -147,16 +133,15 @@ def build(case: Case, material: Material, device: str = "cpu") -> Inputs:
     would be in training. The noise of the schedule is in mu and std.
     """
     material = material.of(case)
-    mu, std = (case.mu, case.std) if case.t is None else schedule(case.t)
+    mu, std = case.mu, case.std
+    if case.t is not None:
+        mu, std = map(float, Arctan(sigma_min=SIGMA_MIN).marginal(torch.tensor(case.t, dtype=torch.float64)))
     tokens = material.tokens.repeat(-(-case.n // len(material.tokens)))[: case.n]
     x = material.table[tokens]
     generator = torch.Generator().manual_seed(case.n)
     x += SPREAD * torch.randn(x.shape, generator=generator)
+    grad = torch.randn(x.shape, generator=generator)
+    x, table, grad = (each.to(device, case.dtype) for each in (x, material.table, grad))
     return Inputs(
-        case,
-        x.to(device, case.dtype),
-        material.table.to(device, case.dtype),
-        torch.full((case.n,), mu, device=device),
-        torch.full((case.n,), std, device=device),
-        torch.randn(x.shape, generator=generator).to(device, case.dtype),
+        case, x, table, torch.full((case.n,), mu, device=device), torch.full((case.n,), std, device=device), grad
     )

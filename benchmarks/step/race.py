@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.common import race, timing
 from benchmarks.common.embeddings import Material
-from benchmarks.common.pictures import BLUE, BROWN, bars
+from benchmarks.common.pictures import BLUE, BROWN, MEMORY, TIME, draw_bars
 from benchmarks.common.race import Absent, Suite, one_line
-from benchmarks.common.report import Report, Row, duration, noise_costs, size
+from benchmarks.common.report import Report, Row
 from benchmarks.step import inputs
 from benchmarks.step.cases import Case
 from benchmarks.step.check import Referee
@@ -80,19 +80,19 @@ class Race(race.Race[Case]):
         prepare = {name: CONTESTANTS[name].prepare[case.op] for name in self.calls}
         prepare |= {name: floor.prepare[case.op] for name, floor in floors.items()}
         calls = self.calls | {name: prepare[name](given) for name in floors}
+        self.suite.progress(f"{case.name}: timing")
         times = timing.race(
             self._captured(prepare) if case.captured and on_gpu else calls,
             timing.clock_of(self.suite.device),
             patience=case.patience,
             repeats=self.suite.repeats,
-            progress=lambda part: self.suite.progress(f"{case.name}: timing", part),
             on_turn=self.suite.on_turn,
         )
         times = {name: time.scaled(1 / self.per_run) for name, time in times.items()}
         self.set_times(times, min((times[name].median for name in floors if name in times), default=None))
+        flop, moved = given.op.flop(*given.sizes), given.op.bytes(*given.sizes, given.x.element_size())
         for name, time in times.items():
-            rates = {"gflop_per_s": given.flop / time.median / 1e9, "gb_per_s": given.bytes / time.median / 1e9}
-            self.set(name, **rates)
+            self.set(name, gflop_per_s=flop / time.median / 1e9, gb_per_s=moved / time.median / 1e9)
 
     def _captured(self, prepare: Mapping[str, Prepare]) -> dict[str, Callable[[], object]]:
         """One CUDA graph for each contestant, with one call for each of several tables."""
@@ -101,7 +101,7 @@ class Race(race.Race[Case]):
         copies = [replace(given, x=given.x.clone(), table=given.table.clone()) for _ in range(self.per_run)]
         graphs: dict[str, Callable[[], object]] = {}
         for name, make in prepare.items():
-            self.begin("capturing", name, 0)
+            self.begin("capturing", name)
             try:
                 graphs[name] = timing.capture([make(copy) for copy in copies])
             except Exception as error:
@@ -117,15 +117,10 @@ class Race(race.Race[Case]):
 
 
 def conclude(suite: Suite, report: Report, cases: Iterable[Case]) -> None:
-    """After all cases."""
-    if (costs := noise_costs(report.rows)).cells:
-        report.more["noise"] = costs
+    """Nothing comes after all cases."""
 
 
 def draw(report: Report, stem: Path) -> list[Path]:
-    """Of the sweep over V, where it was run: time and memory."""
+    """Of the sweep over V, where it was run."""
     sweep = Report(report.machine, rows=[row for row in report.rows if row.case.startswith("sweep-")])
-    time, held = (stem.with_name(f"{stem.name}-{quantity}.png") for quantity in ("time", "memory"))
-    drawn = bars(sweep, time, "Time of one noisy step", lambda row: row.seconds, duration, COLOURS)
-    title = "Peak memory of one noisy step, beyond the inputs"
-    return drawn + bars(sweep, held, title, lambda row: row.peak_extra_bytes, size, COLOURS)
+    return draw_bars(sweep, stem, COLOURS, time=TIME, memory=MEMORY)

@@ -48,10 +48,6 @@ class Plan:
     def curve(self) -> list[float]:
         return sorted({*self.marks, *(((i + 1) / (self.between + 1)) ** 2 for i in range(self.between))})
 
-    @property
-    def parts(self) -> int:
-        return len(self.sizes) * len(self.times) + len(self.curve)
-
 
 @dataclass(frozen=True)
 class Recall:
@@ -119,11 +115,11 @@ def measure(suite: Suite, plan: Plan) -> Result:
             table = sk.Vocabulary(sized.table.to(device))
             result.tables[len(table)] = sized.note
             for given in inputs_at(plan.times, sized, plan.rows, device):
-                suite.progress(f"recall: V = {len(table):,}, t = {given.case.t}", 1)
+                suite.progress(f"recall: V = {len(table):,}, t = {given.case.t}")
                 _measure_recall(result, given, table)
         table = sk.Vocabulary(material.table.to(device))
         for given in inputs_at(plan.curve, material, plan.rows, device):
-            suite.progress(f"mass and error: t = {given.case.t:.3g}", 1)
+            suite.progress(f"mass and error: t = {given.case.t:.3g}")
             _measure_curves(result, given, table)
     return result
 

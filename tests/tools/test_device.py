@@ -113,10 +113,9 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_a_copy_without_git_knows_its_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_git", lambda *arguments: "")
     monkeypatch.setattr(machine, "STAMP", tmp_path / "commit")
-    assert machine.commit_of("HEAD") == "unknown"
+    assert machine.commit() == "unknown"
     (tmp_path / "commit").write_text("abcdef0123\n")
-    assert machine.commit_of("HEAD") == "abcdef0"
-    assert machine.commit_of("HEAD~1") == "unknown"
+    assert machine.commit() == "abcdef0"
 
 
 # --- bars
