@@ -91,16 +91,16 @@ def parse() -> argparse.Namespace:
     command = add("quality", "what a model's texts are worth, over steps", measure_quality, sampling.PAGE)
     quality.add_arguments(command)
     measures(command)
-    command = add(
-        "bars", "what a GPU's result file says of the bars that the kernels are held to", show_bars, bars.PAGE
-    )
-    command.add_argument("result", type=Path, help=".json file of `benchmarks.hopper measure`")
-    command = add("curve", "draw the losses of a training run", draw_curve)
-    command.add_argument("run", type=Path, help="folder that `smoothie-kernels train` wrote")
-    command.add_argument("picture", type=Path, help="file to draw into, .png or .svg")
-    command = add("compare", "two results: what became faster, what smaller", compare)
-    command.add_argument("before", type=Path, help=".json file")
-    command.add_argument("after", type=Path, help=".json file")
+    for name, what, call, page, paths in (
+        ("bars", "which bars a GPU's result meets", show_bars, bars.PAGE, {"result": "JSON of `benchmarks.hopper measure`"}),
+        ("curve", "draw the losses of a training run", draw_curve, "",
+         {"run": "folder that `smoothie-kernels train` wrote", "picture": "file to draw into, .png or .svg"}),
+        ("compare", "two results: what became faster, what smaller", compare, "",
+         {"before": ".json file", "after": ".json file"}),
+    ):  # fmt: skip
+        command = add(name, what, call, page)
+        for path, text in paths.items():
+            command.add_argument(path, type=Path, help=text)
     return parser.parse_args()
 
 

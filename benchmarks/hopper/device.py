@@ -1,15 +1,13 @@
-"""Three calls for a machine with a GPU: python -m benchmarks.hopper probe | measure | models.
+"""Calls for a machine with a GPU. Each ends within --seconds, is useful without the others, and loses nothing when
+something fails: every probe and case runs in a process of its own, and every result is written at once.
 
-Each ends within SECONDS, is useful without the others, and loses nothing when something fails: every probe and case
-runs in a process of its own, and every result is written at once. README.md says what the seconds are spent on.
+    pack       before: what the machine will need, gathered in build/device
+    probe      are the kernels right? `smoothie-kernels check`, then the tests
+    measure    the step against what people use instead
+    models     whole training steps and calls of the sampler
 
-    python -m benchmarks.hopper pack       before: what the machine will need, gathered in build/device
-    python -m benchmarks.hopper probe      are the kernels right? `smoothie-kernels check`, then the tests
-    python -m benchmarks.hopper measure    the step against what people use instead
-    python -m benchmarks.hopper models     whole training steps and calls of the sampler
-
-Nothing is downloaded or compiled but Triton's kernels. The results of a call are one archive in the folder --out.
-`--rehearse` makes the call on a machine without a GPU: small cases, Triton's interpreter, the emulator of Hopper.
+The results of a call are one archive in the folder --out. `--rehearse` makes the call on a machine without a GPU: small
+cases, Triton's interpreter, the emulator of Hopper.
 """
 
 import argparse
@@ -29,7 +27,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import machine
-from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.common.embeddings import Material, load_material, synthetic
 from benchmarks.common.machine import ROOT, Machine
 from benchmarks.common.report import WRONG, Report, Row
 from benchmarks.hopper import bars, rates, rehearsal, worker
@@ -217,7 +215,7 @@ def packed_material(call: Call) -> Path:
     path = call.folder / "material.pt"
     try:
         load_material(None).save(path)
-    except NoEmbeddings as reason:
+    except ValueError as reason:
         call.says(f"synthetic tables: {reason}")
         synthetic(30_522, 384).save(path)
     return path

@@ -18,7 +18,7 @@ import smoothie_kernels as sk
 from benchmarks.common import timing
 from benchmarks.common.embeddings import Material
 from benchmarks.common.pictures import BLUE, BROWN, MEMORY, Bars, draw_bars
-from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.race import Absent, CheckFailed, Suite
 from benchmarks.common.report import Report, Section, duration, significant, size
 from benchmarks.common.timing import Call, Timing
 from benchmarks.models import cases
@@ -161,8 +161,8 @@ class Race(ModelRace[SamplingCase]):
     def admit(self, contestant: Contestant) -> Call:
         """Tokens and answers are held to those of the eager step with the same noise."""
         name, session = contestant.name, self._session(contestant.name)
-        if contestant.dense:
-            self.expect_room(self.dense_tensors, self.case.n)
+        if contestant.dense and (reason := self.lacks(self.dense_tensors, self.case.n)):
+            raise Absent(reason)
         if name != "eager":
             # With the network in float32: what its own rounding decides is not the step's.
             how: dict[str, Any] = {

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 import smoothie_kernels as sk
 from benchmarks.common.embeddings import Material
 from benchmarks.common.pictures import BLUE, BROWN, GREY, MEMORY, Bars, draw_bars, finish, panels
-from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.race import Absent, CheckFailed, Suite
 from benchmarks.common.report import Report, Section
 from benchmarks.common.timing import Call, Timing
 from benchmarks.models import cases
@@ -167,8 +167,8 @@ class Race(ModelRace[TrainingCase]):
 
     def admit(self, contestant: Contestant) -> Call:
         name, session = contestant.name, None
-        if contestant.dense:
-            self.expect_room(self.dense_tensors, self.case.n)
+        if contestant.dense and (reason := self.lacks(self.dense_tensors, self.case.n)):
+            raise Absent(reason)
         if "torch_noise" not in contestant.options:
             session = self.reference if name == REFERENCE else self._session(name)
             self.set(name, error=compare(*session.gradients(self.checked), *self.truth, bf16=self.case.bf16))

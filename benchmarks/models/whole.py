@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import memory, timing
-from benchmarks.common.race import USABLE, Race, Suite, one_line
-from benchmarks.common.report import Row
+from benchmarks.common import timing
+from benchmarks.common.race import Race, Suite, one_line
+from benchmarks.common.report import Report, Row
 from benchmarks.common.timing import Call, Timing
 from benchmarks.models.cases import OURS, SEED, ModelCase, SomeModelCase
 
@@ -72,7 +72,6 @@ class Products:
 class ModelRace(Race[SomeModelCase]):
     def __init__(self, suite: Suite, case: SomeModelCase) -> None:
         super().__init__(suite, case)
-        self.note = case.describe()
         self.checked = case.batch  # samples that check and count have seen
         self.flop, self.vocabulary_flop = 0, 0  # of the eager step's products, of these samples
         self.parts: dict[str, Call] = {}  # to be timed after `calls`
@@ -99,11 +98,18 @@ class ModelRace(Race[SomeModelCase]):
         v, d = self.material.table.shape
         return Row(self.case.name, "", n=self.case.n, v=v, d=d)
 
-    def content(self) -> dict[str, Any]:
-        return {"cases": asdict(self.case)} | ({"products": asdict(self.products)} if self.products else {})
+    def run(self, report: Report) -> None:
+        super().run(report)
+        name = self.case.name
+        report.content.setdefault("cases", {})[name] = asdict(self.case)
+        report.notes[name] = self.case.describe()
+        if self.products:
+            report.content.setdefault("products", {})[name] = asdict(self.products)
+            report.notes[name] += f". {self.products.flop / 1e9:,.0f} Gflop of products"
 
     def check(self) -> None:
-        self.checked = self.samples_that_fit()
+        while self.checked > 1 and self.lacks(self.dense_tensors, self.checked * self.case.length):
+            self.checked //= 2  # the check needs the eager step, if not of the whole batch
         try:
             self.count()
         except Exception as error:
@@ -129,23 +135,12 @@ class ModelRace(Race[SomeModelCase]):
         rate, network_rate = (2 * case.n * self.material.table.numel() / parts[str(dtype)].median for dtype in types)
         flop, vocabulary_flop = (case.batch * flop / self.checked for flop in (self.flop, self.vocabulary_flop))
         self.products = Products(round(flop), round(vocabulary_flop), rate, network_rate, self.checked)
-        self.note += f". {flop / 1e9:,.0f} Gflop of products"
         times = {name: time.scaled(self.longer(name)) for name, time in short.items()}
         self.set_times(times, self.products.seconds)
         for name, time in times.items():
             spent, tokens_per_s = self.longer(name) * self.spent(name, parts), case.n / time.median
             share = spent / time.median
             self.set(name, tokens_per_s=tokens_per_s, vocabulary_seconds=spent, vocabulary_share=share)
-
-    def samples_that_fit(self) -> int:
-        """The check needs the eager step, if not of the whole batch."""
-        case, free = self.case, memory.available(self.suite.device)
-        samples = case.batch
-        while free is not None and samples > 1:
-            if self.bytes_of(self.dense_tensors, samples * case.length) <= USABLE * free:
-                break
-            samples //= 2
-        return samples
 
     def _product(self, dtype: torch.dtype) -> Call:
         """One N x V x D product, into a tensor that exists."""

