@@ -92,7 +92,8 @@ def parse() -> argparse.Namespace:
     quality.add_arguments(command)
     measures(command)
     for name, what, call, page, paths in (
-        ("bars", "which bars a GPU's result meets", show_bars, bars.PAGE, {"result": "JSON of `benchmarks.hopper measure`"}),
+        ("bars", "which bars a GPU's result meets", show_bars, bars.PAGE,
+         {"result": ".json file of `benchmarks.hopper measure`"}),
         ("curve", "draw the losses of a training run", draw_curve, "",
          {"run": "folder that `smoothie-kernels train` wrote", "picture": "file to draw into, .png or .svg"}),
         ("compare", "two results: what became faster, what smaller", compare, "",

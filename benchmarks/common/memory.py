@@ -6,10 +6,9 @@ README.md says what counts and what does not.
 
 import ctypes
 import gc
-import multiprocessing
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from benchmarks.common.case import SomeCase
 from benchmarks.common.embeddings import Material
 from benchmarks.common.machine import flush_denormals
 from benchmarks.common.timing import Call
+from smoothie_kernels.check import isolate
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NO_MARK = "this system keeps no high-water mark that can be reset"
@@ -34,40 +34,26 @@ class Peak:
     process: int | None = None  # bytes of the whole process, the inputs and PyTorch itself included
 
 
-def peak_in_new_process(
-    alone: Alone[SomeCase], case: SomeCase, name: str, material: Path, threads: int, *, preload: tuple[str, ...] = ()
-) -> Peak | str:
-    """The peak of the call that `alone` makes, or why it was not measured. `material` is a saved Material."""
+def peak_in_new_process(alone: Alone[SomeCase], case: SomeCase, name: str, material: Path, threads: int) -> Peak | str:
+    """The peak of the call that `alone` makes, or why it was not measured. `material` is a saved Material; what the
+    process says goes into files next to it."""
     if not RESET.exists():
         return NO_MARK
-    context = multiprocessing.get_context("forkserver")
-    # The first call of any custom operator imports torch._dynamo; here it is imported once for all processes.
-    context.set_forkserver_preload([alone.__module__, "torch._dynamo", *preload])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, alone, case, name, material, threads), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(TIMEOUT):
-            return f"no answer within {TIMEOUT} s"
-        answer: Peak | str = receiver.recv()
-        return answer
-    except EOFError:
-        return "the measuring process died (out of memory?)"
-    finally:
-        process.join(5)
-        process.kill()
+    answer, log = material.with_suffix(".json"), material.with_suffix(".txt")
+    answer.unlink(missing_ok=True)
+    call = isolate.Call(_measure, (answer, alone, case, name, material, threads), TIMEOUT, log)
+    ((_, ended),) = isolate.run_calls([call], at_once=1)
+    if answer.exists():
+        return Peak(**json.loads(answer.read_text()))
+    return f"the measuring process gave no answer: {ended}, {ended.tail.rpartition(chr(10))[2]}"
 
 
-def _measure(
-    sender: Connection, alone: Alone[SomeCase], case: SomeCase, name: str, material: Path, threads: int
-) -> None:
-    try:
-        flush_denormals()
-        torch.set_num_threads(threads)
-        sender.send(peak_of(alone(case, name, Material.load(material))))
-    except Exception as error:
-        sender.send(f"{type(error).__name__}: {error}".splitlines()[0])
+def _measure(answer: Path, alone: Alone[SomeCase], case: SomeCase, name: str, material: Path, threads: int) -> None:
+    flush_denormals()
+    torch.set_num_threads(threads)
+    peak = peak_of(alone(case, name, Material.load(material)))
+    assert isinstance(peak, Peak)  # there is a mark
+    answer.write_text(json.dumps(asdict(peak)))
 
 
 def peak_of(call: Call) -> Peak | str:

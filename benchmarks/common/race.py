@@ -57,7 +57,6 @@ class Race(ABC, Generic[SomeCase]):
 
     contestants: ClassVar[Mapping[str, Any]]  # by name
     alone: ClassVar[Alone[Any]]  # what a process of its own measures the memory of
-    preload: ClassVar[tuple[str, ...]] = ()  # modules that such a process needs
 
     def __init__(self, suite: Suite, case: SomeCase) -> None:
         torch.compiler.reset()  # beyond eight shapes of one function it would quietly run the function as it is
@@ -125,8 +124,8 @@ class Race(ABC, Generic[SomeCase]):
             elif self.contestants[name].compiles:
                 peak = memory.peak_of(call)
             else:
-                of_alone = (type(self).alone, self.case, name, saved, self.suite.machine.threads)
-                peak = memory.peak_in_new_process(*of_alone, preload=self.preload)
+                threads = self.suite.machine.threads
+                peak = memory.peak_in_new_process(type(self).alone, self.case, name, saved, threads)
             if isinstance(peak, str):
                 self.set(name, note=f"memory: {peak}")
             else:

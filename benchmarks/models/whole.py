@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import timing
-from benchmarks.common.race import Race, Suite, one_line
+from benchmarks.common.race import Absent, Race, Suite, one_line
 from benchmarks.common.report import Report, Row
 from benchmarks.common.timing import Call, Timing
-from benchmarks.models.cases import OURS, SEED, ModelCase, SomeModelCase
+from benchmarks.models.cases import OURS, SEED, Contestant, ModelCase, SomeModelCase
 
 PART_REPEATS = 2  # timed runs of a step's parts
 
@@ -83,6 +83,10 @@ class ModelRace(Race[SomeModelCase]):
         return 6
 
     @abstractmethod
+    def enter(self, contestant: Contestant) -> Call:
+        """`admit` of those for whom there is room."""
+
+    @abstractmethod
     def count(self) -> None:
         """Sets `flop` and `vocabulary_flop`, and makes what the others are compared with."""
 
@@ -97,6 +101,11 @@ class ModelRace(Race[SomeModelCase]):
     def new_row(self) -> Row:
         v, d = self.material.table.shape
         return Row(self.case.name, "", n=self.case.n, v=v, d=d)
+
+    def admit(self, contestant: Contestant) -> Call:
+        if contestant.dense and (reason := self.lacks(self.dense_tensors, self.case.n)):
+            raise Absent(reason)
+        return self.enter(contestant)
 
     def run(self, report: Report) -> None:
         super().run(report)

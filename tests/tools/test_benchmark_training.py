@@ -171,8 +171,7 @@ def test_memory_of_a_step_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch
     monkeypatch.undo()
     case, saved, of_logits = replace(TINY, batch=8, length=32), tmp_path / "material.pt", 4 * 256 * 20_000
     synthetic(20_000, D).save(saved)
-    alone, preload = training.alone, training.Race.preload
-    eager, fused = (memory.peak_in_new_process(alone, case, who, saved, 1, preload=preload) for who in ("eager", OURS))
+    eager, fused = (memory.peak_in_new_process(training.alone, case, who, saved, 1) for who in ("eager", OURS))
     assert eager.extra > 3 * of_logits
     assert of_logits > fused.extra > 0
     assert eager.process > eager.extra
