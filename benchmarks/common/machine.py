@@ -92,11 +92,8 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu_model() -> str:
-    if CPUINFO.exists():
-        for line in CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:(.*)", CPUINFO.read_text(), re.M) if CPUINFO.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,8 @@
 """How one case is run, whatever is measured: everybody is checked, timed in turn, and measured for memory."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic
@@ -21,11 +21,7 @@ USABLE = 0.8  # of the free memory
 
 
 class CheckFailed(Exception):
-    """Which contestant gave what wrong result."""
-
-    def __init__(self, message: str, what: str = "") -> None:
-        super().__init__(message)
-        self.what = what or message  # without the names of case and contestant
+    """What is wrong with a result."""
 
 
 class Absent(Exception):
@@ -65,10 +61,9 @@ class Race(ABC, Generic[SomeCase]):
         self.rows: dict[str, Row] = {}
         self.calls: dict[str, Call] = {}  # what is timed, of those who were found right
 
-    @contextmanager
-    def mode(self) -> Iterator[None]:
+    def mode(self) -> AbstractContextManager[Any]:
         """What everything of this case runs under."""
-        yield
+        return nullcontext()
 
     @abstractmethod
     def new_row(self) -> Row:
@@ -106,7 +101,7 @@ class Race(ABC, Generic[SomeCase]):
             except Absent as reason:
                 self.set(name, note=f"absent: {reason}")
             except CheckFailed as error:
-                self.fail(contestant, error.what, error)
+                self.fail(contestant, str(error), error)
             except Exception as error:
                 self.fail(contestant, one_line(error), error, "absent: ")
             if self.suite.device == "cuda":
@@ -155,7 +150,7 @@ class Race(ABC, Generic[SomeCase]):
     def fail(self, contestant: Contestant, what: str, cause: Exception | None, if_theirs: str = WRONG) -> None:
         """A competitor's mistake is not ours to time, nor to die of."""
         if contestant.ours and not self.suite.keep_going:
-            raise CheckFailed(f"case {self.case.name!r}, contestant {contestant.name!r}: {what}", what) from cause
+            raise CheckFailed(f"case {self.case.name!r}, contestant {contestant.name!r}: {what}") from cause
         self.set(contestant.name, error=None, note=f"{WRONG if contestant.ours else if_theirs}{what}")
 
     def lacks(self, tensors: int, rows: int) -> str:

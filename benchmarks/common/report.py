@@ -80,7 +80,7 @@ class Section:
         console.print(self.note)
         table = Table(box=SIMPLE_HEAD)
         for column, name in enumerate(self.header):
-            table.add_column(escape(name), justify="right" if column else "left")
+            table.add_column(escape(name), justify="right" if column else "left", overflow="fold")
         for cells in self.cells:
             table.add_row(*map(escape, cells), style="bold green" if cells[0] in self.ours else "")
         console.print(table)
@@ -157,7 +157,8 @@ class Report:
         return fill(page, {"origin": origin, **tables}, drawn)
 
     def _note(self, case: str) -> str:
-        return f"{self.notes.get(case) or shape(self.of(case))}. Table: {self.tables[case]}."
+        shapes = [shape(row) for row in self.of(case)[:1]]  # none where the process of a case died
+        return f"{self.notes.get(case) or ''.join(shapes)}. Table: {self.tables[case]}."
 
 
 def fill(page: Path, tables: Mapping[str, list[str]], drawn: list[Path]) -> list[Path]:
@@ -235,10 +236,7 @@ def machine_lines(machine: Machine) -> list[str]:
     ]
 
 
-def shape(rows: list[Row]) -> str:
-    if not rows:
-        return "nothing ran"
-    row = rows[0]
+def shape(row: Row) -> str:
     noise = "" if row.op == "nearest" else ", noise" if row.noise else ", no noise"
     k = "" if row.k is None else f", K = {row.k:,}"
     return f"{row.op}, N = {row.n:,}, V = {row.v:,}, D = {row.d:,}{k}, {row.dtype}{noise}"

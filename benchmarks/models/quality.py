@@ -9,7 +9,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -62,14 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="CSV file; goes on where it is there")
 
 
-def plan(solvers: Iterable[str], steps: Iterable[int], seeds: int, patience: Iterable[int]) -> list[Call]:
-    """Short calls first, so that there is a picture early."""
-    calls = [Call(*each) for each in product(solvers, sorted(steps), range(seeds), patience)]
-    if not calls:
-        raise ValueError(f"there is nothing to sample, with --seeds {seeds}")
-    return sorted(calls, key=lambda call: (call.seed, call.steps))
-
-
 class Session:
     """A model with its tokenizer, sources and references."""
 
@@ -111,7 +103,10 @@ class Session:
 
 def measure(given: argparse.Namespace, machine: Machine, progress: Callable[[str], None]) -> list[Line]:
     """Adds what is missing to the CSV; all its lines. `given` are the options of the command."""
-    calls = plan(given.solvers, given.steps, given.seeds, given.patience)
+    calls = [Call(*each) for each in product(given.solvers, given.steps, range(given.seeds), given.patience)]
+    if not calls:
+        raise ValueError(f"there is nothing to sample, with --seeds {given.seeds}")
+    calls.sort(key=lambda call: (call.seed, call.steps))  # short ones first, so that there is a picture early
     record = {name: getattr(given, name) for name in ("data", "split", "samples", "batch_size")}
     record |= {**_model(given.checkpoint), "machine": machine.processor, "threads": machine.threads}
     done = {Call(*astuple(line)[:4]): line for line in resume(given.out, record)}

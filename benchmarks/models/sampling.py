@@ -4,8 +4,7 @@ Nothing here imports transformers before something is measured.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,19 +102,15 @@ class Session:
         times = times_of(self.case.steps)[: first + 1] if times is None else times
         options = {"solver": self.case.solver, "bf16": self.case.bf16, **self.contestant.options, **options}
         self.watch.begin()
-        with self._watched():
-            return self.model.generate(
-                self.source[:samples], times=times, lengths=None if self.lengths is None else self.lengths[:samples],
-                **options,
-            )  # fmt: skip
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
         def make(step: str, *given: Any) -> Watched:
             return Watched(Authors(*given) if self.contestant.unread else make_state(step, *given), self.watch)
 
         with mock.patch.object(sampler, "make_state", make):
-            yield
+            return self.model.generate(
+                self.source[:samples], times=times, lengths=None if self.lengths is None else self.lengths[:samples],
+                **options,
+            )  # fmt: skip
 
 
 def times_of(steps: int) -> list[float]:

@@ -149,9 +149,9 @@ class Race(ModelRace[TrainingCase]):
     contestants = CONTESTANTS
     alone = alone
 
-    @property
-    def dense_tensors(self) -> int:
-        return 10 if self.case.trainable_embeddings else 6
+    def __init__(self, suite: Suite, case: TrainingCase) -> None:
+        super().__init__(suite, case)
+        self.dense_tensors = 10 if case.trainable_embeddings else 6
 
     def check(self) -> None:
         """Losses and gradients are held to REFERENCE's. Warms everybody up."""

@@ -76,11 +76,7 @@ class ModelRace(Race[SomeModelCase]):
         self.flop, self.vocabulary_flop = 0, 0  # of the eager step's products, of these samples
         self.parts: dict[str, Call] = {}  # to be timed after `calls`
         self.products: Products | None = None
-
-    @property
-    def dense_tensors(self) -> int:
-        """How many tensors of rows x vocabulary the eager step holds at once, measured."""
-        return 6
+        self.dense_tensors = 6  # of rows x vocabulary, which the eager step holds at once, measured
 
     @abstractmethod
     def enter(self, contestant: Contestant) -> Call:

@@ -3,7 +3,6 @@
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -136,10 +135,10 @@ class Referee:
                 self._truths[noisy] = truth(self.inputs, self.rows, noisy=noisy)
         error = self._compare(contestant, outputs, self._truths[noisy])
         if self.inputs.noisy and not noisy and self.inputs.op.trains_table:
-            self._compare_noise(contestant, call())
+            self._compare_noise(call())
         return error
 
-    def _compare_noise(self, contestant: Contestant, outputs: Outputs) -> None:
+    def _compare_noise(self, outputs: Outputs) -> None:
         """Its own noise must be the same in the backward pass as in the forward pass.
 
         Moving x and table by one vector moves `smoothed` by it, whatever the noise: so all gradients of x and table
@@ -156,11 +155,10 @@ class Referee:
             rounded = ROUNDING * torch.finfo(self.inputs.x.dtype).eps * math.sqrt(of_grad + 3 * of_x + 3 * of_table)
             of_sums = len(self.inputs.table) * torch.finfo(torch.float32).eps / 2  # at most, of V positive weights
             allowed = 2 * rounded / float(total.norm()) + of_sums
-            self._expect(contestant, "noise of the backward (sum of all gradients)", error, allowed)
+            expect("noise of the backward (sum of all gradients)", error, allowed)
 
     def _compare(self, contestant: Contestant, outputs: Outputs, true: Truth) -> float | None:
         allowed = (OURS if contestant.ours else THEIRS)[self.inputs.x.dtype]
-        expect = partial(self._expect, contestant)
         if outputs.tokens is not None:
             found = true.squared_distances.gather(1, outputs.tokens[self.rows, None])[:, 0]
             gap = (found - true.squared_distances.amin(1)) / true.squares
@@ -191,7 +189,6 @@ class Referee:
 
     def _compare_top(self, contestant: Contestant, values: Tensor, indices: Tensor, true: Truth, tie: float) -> None:
         """There are K, each value is its token's logit, no token comes twice, none or few of the largest are missed."""
-        expect = partial(self._expect, contestant)
         expect("top_values (their number)", float(abs(values.shape[1] - self.inputs.k)), 0.0)
         # What a logit may be off by: its noise, and its distance.
         allowed = NOISE_TIE + tie * true.squares * self.inputs.mu[self.rows].double() / (2 * SIGMA_MIN**2)
@@ -210,8 +207,8 @@ class Referee:
         deviation = math.sqrt(may_miss * (1 - may_miss) / values.numel())
         expect("top_indices (share that is not of the largest)", float(missed), may_miss + max(MISSED, 4 * deviation))
 
-    def _expect(self, contestant: Contestant, what: str, error: float, bound: float) -> float:
-        if not error <= bound:
-            wrong = f"{what} is off by {error:.3g}, {bound:.3g} is allowed"
-            raise CheckFailed(f"case {self.inputs.case.name!r}, contestant {contestant.name!r}: {wrong}", wrong)
-        return error
+
+def expect(what: str, error: float, bound: float) -> float:
+    if not error <= bound:
+        raise CheckFailed(f"{what} is off by {error:.3g}, {bound:.3g} is allowed")
+    return error

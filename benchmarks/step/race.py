@@ -1,9 +1,10 @@
 """The race of one case of the step: everybody against float64, then times with the floor, then memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,10 +50,8 @@ class Race(race.Race[Case]):
         self.referee = Referee(self.given)
         self.per_run = 1  # calls in one run of a graph
 
-    @contextmanager
-    def mode(self) -> Iterator[None]:
-        with inputs.grad_mode(self.case):
-            yield
+    def mode(self) -> AbstractContextManager[Any]:
+        return inputs.grad_mode(self.case)
 
     def new_row(self) -> Row:
         case, (n, v, d) = self.case, self.given.sizes

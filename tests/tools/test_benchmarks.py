@@ -97,7 +97,7 @@ def test_every_contestant_that_can_run_here_is_found_right(name, dtype):
 def test_a_wrong_result_is_refused_and_named(what):
     given = small()
     call = CONTESTANTS["fused"].prepare["step"](given)
-    with pytest.raises(CheckFailed, match=f"'fused': {what if what != 'nan' else 'smoothed'}"):
+    with pytest.raises(CheckFailed, match=f"^{what if what != 'nan' else 'smoothed'}"):
         Referee(given).check(CONTESTANTS["fused"], lambda: PLANTED[what](call()))
 
 
@@ -108,7 +108,7 @@ def test_a_wrong_top_k_is_refused_and_named(name, what):
     contestant = CONTESTANTS[name]
     call = contestant.prepare["topk"](given)
     Referee(given).check(contestant, call)
-    with pytest.raises(CheckFailed, match=re.escape(f"{name!r}: {message}")):
+    with pytest.raises(CheckFailed, match=f"^{re.escape(message)}"):
         Referee(given).check(contestant, lambda: change(call()))
 
 
@@ -135,7 +135,7 @@ def test_the_means_of_the_top_k_are_those_of_the_definitions():
 def test_a_wrong_gradient_is_refused_and_named(name, what):
     given = small("train")
     call, contestant = CONTESTANTS[name].prepare["train"](given), CONTESTANTS[name]
-    with pytest.raises(CheckFailed, match=rf"'{re.escape(name)}': {what} is off"):
+    with pytest.raises(CheckFailed, match=f"^{what} is off"):
         Referee(given).check(contestant, lambda: PLANTED_GRADIENTS[what](call()))
     assert given.grad.all()  # and all rows have their gradients back
 
@@ -233,7 +233,7 @@ def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monk
     monkeypatch.setitem(CONTESTANTS, "fused[reference]", replace(CONTESTANTS["fused[reference]"], prepare=wrong))
     monkeypatch.setattr(Race, "measure_memory", lambda race: None)
     suite, report = Suite(material, machine, tmp_path, repeats=1), Report(machine)
-    with pytest.raises(CheckFailed, match=r"fused\[reference\]"):
+    with pytest.raises(CheckFailed, match=r"case 'train', contestant 'fused\[reference\]': smoothed is off by"):
         Race(suite, case).run(report)
     assert not report.rows
     Race(replace(suite, keep_going=True), case).run(report)
