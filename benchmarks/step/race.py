@@ -13,7 +13,7 @@ from benchmarks.common.embeddings import Material
 from benchmarks.common.pictures import BLUE, BROWN, MEMORY, TIME, draw_bars
 from benchmarks.common.race import Absent, Suite, one_line
 from benchmarks.common.report import Report, Row
-from benchmarks.step import inputs
+from benchmarks.step import cases, inputs
 from benchmarks.step.cases import Case
 from benchmarks.step.check import Referee
 from benchmarks.step.contestants import CONTESTANTS, FLOAT_FLOOR, FLOOR, Contestant
@@ -21,7 +21,7 @@ from benchmarks.step.inputs import Call, Prepare
 
 ROTATED = 2**28  # bytes of tables that a graph reads in turn: several times any L2, so that no table is found there
 
-TITLE, PREFIX, PAGE = "Benchmark", "", ""
+TITLE, PREFIX, PAGE, CASES = "Benchmark", "", "", cases.CASES
 COLOURS = {"eager": BROWN, "fused": BLUE, "products": "#a0a0a0"}
 
 

@@ -13,13 +13,15 @@ pytest.importorskip("tokenizers", reason="the suite reads text with tokenizers")
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from benchmarks import __main__
 from benchmarks.common import memory, timing
 from benchmarks.common.embeddings import Material, load_material, synthetic
 from benchmarks.common.machine import Machine
 from benchmarks.common.race import CheckFailed, Suite
 from benchmarks.common.report import Report, Row, compared
 from benchmarks.hopper import bars
-from benchmarks.step import cases, check, inputs, pieces, recall
+from benchmarks.models import sampling, training
+from benchmarks.step import cases, check, inputs, pieces, race, recall
 from benchmarks.step.check import Referee
 from benchmarks.step.contestants import CONTESTANTS, FLOOR, SEED
 from benchmarks.step.race import Race, alone
@@ -231,7 +233,7 @@ def test_a_wrong_result_of_ours_ends_the_run_or_costs_it_its_time(tmp_path, monk
     case = replace(cases.CASES["train"], **SMALL, contestants=("fused[reference]", "chunked"))
     wrong = dict.fromkeys(cases.OPS, lambda given: lambda: inputs.Outputs(torch.zeros_like(given.x)))
     monkeypatch.setitem(CONTESTANTS, "fused[reference]", replace(CONTESTANTS["fused[reference]"], prepare=wrong))
-    monkeypatch.setattr(Race, "measure_memory", lambda race: None)
+    monkeypatch.setattr(Race, "measure_memory", lambda this: None)
     suite, report = Suite(material, machine, tmp_path, repeats=1), Report(machine)
     with pytest.raises(CheckFailed, match=r"case 'train', contestant 'fused\[reference\]': smoothed is off by"):
         Race(suite, case).run(report)
@@ -290,6 +292,29 @@ def test_a_race_runs_everybody_as_often_as_asked_and_interleaved():
     ran = []
     timing.race({name: lambda name=name: ran.append(name) for name in "abc"}, timing.wall_clock, patience=0, repeats=4)
     assert ran == list("abc") * 5  # the first round is not counted
+
+
+def test_the_run_writes_its_files_and_the_list_has_every_case(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    tiny = replace(cases.CASES["step"], **SMALL, contestants=("fused[reference]", "eager"))
+    sweep = {f"sweep-v{v}": replace(tiny, name=f"sweep-v{v}", v=v) for v in (101, 301)}
+    monkeypatch.setattr(race, "CASES", sweep)
+    monkeypatch.setattr(memory, "peak_in_new_process", lambda *given: memory.Peak(1000, 3000))
+    arguments = ["run", "--embeddings", "synthetic", "--repeats", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    assert __main__.main() == 0
+    (path,) = tmp_path.glob("*.json")
+    assert {other.name.removeprefix(path.stem) for other in tmp_path.iterdir()} == {
+        ".json", ".md", "-time.png", "-memory.png",
+    }  # fmt: skip
+    assert [(row.case, row.contestant, row.runs) for row in Report.load(path).rows] == [
+        (case, who, 2) for case in sweep for who in ("fused[reference]", "eager", "products")
+    ]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["benchmarks", "list"])
+    assert __main__.main() == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*sweep, *training.CASES, *sampling.CASES, *sampling.CONTESTANTS))
 
 
 def test_a_report_survives_its_file_and_two_are_compared(tmp_path):
