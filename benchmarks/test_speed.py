@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import inputs
-from benchmarks.check import Referee
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.embeddings import Material, NoEmbeddings, load_material, synthetic
-from benchmarks.registry import CASES
+from benchmarks.common.embeddings import Material, load_material, synthetic
+from benchmarks.step import inputs
+from benchmarks.step.cases import CASES
+from benchmarks.step.check import Referee
+from benchmarks.step.contestants import CONTESTANTS
 
 NAMES = ("step", "step-quiet", "nearest", "topk", "step-n1", "step-n8", "train", "train-x")
 PAIRS = [(case, name) for case in NAMES for name in CASES[case].contestants if not CONTESTANTS[name].compiles]
@@ -20,7 +20,7 @@ PAIRS = [(case, name) for case in NAMES for name in CASES[case].contestants if n
 def material() -> Material:
     try:
         return load_material(None)
-    except NoEmbeddings:
+    except ValueError:
         return synthetic(30_522, 384)
 
 

@@ -1,4 +1,4 @@
-"""Faults for `benchmarks.device`: a stand-in for a GPU whose first case has a contestant of each kind of fault."""
+"""Faults for `benchmarks.hopper`: a stand-in for a GPU whose first case has a contestant of each kind of fault."""
 
 import os
 import signal
@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import rates, registry
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.inputs import Outputs
+from benchmarks.hopper import rates
+from benchmarks.step import cases
+from benchmarks.step.contestants import CONTESTANTS
+from benchmarks.step.inputs import Outputs
 
 CASES = STEP, NEAREST, RATES = "gpu-step-n16384-v28996-d768-bf16", "gpu-nearest-n16384-v28996-d768-bf16", rates.CASE
 RIGHT, WRONG, RAISES, CRASHES, HANGS = "fused[reference]", "fused", "fused, raw table", "fused[cpu]", "eager"
@@ -34,8 +35,8 @@ def hangs(given):
 
 def prepare():
     for name in (STEP, NEAREST):
-        registry.CASES[name] = replace(registry.CASES[name], n=5, v=60, d=16, contestants=(RIGHT, "chunked"))
-    registry.CASES[STEP] = replace(registry.CASES[STEP], contestants=ALL)
+        cases.CASES[name] = replace(cases.CASES[name], n=5, v=60, d=16, contestants=(RIGHT, "chunked"))
+    cases.CASES[STEP] = replace(cases.CASES[STEP], contestants=ALL)
     for name, fault in ((WRONG, wrong), (RAISES, raises), (CRASHES, crashes), (HANGS, hangs)):
         faulty = {**CONTESTANTS[name].prepare, "step": fault}
         CONTESTANTS[name] = replace(CONTESTANTS[name], prepare=faulty)

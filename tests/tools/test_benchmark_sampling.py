@@ -11,25 +11,19 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import (
-    __main__,
-    compare,
-    memory,
-    quality,
-    sampling,
-    sampling_cases,
-    sampling_report,
-)
-from benchmarks.authors import Authors
-from benchmarks.check import CheckFailed
-from benchmarks.embeddings import synthetic
-from benchmarks.machine import Machine
-from benchmarks.memory import Peak
-from benchmarks.model_report import OURS
-from benchmarks.quality import Call, Line
-from benchmarks.sampling import Session, times_of
-from benchmarks.sampling_cases import CONTESTANTS, NoisePlan, Plan, SamplingCase
-from benchmarks.sampling_report import OURS_ALL, Result
+from benchmarks import __main__
+from benchmarks.common import memory, race
+from benchmarks.common.embeddings import synthetic
+from benchmarks.common.machine import Machine
+from benchmarks.common.memory import Peak
+from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.report import Report
+from benchmarks.models import quality, sampling
+from benchmarks.models.authors import Authors
+from benchmarks.models.cases import OURS, SAMPLING, SUM, WHOLE, SamplingCase
+from benchmarks.models.quality import Call, Line
+from benchmarks.models.sampling import Session, times_of
+from benchmarks.models.whole import Products
 from smoothie_kernels.diffusion.solvers import SOLVERS
 from smoothie_kernels.diffusion.states import Eager, Fused
 
@@ -38,7 +32,7 @@ MACHINE = Machine("CPU", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026
 V, D = 211, 16
 TINY = SamplingCase(
     "tiny", "", batch=4, length=5, source=6, d=D, layers=2, hidden=24, heads=2, condition_layers=1, repeats=2, steps=6,
-    dense_steps=3, contestants=tuple(CONTESTANTS),
+    dense_steps=3, contestants=tuple(SAMPLING),
 )  # fmt: skip
 VARIANTS = {
     "re-noise": {},
@@ -54,13 +48,13 @@ PICTURES = ("-speed.png", "-memory.png")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Nothing starts a process."""
-    monkeypatch.setattr(sampling, "peak_in_new_process", lambda *given: Peak(1000, 3000))
+    monkeypatch.setattr(race.memory, "peak_in_new_process", lambda *given, **options: Peak(1000, 3000))
 
 
-def measured(case: SamplingCase, folder: Path, **options) -> Result:
-    result = Result(MACHINE)
-    sampling.measure(result, case, synthetic(V, D), folder, **options)
-    return result
+def measured(case: SamplingCase, folder: Path, **options) -> Report:
+    report = Report(MACHINE)
+    sampling.Race(Suite(synthetic(V, D), MACHINE, folder, **options), case).run(report)
+    return report
 
 
 def plant(monkeypatch, state: type, change) -> None:
@@ -77,12 +71,12 @@ def plant(monkeypatch, state: type, change) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_everybody_is_found_right_and_measured(variant, tmp_path):
     result = measured(replace(TINY, **VARIANTS[variant]), tmp_path)
-    assert not result.failures()
-    assert [row.contestant for row in result.rows] == list(CONTESTANTS)
+    assert not result.failures
+    assert [row.contestant for row in result.rows] == list(SAMPLING)
     for row in result.rows:
         assert (row.note, row.runs, row.steps) == ("", 2, 6)
-        assert row.timed_steps == (6 if row.contestant in OURS_ALL else 3)
-        assert row.ratios.keys() == CONTESTANTS.keys() - {row.contestant}
+        assert row.timed_steps == (6 if row.contestant in (OURS, SUM, WHOLE) else 3)
+        assert row.ratios.keys() == SAMPLING.keys() - {row.contestant}
         assert (row.error is None) == (row.same_tokens is None) == (row.contestant == "eager")
         assert row.same_tokens in (None, 1.0)
         assert row.tokens_per_s == pytest.approx(20 / row.seconds)
@@ -97,9 +91,9 @@ def test_wrong_samples_are_refused_or_cost_the_case_its_times(change, tmp_path, 
         measured(TINY, tmp_path)
     result = measured(TINY, tmp_path, keep_going=True)
     assert all(row.seconds is None for row in result.rows)
-    assert not result.products
-    assert "'fused': wrong: " in "".join(result.failures())
-    assert "wrong: " in sampling_report.page_of(result).markdown([])
+    assert "products" not in result.content
+    assert "'fused': wrong: " in "".join(result.failures)
+    assert "wrong: " in result.markdown([])
 
 
 def test_other_noise_is_found(monkeypatch):
@@ -116,21 +110,25 @@ def test_other_noise_is_found(monkeypatch):
 def test_a_dense_sampler_without_room_is_left_out_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10_000)
     result = measured(TINY, tmp_path)
-    assert not result.failures()
-    assert {row.contestant for row in result.rows if row.seconds} == {*OURS_ALL}
-    assert all(row.note.startswith("absent: MemoryError: needs about") for row in result.rows if not row.seconds)
-    assert result.products["tiny"].checked == 1  # as many samples as the eager step has room for
+    assert not result.failures
+    assert {row.contestant for row in result.rows if row.seconds} == {OURS, SUM, WHOLE}
+    assert all(row.note.startswith("absent: needs about") for row in result.rows if not row.seconds)
+    assert result.content["products"]["tiny"]["checked"] == 1  # as many samples as the eager step has room for
+
+
+def products(case: SamplingCase, folder: Path) -> Products:
+    return Products(**measured(case, folder).content["products"]["tiny"])
 
 
 @pytest.mark.slow
 def test_products_are_those_of_all_steps(tmp_path):
     """Two of the vocabulary a step, over the rows that take part; the network's grow with the steps."""
-    less, more = (measured(replace(TINY, steps=steps), tmp_path).products["tiny"] for steps in (6, 9))
+    less, more = (products(replace(TINY, steps=steps), tmp_path) for steps in (6, 9))
     assert (less.vocabulary_flop, more.vocabulary_flop) == (6 * 4 * 20 * V * D, 9 * 4 * 20 * V * D)
     of_network = [each.flop - each.vocabulary_flop for each in (less, more)]
-    longest = measured(replace(TINY, steps=12), tmp_path).products["tiny"]
+    longest = products(replace(TINY, steps=12), tmp_path)
     assert of_network[1] - of_network[0] == longest.flop - longest.vocabulary_flop - of_network[1] > 0
-    ragged = measured(replace(TINY, ragged=True), tmp_path).products["tiny"]
+    ragged = products(replace(TINY, ragged=True), tmp_path)
     assert ragged.vocabulary_flop == (11 * 12 + 20) * 2 * V * D  # of the last search all rows are part
 
 
@@ -156,10 +154,11 @@ def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, cap
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
     blocks = ("origin", "tiny", "tiny-v", "other", "sizes", "noise", "quality-bleu")
-    (docs / sampling_report.PAGE).write_text("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks))
+    blank = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks)
+    (docs / sampling.PAGE).write_text(f"{blank}![](a-b-speed.png)\n![](sampling-quality.png)\n")
     tiny = replace(TINY, contestants=(OURS, "eager"), over_v=True)
-    plan = Plan((tiny, replace(tiny, name="tiny-v", v=100)), NoisePlan(n=20, d=D, steps=(5, 40), repeats=2))
-    monkeypatch.setattr(sampling_cases, "plan", lambda *given, **options: plan)
+    monkeypatch.setattr(sampling, "CASES", {"tiny": tiny, "tiny-v": replace(tiny, name="tiny-v", v=100)})
+    monkeypatch.setattr(sampling, "NOISE_SIZES", {"cpu": (20, D, 2)})
     monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
     arguments = ["sampling", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
@@ -172,16 +171,14 @@ def test_the_command_writes_its_files_or_none(broken, tmp_path, monkeypatch, cap
     assert __main__.main() == 0
     stem = next(out.glob("sampling-*.json")).stem
     assert {path.name for path in out.iterdir()} == {f"{stem}{end}" for end in (".json", ".md", *PICTURES)}
-    text, page = (out / f"{stem}.md").read_text(), (docs / sampling_report.PAGE).read_text()
+    text, page = (out / f"{stem}.md").read_text(), (docs / sampling.PAGE).read_text()
     assert all(f"![{stem}{picture}]" in text for picture in PICTURES)
     assert page.count("old\n") == 2  # of what was not run
     assert page.index("| 100 |") < page.index("| 211 |")
     assert "| eager | 3/6 |" in page
-    assert (docs / "sampling-speed.png").is_file()
-    again = sampling_report.load(out / f"{stem}.json")
-    assert sampling_report.save(again, tmp_path / "again")[0].read_text() == (out / f"{stem}.json").read_text()
-    assert json.loads((out / f"{stem}.json").read_text())["rows"][0]["ratios"].keys() == {"eager"}
-    assert stem.startswith(compare.SAMPLING)
+    assert f"](../out/{stem}-speed.png)\n![](sampling-quality.png)" in page  # the picture stands once
+    assert Report.load(out / f"{stem}.json").rows[0].ratios.keys() == {"eager"}
+    assert json.loads((out / f"{stem}.json").read_text())["noise"][0]["way"] == sampling.NO_NOISE
 
 
 @pytest.mark.slow
@@ -191,7 +188,7 @@ def test_memory_of_a_call_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch
     monkeypatch.undo()
     case, saved, of_logits = replace(TINY, batch=8, length=32), tmp_path / "material.pt", 4 * 256 * 20_000
     synthetic(20_000, D).save(saved)
-    eager, fused = (sampling.peak_in_new_process(case, name, saved, threads=1) for name in ("eager", OURS))
+    eager, fused = (memory.peak_in_new_process(sampling.alone, case, who, saved, 1) for who in ("eager", OURS))
     assert eager.extra > 2 * of_logits
     assert of_logits / 2 > fused.extra > 0
     assert eager.process > eager.extra
@@ -205,7 +202,7 @@ class Counting:
 
     made: list[Call] = []  # noqa: RUF012
 
-    def __init__(self, settings, device):
+    def __init__(self, given):
         pass
 
     def run(self, call: Call) -> Line:
@@ -234,7 +231,8 @@ def test_a_curve_goes_on_where_it_was_and_is_drawn(tmp_path, monkeypatch):
     out, docs = tmp_path / "curve.csv", tmp_path / "docs"
     docs.mkdir()
     blocks = ("origin", "quality-bleu", "quality-rougeL", "patience")
-    (docs / sampling_report.PAGE).write_text("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks))
+    blank = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in blocks)
+    (docs / sampling.PAGE).write_text(f"{blank}![](sampling-quality.png)\n")
     monkeypatch.setattr("sys.argv", command(out))
     assert __main__.main() == 0
     assert len(Counting.made) == 8
@@ -246,11 +244,10 @@ def test_a_curve_goes_on_where_it_was_and_is_drawn(tmp_path, monkeypatch):
     assert len({*Counting.made}) == 16
     assert Counting.made.count(Call("sde", 10, 1)) == 2
     assert len(Counting.made) == 17
-    lines = [*quality.read(out)]
-    assert {line.call for line in lines} == {*Counting.made}
-    assert len(lines) == 16
-    page = (docs / sampling_report.PAGE).read_text()
+    assert len(out.read_text().splitlines()) == 17
+    page = (docs / sampling.PAGE).read_text()
     assert page.count("old\n") == 1  # origin is of the other command
     assert "| ddim | 12.2 ± 0.5 | 13.1 ± 0.5 |" in page
     assert "| sde | 10 | 3 | 12.8 ± 0.5 | 0.128 ± 0.005 | 2.5 | 2.5 | 0.25 |" in page
-    assert (docs / "sampling-quality.png").stat().st_size > 10_000
+    assert "![](../curve-quality.png)" in page
+    assert (tmp_path / "curve-quality.png").stat().st_size > 10_000

@@ -12,15 +12,16 @@ import torch
 pytest.importorskip("rich", reason="the suite prints with rich")
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from benchmarks import __main__, memory, training, training_cases, training_report
-from benchmarks.check import CheckFailed
-from benchmarks.embeddings import synthetic
-from benchmarks.machine import Machine
-from benchmarks.memory import Peak
-from benchmarks.model_report import OURS
-from benchmarks.training import Session
-from benchmarks.training_cases import ALL, Plan, TrainingCase
-from benchmarks.training_report import REFERENCE, Curves, Result
+from benchmarks import __main__
+from benchmarks.common import memory, race
+from benchmarks.common.embeddings import synthetic
+from benchmarks.common.machine import Machine
+from benchmarks.common.memory import Peak
+from benchmarks.common.race import CheckFailed, Suite
+from benchmarks.common.report import Report
+from benchmarks.models import training
+from benchmarks.models.cases import ALL, OURS, REFERENCE, TrainingCase
+from benchmarks.models.training import Curves, Session
 from smoothie_kernels.diffusion import loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,15 +44,15 @@ PICTURES = ("-steps.png", "-memory.png", "-curves.png")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Compiled contestants run as they are written, and nothing starts a process."""
-    monkeypatch.setattr(training, "peak_in_new_process", lambda *given: Peak(1000, 3000))
+    monkeypatch.setattr(race.memory, "peak_in_new_process", lambda *given, **options: Peak(1000, 3000))
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-def measured(case: TrainingCase, folder: Path, **options) -> Result:
-    result = Result(MACHINE)
-    training.measure(result, case, synthetic(V, D), folder, **options)
-    return result
+def measured(case: TrainingCase, folder: Path, **options) -> Report:
+    report = Report(MACHINE)
+    training.Race(Suite(synthetic(V, D), MACHINE, folder, **options), case).run(report)
+    return report
 
 
 def plant(monkeypatch, name: str, change) -> None:
@@ -70,13 +71,12 @@ def plant(monkeypatch, name: str, change) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_everybody_is_found_right_and_measured(variant, tmp_path):
     result = measured(replace(TINY, **VARIANTS[variant]), tmp_path)
-    assert not result.failures()
+    assert not result.failures
     assert [row.contestant for row in result.rows] == list(ALL)
     for row in result.rows:
         assert row.runs == 2
         assert row.ratios.keys() == {*ALL} - {row.contestant}
         assert (row.error is None) == (row.contestant == "eager")
-        assert row.steps_per_s * row.seconds == pytest.approx(1)
         assert row.tokens_per_s == pytest.approx(20 / row.seconds)
         assert row.vocabulary_share > 0
         assert row.note == "" or row.contestant == "fused + compile"  # measured here, where there may be no mark
@@ -88,9 +88,9 @@ def test_a_wrong_step_is_refused_or_costs_the_case_its_times(tmp_path, monkeypat
         measured(TINY, tmp_path)
     result = measured(TINY, tmp_path, keep_going=True)
     assert all(row.seconds is None for row in result.rows)
-    assert not result.products
-    assert "'fused': wrong: the loss is off by" in "".join(result.failures())
-    assert "wrong: the loss is off by" in training_report.page_of(result).markdown([])
+    assert "products" not in result.content
+    assert "'fused': wrong: the loss is off by" in "".join(result.failures)
+    assert "wrong: the loss is off by" in result.markdown([])
 
 
 @pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.norms.0.bias"])
@@ -137,9 +137,10 @@ def test_the_command_writes_its_files_and_ends_red_where_curves_part(broken, tmp
     docs, out = tmp_path / "docs", tmp_path / "out"
     docs.mkdir()
     blank = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("origin", "tiny", "other", "curves"))
-    (docs / training_report.PAGE).write_text(blank)
-    tiny = Plan((replace(TINY, contestants=("eager", OURS)),), replace(TINY, self_conditioning=0.5), curve_steps=3)
-    monkeypatch.setattr(training_cases, "plan", lambda *given, **options: tiny)
+    (docs / training.PAGE).write_text(f"{blank}![](training-old-steps.png)\n![](training-questions.png)\n")
+    monkeypatch.setattr(training, "CASES", {"tiny": replace(TINY, contestants=("eager", OURS))})
+    monkeypatch.setattr(training, "CURVES", {"cpu": replace(TINY, self_conditioning=0.5)})
+    monkeypatch.setattr(training, "CURVE_STEPS", 3)
     monkeypatch.setattr(__main__, "SYNTHETIC", (V, D))
     arguments = ["training", "--embeddings", "synthetic", "--out", str(out), "--docs", str(docs)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
@@ -149,18 +150,18 @@ def test_the_command_writes_its_files_and_ends_red_where_curves_part(broken, tmp
     assert __main__.main() == int(broken)
     stem = next(out.glob("training-*.json")).stem
     assert {path.name for path in out.iterdir()} == {f"{stem}{end}" for end in (".json", ".md", *PICTURES)}
-    text, page = (out / f"{stem}.md").read_text(), (docs / training_report.PAGE).read_text()
+    text, page = (out / f"{stem}.md").read_text(), (docs / training.PAGE).read_text()
     assert ("**Red:** loss curves" in text) == broken
     assert ("red: loss curves" in capsys.readouterr().err) == broken
     assert all(f"![{stem}{picture}]" in text for picture in PICTURES)
     assert page.count("old\n") == 1  # of the case that was not run
     assert "| fused |" in page
-    assert (docs / "training-steps.png").is_file()
-    again = training_report.load(out / f"{stem}.json")
-    assert training_report.save(again, tmp_path / "again")[0].read_text() == (out / f"{stem}.json").read_text()
-    assert json.loads((out / f"{stem}.json").read_text())["rows"][1]["ratios"].keys() == {"eager"}
+    assert f"](../out/{stem}-steps.png)\n![](training-questions.png)" in page  # the picture stands once
+    content = json.loads((out / f"{stem}.json").read_text())
+    assert Report.load(out / f"{stem}.json").rows[1].ratios.keys() == {"eager"}
+    assert content["products"]["tiny"]["checked"] == TINY.batch
     if not broken:
-        assert again.curves[0].worst < 1e-5
+        assert Curves(**content["curves"][0]).worst < 1e-5
 
 
 @pytest.mark.slow
@@ -170,7 +171,7 @@ def test_memory_of_a_step_is_taken_in_a_process_of_its_own(tmp_path, monkeypatch
     monkeypatch.undo()
     case, saved, of_logits = replace(TINY, batch=8, length=32), tmp_path / "material.pt", 4 * 256 * 20_000
     synthetic(20_000, D).save(saved)
-    eager, fused = (training.peak_in_new_process(case, name, saved, threads=1) for name in ("eager", OURS))
+    eager, fused = (memory.peak_in_new_process(training.alone, case, who, saved, 1) for who in ("eager", OURS))
     assert eager.extra > 3 * of_logits
     assert of_logits > fused.extra > 0
     assert eager.process > eager.extra

@@ -12,9 +12,10 @@ pytest.importorskip("tokenizers", reason="the suite reads text with tokenizers")
 pytest.importorskip("xdist", reason="the call runs tests on several workers")
 pytest.importorskip("pytest_timeout", reason="the call gives each test a time limit")
 
-from benchmarks import bars, crew, device, machine
-from benchmarks.machine import Machine
-from benchmarks.report import Report, Row
+from benchmarks.common import machine
+from benchmarks.common.machine import Machine
+from benchmarks.common.report import Report, Row
+from benchmarks.hopper import bars, device, worker
 
 MACHINE = Machine("NVIDIA H100", "host", 2, 2, "", 8.0, {"torch": "2"}, "abcdef0", "2026-01-01")
 FAULTY_TESTS = """
@@ -35,9 +36,7 @@ def call(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(device, "MATERIAL", tmp_path / "material.pt")
     monkeypatch.setattr(device.rehearsal, "emulator", lambda: None)
-    monkeypatch.setattr(
-        crew, "SILENT", {state: min(seconds, 15) for state, seconds in crew.SILENT.items()} | {"loaded": 60}
-    )
+    monkeypatch.setattr(worker, "SILENT", worker.SILENT | {"check": 15, "time": 15})
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the call has workers of its own
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(device.Call, "env", {"PYTHONPATH": f"{machine.ROOT}:{Path(__file__).parent}"})
@@ -114,10 +113,9 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_a_copy_without_git_knows_its_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_git", lambda *arguments: "")
     monkeypatch.setattr(machine, "STAMP", tmp_path / "commit")
-    assert machine.commit_of("HEAD") == "unknown"
+    assert machine.commit() == "unknown"
     (tmp_path / "commit").write_text("abcdef0123\n")
-    assert machine.commit_of("HEAD") == "abcdef0"
-    assert machine.commit_of("HEAD~1") == "unknown"
+    assert machine.commit() == "abcdef0"
 
 
 # --- bars
@@ -140,7 +138,7 @@ def test_bars_are_met_and_missed_by_the_numbers():
         row("gpu-rates", "square product, bfloat16", 1.0, gflop_per_s=700e3),
         row("gpu-rates", "square product, float32", 1.0, gflop_per_s=50e3),
     ]
-    found = {cells[0]: cells[1:] for cells in bars.section(Report(MACHINE, {}, rows)).cells}
+    found = {cells[0]: cells[1:] for cells in bars.section(Report(MACHINE, rows=rows)).cells}
     assert found["cuda, step, of the measured GEMM rate"] == ("≥ 60%", "≥ 75%", "76%", "goal")
     assert found["cuda, statistics, of the measured GEMM rate"] == ("≥ 65%", "≥ 80%", "70%", "met")
     assert found["cuda, what noise adds"] == ("≤ 15%", "≤ 10%", "11%", "met")
@@ -150,4 +148,4 @@ def test_bars_are_met_and_missed_by_the_numbers():
     assert found["N = 1 to 64 in a graph, of the copy's rate"][2:] == ("70%", "met")
     assert found["cuda, step, peak extra memory"][2:] == ("419 MB", "**missed**")
     assert "forward and backward, compiled over it" not in found
-    assert bars.section(Report(MACHINE, {}, [])).cells == []
+    assert bars.section(Report(MACHINE)).cells == []

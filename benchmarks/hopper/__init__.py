@@ -1,0 +1,1 @@
+"""Calls for a machine with a GPU."""

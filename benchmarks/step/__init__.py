@@ -1,0 +1,1 @@
+"""The kernels' races: the vocabulary-wide step."""
