@@ -55,6 +55,13 @@ def column_bias(factor: Tensor, embeddings: Tensor) -> Tensor:
     return torch.cat([of_block(block, factor) for block in blocks])
 
 
+def embedded(metric: Metric, matrix: Tensor) -> Tensor:
+    """Where distances are Euclidean: ||embedded(x) - embedded(E)||^2, but for the cosine of rows of zeros."""
+    if isinstance(metric, Tensor):
+        return matrix.to(metric.dtype) @ metric
+    return matrix * inverse_norms(matrix)[:, None].to(matrix.dtype) if metric == "cosine" else matrix
+
+
 def distance(metric: Metric, x: Tensor, tokens: Tensor, embeddings: Tensor) -> Tensor:
     """Of rows [N, D] and a token each, [N], directly: the difference of scores would cancel."""
     wide, near = (each.to(sum_dtype(x)) for each in (x, embeddings[tokens]))

@@ -138,6 +138,10 @@ class Vocabulary:
         moved.metric = self.metric.to(device) if isinstance(self.metric, Tensor) else self.metric
         return moved
 
+    def take(self, tokens: Tensor) -> Vocabulary:
+        """The Vocabulary of some tokens' embeddings."""
+        return Vocabulary(self.embeddings[tokens], metric=self.metric, backend=self._backend, check_finite=False)
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """mean(E), (D,), and the covariance of (E, -||E||^2 / 2) with E over all tokens, (D + 1, D). float32, or
         float64 for a float64 table, under autocast too."""

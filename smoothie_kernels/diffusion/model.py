@@ -18,6 +18,8 @@ from smoothie_kernels.diffusion.schedules import Schedule, make_schedule
 from smoothie_kernels.stream import sum_dtype
 from smoothie_kernels.vocabulary import OneStep
 
+METRICS = ("euclidean", "cosine", "learned")
+SQUARES_ROWS = 8192  # of the table at a time
 ROWS_BYTES = 2**27  # of a block of logits of the token head
 
 
@@ -33,6 +35,8 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         self_condition_layers: of the encoder of the last answer; 0 makes a model without one.
         target_length, source_length: the most positions of each.
         trainable_embeddings: whether the table takes gradients.
+        metric: the distances of the step: "euclidean", "cosine", or "learned": (x - E)^T A A^T (x - E), A a parameter
+            that starts as the identity, scaled so that the mean of E^T A A^T E over the table stays that of ||E||^2.
         token_head: predict tokens, by a linear layer to all of them, instead of embeddings.
         initializer_range: standard deviation of initial weights.
         noise_schedule, noise_options, sigma_min: the forward process (`make_schedule`).
@@ -57,6 +61,7 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
         target_length: int = 64,
         source_length: int = 64,
         trainable_embeddings: bool = False,
+        metric: str = "euclidean",
         token_head: bool = False,
         initializer_range: float = 0.02,
         noise_schedule: str = "arctan",
@@ -85,7 +90,10 @@ class SmoothieConfig(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if not 0 < sigma_min < math.inf:
             raise ValueError(f"sigma_min must be positive and finite, got {sigma_min}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
         make_schedule(noise_schedule, **(noise_options or {}))
+        self.metric = metric
         self.vocab_size, self.embedding_size = vocab_size, embedding_size
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads, self.dropout, self.norm_first = num_attention_heads, dropout, norm_first
@@ -151,7 +159,10 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
             self.answer = self._projection()
             self.answer_encoder = self._layers(config.self_condition_layers)
             self.answer_of_layer = nn.ModuleList(nn.Linear(wide, wide) for _ in layers)
+        if config.metric == "learned":
+            self.factor = nn.Parameter(torch.eye(config.embedding_size))
         self._vocabulary: tuple[Any, Vocabulary] | None = None
+        self._kept_squares: tuple[Any, Tensor] | None = None
         self.post_init()
         self.embeddings.weight.requires_grad_(config.trainable_embeddings)
         if embeddings is not None:
@@ -265,14 +276,37 @@ class SmoothieModel(Generation, PreTrainedModel):  # type: ignore[misc]
     def vocabulary(self, backend: str = "auto") -> Vocabulary:
         """The table as `fused_smoothie_step` takes it; made again only after the table was written to or moved, and
         every time where it takes gradients."""
-        table = self.embeddings.weight
-        if table.requires_grad:
-            return OneStep(table, backend=backend, check_finite=False)
-        version = 0 if table.is_inference() else table._version
-        contents = (table.data_ptr(), version, table.dtype, table.device, backend)
+        table, metric = self.embeddings.weight, self.config.metric
+        if table.requires_grad or metric == "learned":
+            used = self._factor() if metric == "learned" else metric
+            return OneStep(table, metric=used, backend=backend, check_finite=False)
+        contents = (*self._contents(), backend)
         if self._vocabulary is None or self._vocabulary[0] != contents:
-            self._vocabulary = contents, Vocabulary(table, backend=backend)
+            self._vocabulary = contents, Vocabulary(table, metric=metric, backend=backend)
         return self._vocabulary[1]
+
+    def _contents(self) -> tuple[Any, ...]:
+        """Differs after the table was written to or moved."""
+        table = self.embeddings.weight
+        version = 0 if table.is_inference() else table._version
+        return table.data_ptr(), version, table.dtype, table.device
+
+    def _factor(self) -> Tensor:
+        """Scaled: a longer one would be less noise, so that nothing would keep it from growing."""
+        squares, dtype = self._squares(), sum_dtype(self.embeddings.weight)
+        with torch.autocast(squares.device.type, enabled=False):
+            factor = self.factor.to(dtype)
+            return factor * (squares.diagonal().sum() / (factor * (squares @ factor)).sum()).sqrt()
+
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        """E^T E, (D, D)."""
+        table, contents = self.embeddings.weight, self._contents()
+        if self._kept_squares is None or self._kept_squares[0] != contents:
+            with torch.autocast(table.device.type, enabled=False):
+                blocks = (block.to(sum_dtype(table)) for block in torch.split(table, SQUARES_ROWS))
+                self._kept_squares = contents, torch.stack([block.T @ block for block in blocks]).sum(0)
+        return self._kept_squares[1]
 
     def schedule(self, delta: float | None = None) -> Schedule:
         """The forward process, with another delta of the noise where it is given: samplers take a smaller one."""

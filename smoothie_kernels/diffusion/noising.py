@@ -11,6 +11,7 @@ from torch.nn import functional
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
 from smoothie_kernels.checks import per_row
 from smoothie_kernels.diffusion.schedules import Schedule
+from smoothie_kernels.metric import Metric, embedded
 from smoothie_kernels.stream import sum_dtype
 from smoothie_kernels.vocabulary import as_vocabulary
 
@@ -97,7 +98,7 @@ def smooth(
     def run(x: Tensor, mu: float | Tensor, std: float | Tensor, **ids: Any) -> Tensor:
         ids |= {"sigma_min": sigma_min, "seed": seed, "offset": offset, "backend": backend}
         if step == "eager":
-            return _eager_step(x, vocabulary.embeddings, mu, std, **ids)
+            return _eager_step(x, vocabulary, mu, std, **ids)
         return fused_smoothie_step(x, vocabulary, mu, std, **ids).smoothed
 
     if mask is None:
@@ -116,7 +117,7 @@ def smooth(
 
 def _eager_step(
     x: Tensor,
-    table: Tensor,
+    vocabulary: Vocabulary,
     mu: float | Tensor,
     std: float | Tensor,
     *,
@@ -131,8 +132,8 @@ def _eager_step(
     noiseless = isinstance(std, int | float) and std == 0
     mu, std = (per_row(name, m, x)[:, None] for name, m in (("mu", mu), ("std", std)))
     with torch.autocast(x.device.type, enabled=False):
-        rows, table = (tensor.to(sum_dtype(x)) for tensor in (x.flatten(0, -2), table))
-        logits = mu * eager_distances(rows, table, sigma_min)
+        rows, table = (tensor.to(sum_dtype(x)) for tensor in (x.flatten(0, -2), vocabulary.embeddings))
+        logits = mu * eager_distances(rows, table, sigma_min, vocabulary.metric)
         if not noiseless:
             normals = torch.randn_like(logits) if seed is None else noise.gaussian(
                 *logits.shape, seed=seed, offset=offset, row_offset=row_offset, row_ids=row_ids, device=x.device,
@@ -142,8 +143,9 @@ def _eager_step(
         return (logits.softmax(-1) @ table).to(x.dtype).view(x.shape)
 
 
-def eager_distances(x: Tensor, table: Tensor, sigma_min: float) -> Tensor:
+def eager_distances(x: Tensor, table: Tensor, sigma_min: float, metric: Metric = "euclidean") -> Tensor:
     """D, (N, V): minus squared distances over 2 sigma_min^2."""
+    x, table = embedded(metric, x), embedded(metric, table)
     squares = x.square().sum(1, keepdim=True) - 2 * x @ table.T + table.square().sum(1)
     return -squares / (2 * sigma_min**2)
 

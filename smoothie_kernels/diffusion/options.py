@@ -96,6 +96,9 @@ class ModelOptions:
     self_condition_layers: int = option(3, "of the encoder of the model's last answer; 0 where it shall see none")
     dropout: float = option(0.0, "in all layers")
     trainable_embeddings: bool = option(False, "train the table too, with the two losses that this needs")
+    metric: Literal["euclidean", "cosine", "learned"] = option(
+        "euclidean", "of the distances to all tokens; learned: a matrix of the table's width squared, trained as well"
+    )
     token_head: bool = option(False, "predict tokens by cross-entropy instead of embeddings by squared error")
     noise_schedule: Literal["arctan", "cosine", "sd", "sqrt", "tess"] = option("arctan", "of the forward process")
     noise_options: str = option("{}", 'options of the schedule as JSON, such as \'{"sharpness": 9, "delta": 1}\'')
@@ -148,7 +151,7 @@ class RunOptions:
     micro_batch_size: int | None = option(None, "samples per process that are computed at once; default: its share")
     learning_rate: float = option(2e-4, "of AdamW, constant after warm-up")
     warmup_steps: int = option(5_000, "over which the learning rate grows from 0")
-    weight_decay: float = option(0.01, "of AdamW, on all matrices but the embedding table")
+    weight_decay: float = option(0.01, "of AdamW, on all matrices but the embedding table and the metric's")
     clip: float = option(1.0, "largest norm of the gradient")
     ema: float = option(0.9999, "decay of the moving average of the weights, warmed up; 0 is none")
     eval_every: int = option(1_000, "steps between validations, and one at the end")

@@ -221,7 +221,7 @@ def _nearest_of_others(x: Tensor, vocabulary: Vocabulary, forbidden: Tensor, bac
     wrong = forbidden[tokens]
     if bool(wrong.any()):
         others = (~forbidden).nonzero()[:, 0]
-        tokens[wrong] = others[nearest_token(x[wrong], vocabulary.embeddings[others], backend=backend).tokens]
+        tokens[wrong] = others[nearest_token(x[wrong], vocabulary.take(others), backend=backend).tokens]
     return tokens
 
 

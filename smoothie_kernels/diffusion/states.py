@@ -10,6 +10,7 @@ from torch import Tensor
 from smoothie_kernels import Vocabulary, fused_smoothie_step, noise
 from smoothie_kernels.diffusion.noising import STEPS, eager_distances
 from smoothie_kernels.diffusion.solvers import Fields, Route
+from smoothie_kernels.metric import embedded
 from smoothie_kernels.stream import sum_dtype
 
 Seed = int | None
@@ -31,12 +32,16 @@ class State(Protocol):
 
 
 class Fused:
-    """Carries the weighted mean of all answers, (N, D): the logits are its distances, weighted, and known noise."""
+    """Carries the weighted mean of all answers, (N, D): the logits are its distances, weighted, and known noise.
+
+    With cosines, the mean of the answers' directions: its length counts as well.
+    """
 
     knows_tokens = True
 
     def __init__(self, vocabulary: Vocabulary, route: Route, sigma_min: float, backend: str) -> None:
         self.vocabulary, self.route = vocabulary, route
+        self.directions = isinstance(vocabulary.metric, str) and vocabulary.metric == "cosine"
         self.options: dict[str, Any] = {"sigma_min": sigma_min, "backend": backend}
 
     def begin(self, row_ids: Tensor, seed: Seed) -> list[Tensor]:
@@ -44,14 +49,17 @@ class Fused:
         return [table.new_zeros(len(row_ids), table.shape[1], dtype=sum_dtype(table))]
 
     def smooth(self, i: int, carried: Tensor, row_ids: Tensor, seed: Seed) -> list[Tensor]:
+        weight = self.route.weights[i]
         step = fused_smoothie_step(
-            carried, self.vocabulary, self.route.weights[i], row_ids=row_ids, seed=seed,
+            carried, self.vocabulary, weight * carried.norm(dim=-1) if self.directions else weight, row_ids=row_ids,
+            seed=seed,
             **as_noise(self.route.fields[i]), **self.options,
         )  # fmt: skip
         return [step.smoothed, step.tokens]
 
     def update(self, i: int, carried: Tensor, answer: Tensor, row_ids: Tensor, seed: Seed) -> list[Tensor]:
         total, own = self.route.weights[i + 1], self.route.updates[i].answer
+        answer = embedded(self.vocabulary.metric, answer) if self.directions else answer
         return [answer if own == total else carried + own / total * (answer - carried)]
 
 
@@ -62,6 +70,7 @@ class Eager:
 
     def __init__(self, vocabulary: Vocabulary, route: Route, sigma_min: float, backend: str) -> None:
         self.table = vocabulary.embeddings.to(sum_dtype(vocabulary.embeddings))
+        self.metric = vocabulary.metric
         self.route, self.sigma_min, self.backend = route, sigma_min, backend
 
     def begin(self, row_ids: Tensor, seed: Seed) -> list[Tensor]:
@@ -72,7 +81,7 @@ class Eager:
 
     def update(self, i: int, carried: Tensor, answer: Tensor, row_ids: Tensor, seed: Seed) -> list[Tensor]:
         update = self.route.updates[i]
-        logits = update.answer * eager_distances(answer, self.table, self.sigma_min)
+        logits = update.answer * eager_distances(answer, self.table, self.sigma_min, self.metric)
         if update.keep:
             logits = logits + update.keep * carried
         if update.fresh:

@@ -117,6 +117,7 @@ def _config(data: DataOptions, model: ModelOptions, table: torch.Tensor, tokeniz
         target_length=target_length,
         source_length=source_length,
         trainable_embeddings=model.trainable_embeddings,
+        metric=model.metric,
         token_head=model.token_head,
         noise_schedule=model.noise_schedule,
         noise_options=_json(model.noise_options),

@@ -86,9 +86,8 @@ class Trainer:
         self.model = model.to(self.accelerator.device)
         if run.compile:
             self.model.compile_layers()
-        matrices = [
-            p for p in model.parameters() if p.requires_grad and p.dim() > 1 and p is not model.embeddings.weight
-        ]
+        kept = [model.embeddings.weight, getattr(model, "factor", None)]
+        matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1 and all(p is not k for k in kept)]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [{"params": matrices, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]

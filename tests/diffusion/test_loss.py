@@ -29,6 +29,9 @@ CASES = {
     "tokens": ({"token_head": True}, {"self_conditioning": 1.0}),
     "tokens and table": ({"token_head": True, "trainable_embeddings": True}, {}),
     "unconditional": ({"condition_layers": 0}, {}),
+    "cosine": ({"metric": "cosine", "trainable_embeddings": True}, {}),
+    "learned distances": ({"metric": "learned"}, {"skip_padding": True}),
+    "learned distances and table": ({"metric": "learned", "trainable_embeddings": True}, {}),
     "tess": ({"noise_schedule": "tess"}, {}),
 }
 

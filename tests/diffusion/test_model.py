@@ -183,7 +183,8 @@ def test_token_head_predicts_the_mean_embedding_of_its_softmax(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"condition_layers": 0, "self_condition_layers": 0}, {"token_head": True},
-                                     {"trainable_embeddings": True, "hidden_size": D}])  # fmt: skip
+                                     {"trainable_embeddings": True, "hidden_size": D},
+                                     {"metric": "learned"}])  # fmt: skip
 def test_saved_and_loaded_it_is_the_same(changes, tmp_path):
     model = small(**changes, noise_schedule="cosine", noise_options={"beta_max": 10.0})
     model.save_pretrained(tmp_path)
