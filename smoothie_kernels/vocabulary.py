@@ -153,8 +153,9 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         v, d = self.table.shape
-        metric = "a factor" if isinstance(self.metric, Tensor) else f"'{self.metric}'"
-        return f"Vocabulary(V={v}, D={d}, metric={metric}, dtype={self.table.dtype}, device='{self.table.device}')"
+        metric = "a factor" if isinstance(self.metric, Tensor) else repr(self.metric)
+        metric = "" if metric == "'euclidean'" else f"metric={metric}, "
+        return f"Vocabulary(V={v}, D={d}, {metric}dtype={self.table.dtype}, device='{self.table.device}')"
 
 
 def _state(table: Tensor) -> tuple[object, ...]:

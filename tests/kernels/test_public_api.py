@@ -29,7 +29,7 @@ DIFFUSION = [
 ]  # fmt: skip
 # The same in smoothie_kernels.check, which uses whatever it checks.
 CHECK = ["findings", "isolate", "probes", "cuda_kernels", "plan", "machine", "run", "command"]
-PUBLIC = {*smoothie_kernels.__all__, "checks", "stream", "vocabulary", "diffusion"}
+PUBLIC = {*smoothie_kernels.__all__, "checks", "metric", "stream", "vocabulary", "diffusion"}
 BACKEND_FUNCTIONS = {"supports", "column_bias", "step_fwd", "step_bwd", "average", "gaussian"}
 
 
