@@ -155,7 +155,6 @@ def check_table(embeddings: object) -> None:
 
 
 def check_metric(metric: object, embeddings: Tensor) -> str | Tensor:
-    """A factor as numbers of the type of sums."""
     if isinstance(metric, str):
         _choice("metric", metric, METRICS)
         return metric
@@ -167,9 +166,11 @@ def check_metric(metric: object, embeddings: Tensor) -> str | Tensor:
         raise ValueError(f"metric must have shape [D, D] with D = {d} as in embeddings, got {_shape(factor.shape)}")
     if factor.device != embeddings.device:
         raise ValueError(f"metric must be on the device of embeddings, {embeddings.device}, got {factor.device}")
+    if functorch.is_batchedtensor(factor):
+        raise NotImplementedError("smoothie_kernels takes one metric for all samples of torch.func.vmap")
     if factor.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_values("metric", factor.detach())
-    return factor.to(sum_dtype(embeddings))
+        check_values("metric", factor.detach(), sum_dtype(embeddings))
+    return factor
 
 
 def check_x(x: object, embeddings: Tensor) -> None:
@@ -339,17 +340,17 @@ def check_finite_table(bias: Tensor) -> None:
         raise ValueError(f"embeddings must be finite, with squared norms that float32 holds; row {row} is not")
 
 
-def check_can_be_saved(x: Tensor, embeddings: Tensor) -> None:
+def check_can_be_saved(**tensors: object) -> None:
     """Autograd cannot keep an inference tensor for the backward pass."""
-    if (
-        torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or not (x.requires_grad or embeddings.requires_grad)
-    ):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for name, value in (("x", x), ("embeddings", embeddings)):
-        if value.is_inference():
-            raise ValueError(f"{name} must not be made in torch.inference_mode where a gradient is needed, but it was")
+    given = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if any(value.requires_grad for value in given.values()):
+        for name, value in given.items():
+            if value.is_inference():
+                raise ValueError(
+                    f"{name} must not be made in torch.inference_mode where a gradient is needed, but it was"
+                )
 
 
 def _small(name: str, value: object, wanted: str = "a tensor") -> Tensor:

@@ -83,11 +83,12 @@ class Vocabulary:
     def col(self) -> Tensor | None:
         """(V,), what the products x . E count, None for once."""
         cosine = isinstance(self.metric, str) and self.metric == "cosine"
-        return self._keep("col", lambda: metrics.inverse_norms(self.embeddings)) if cosine else None
+        return self._keep("col", lambda: metrics.cosine_col(self.embeddings)) if cosine else None
 
     def _make_bias(self) -> Tensor:
         if isinstance(self.metric, Tensor):
-            return metrics.column_bias(self.metric, self.embeddings)
+            bias: Tensor = metrics.factor_bias(self.embeddings, self.metric)
+            return bias
         if self.metric == "cosine":
             return self.table.new_zeros(len(self), dtype=sum_dtype(self.table))
         return self._bias(check_finite=False)

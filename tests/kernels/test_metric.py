@@ -1,5 +1,6 @@
 """Cosine and learned distances, in every backend that takes them, against the dense step."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -164,6 +165,83 @@ def test_copies(metric):
     assert torch.equal(*(fused_smoothie_step(x, v, 0.5, 0.3, seed=1).smoothed for v in (used, copy)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_factor_of_another_type_is_followed(dtype):
+    x, table, factor = inputs(6, 50, 8, "cpu")
+    trained = torch.nn.Parameter(factor.to(dtype))
+    kept = copy.deepcopy(Vocabulary(table, metric=trained))
+    kept.metric = trained
+    before = fused_smoothie_step(x, kept, 0.5, 0.0).lse
+    before.sum().backward()
+    assert trained.grad.dtype == dtype
+    assert trained.grad.any()
+    with torch.no_grad():
+        trained.mul_(2)
+    after = fused_smoothie_step(x, kept, 0.5, 0.0).lse
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fused_smoothie_step(x, Vocabulary(table, metric=trained), 0.5, 0.0).lse)
+
+
+def test_a_module_that_changes_its_type():
+    x, table, factor = inputs(6, 50, 8, "cpu")
+    module = torch.nn.Module()
+    module.table, module.factor = torch.nn.Parameter(table), torch.nn.Parameter(factor)
+    module.used = Vocabulary(module.table, metric=module.factor)
+    module.bfloat16()
+    found = fused_smoothie_step(x.bfloat16(), module.used, 0.5, 0.0)
+    fresh = Vocabulary(table.bfloat16(), metric=factor.bfloat16())
+    assert torch.equal(found.lse, fused_smoothie_step(x.bfloat16(), fresh, 0.5, 0.0).lse)
+    distances = (nearest_token(x.bfloat16(), used).distance for used in (module.used, fresh))
+    assert torch.equal(*distances)
+
+
+def test_cosines_of_rows_of_zeros_and_of_tiny_rows(backend):
+    x, table, _ = inputs(4, 50, 8, device_of(backend))
+    used = Vocabulary(table, metric="cosine")
+    zeros = torch.zeros(2, 8, device=table.device, requires_grad=True)
+    found = nearest_token(zeros, used, backend=backend)
+    found.distance.sum().backward()
+    assert found.distance.tolist() == [2.0, 2.0]
+    assert not zeros.grad.any()
+    usual, tiny = nearest_token(x, used, backend=backend), nearest_token(1e-23 * x, used, backend=backend)
+    torch.testing.assert_close(usual.distance, tiny.distance, rtol=1e-4, atol=1e-9)
+    near = table[:3] * (1 + 1e-4 * torch.randn(3, 8, device=table.device))
+    wanted = (unit(near.double()) - unit(table[:3].double())).square().sum(1)
+    found = nearest_token(near, used, backend=backend)
+    torch.testing.assert_close(found.distance.double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["x", "embeddings", "metric"])
+def test_inference_tensors_are_named(name):
+    given = dict(zip(("x", "embeddings", "metric"), inputs(4, 9, 5, "cpu"), strict=True))
+    with torch.inference_mode():
+        given[name] = given[name].clone()
+    other = "x" if name == "metric" else "metric"
+    given[other] = given[other].clone().requires_grad_()
+    used = Vocabulary(given["embeddings"], metric=given["metric"])
+    for call in (lambda: fused_smoothie_step(given["x"], used, 0.5, 0.0), lambda: nearest_token(given["x"], used)):
+        with pytest.raises(ValueError, match=f"{name} must not be made in torch.inference_mode"):
+            call()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+def test_torch_func_differentiates_something_else(metric, trained):
+    x, table, factor = inputs(4, 9, 5, "cpu")
+    table.requires_grad_(trained)
+
+    def weighted(weights):
+        return (weights * fused_smoothie_step(x, vocabulary(metric, table, factor), 0.5, 0.0).lse).sum()
+
+    expected = fused_smoothie_step(x, vocabulary(metric, table, factor), 0.5, 0.0).lse
+    torch.testing.assert_close(torch.func.grad(weighted)(torch.ones(4)), expected)
+
+
+def test_one_factor_for_all_samples():
+    with pytest.raises(NotImplementedError, match="one metric for all samples"):
+        torch.func.vmap(lambda factor: Vocabulary(TABLE, metric=factor).bias)(torch.eye(4).expand(2, 4, 4))
+
+
 TABLE = torch.randn(7, 4)
 
 
@@ -175,6 +253,7 @@ TABLE = torch.randn(7, 4)
         (torch.eye(4).int(), TypeError, "or a .* tensor of floats, got torch.int32 tensor"),
         (torch.eye(3), ValueError, r"metric must have shape \[D, D\] with D = 4 as in embeddings, got \[3, 3\]"),
         (torch.eye(4, device="meta"), ValueError, "metric must be on the device of embeddings, cpu, got meta"),
+        (torch.eye(4).double() * 1e200, ValueError, r"metric must be finite in torch.float32, got"),
         (torch.eye(4) * torch.nan, ValueError, "metric must be finite, got nan"),
     ],
 )

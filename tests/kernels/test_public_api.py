@@ -16,7 +16,7 @@ PACKAGE = Path(smoothie_kernels.__file__).parent
 # A module may import only what stands left of it here. Backends are loaded by name, when they are needed; what they
 # take and give is in backends/__init__.py.
 LAYERS = [
-    "stream", "metric", "dispatch", "words", "checks", "recall", "library", "moments", "noise", "vocabulary", "topk",
+    "stream", "dispatch", "words", "checks", "recall", "library", "metric", "moments", "noise", "vocabulary", "topk",
     "ops", "testing", "arguments", "cli",
 ]  # fmt: skip
 # The same among the modules of smoothie_kernels.diffusion, which use the package by its public names, and three
