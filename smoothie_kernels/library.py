@@ -324,7 +324,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return by_sample(step_fwd(*request), info)
 
 
-def _one_call_each(
+def one_call_each(
     backward: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Any, tuple[int, ...]]:
     """Reached where torch.autograd.grad is called under torch.func.vmap, as for a Jacobian."""
@@ -335,87 +335,7 @@ def _one_call_each(
     return tuple(torch.stack(same) for same in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
-step_bwd.register_vmap(partial(_one_call_each, step_bwd))
-
-
-# --- means of a few tokens a row
-
-
-class Mean(NamedTuple):
-    weights: Rows  # [N, K]
-    tokens: Rows  # [N, K] int64
-    embeddings: Tokens  # [V, D], rows contiguous
-    dtype: torch.dtype
-    backend: str
-
-
-@operator("average_fwd", Mean, returns=Tensor)
-@without_autocast
-def average_fwd(*arguments: Any) -> Tensor:
-    weights, tokens, embeddings, dtype, backend = Mean(*arguments)
-    if weights.numel() == 0:
-        return _empty_average(tokens, embeddings, dtype).zero_()
-    mean: Tensor = pick_backend(backend, embeddings.device, embeddings.dtype).average(
-        weights.contiguous(), tokens.contiguous(), embeddings, dtype
-    )
-    return mean
-
-
-@average_fwd.register_fake
-def _(*arguments: Any) -> Tensor:
-    _, tokens, embeddings, dtype, _ = Mean(*arguments)
-    return _empty_average(tokens, embeddings, dtype)
-
-
-def _empty_average(tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-    return embeddings.new_empty(tokens.shape[0], embeddings.shape[1], dtype=dtype)
-
-
-@custom_op(f"{OPERATORS}::average_bwd", mutates_args=())
-@without_autocast
-def average_bwd(
-    grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, needs_weights: bool, needs_embeddings: bool
-) -> tuple[Tensor, Tensor]:
-    found, grad = (weights.new_empty(0), embeddings.new_empty(0)), grad.contiguous()
-    if needs_weights:
-        found = gather.dots(grad, tokens, embeddings, weights.dtype), found[1]
-    if needs_embeddings:
-        found = found[0], gather.spread(weights, tokens, grad, len(embeddings)).to(embeddings.dtype)
-    return found
-
-
-@average_bwd.register_fake
-def _(grad: Tensor, weights: Tensor, tokens: Tensor, embeddings: Tensor, *needs: Any) -> tuple[Tensor, Tensor]:
-    needs_weights, needs_embeddings = needs
-    return (
-        weights.new_empty(weights.shape if needs_weights else 0),
-        embeddings.new_empty(embeddings.shape if needs_embeddings else 0),
-    )
-
-
-def _save_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, tokens, embeddings, *_ = inputs
-    ctx.save_for_backward(weights, tokens, embeddings)
-
-
-def _average_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs_weights, _, needs_embeddings, *_ = ctx.needs_input_grad
-    with torch.autocast(grad.device.type, enabled=False):
-        grad_weights, grad_embeddings = average_bwd(grad, *ctx.saved_tensors, needs_weights, needs_embeddings)
-    return grad_weights if needs_weights else None, None, grad_embeddings if needs_embeddings else None, None, None
-
-
-average_fwd.register_autograd(_average_backward, setup_context=_save_average)
-average_bwd.register_autograd(no_second_derivative)
-
-
-@average_fwd.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    (mean,), (dim,) = by_sample((average_fwd(*more_rows(Mean, info, in_dims, arguments)),), info)
-    return mean, dim
-
-
-average_bwd.register_vmap(partial(_one_call_each, average_bwd))
+step_bwd.register_vmap(partial(one_call_each, step_bwd))
 
 
 # --- the nearest token, the noise

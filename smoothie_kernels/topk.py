@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smoothie_kernels import library
+from smoothie_kernels import average
 from smoothie_kernels.vocabulary import Vocabulary
 
 
@@ -31,7 +31,7 @@ def largest(lse: Tensor, log_sum: Tensor, logits: Tensor, tokens: Tensor) -> tup
 
 def smooth_topk(logits: Tensor, tokens: Tensor, vocabulary: Vocabulary, dtype: torch.dtype, backend: str) -> Tensor:
     """softmax(logits) @ embeddings[tokens], [N, D]"""
-    smoothed: Tensor = library.average_fwd(logits.softmax(1), tokens, vocabulary.embeddings, dtype, backend)
+    smoothed: Tensor = average.average_fwd(logits.softmax(1), tokens, vocabulary.embeddings, dtype, backend)
     return smoothed
 
 
@@ -45,7 +45,7 @@ def smooth_topk_and_mean(
     (D + 1) x D matrix of it.
     """
     mean, covariance = vocabulary.moments()
-    kept = library.average_fwd(weights, top.indices, vocabulary.embeddings, weights.dtype, backend)
+    kept = average.average_fwd(weights, top.indices, vocabulary.embeddings, weights.dtype, backend)
     features = torch.cat((x.to(weights.dtype), torch.ones_like(scale)[:, None]), 1) * scale[:, None]
     with torch.autocast(x.device.type, enabled=False):
         others = mean + features @ covariance

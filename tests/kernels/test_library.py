@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from conftest import DEVICE, device_of
 from torch._library.custom_ops import CustomOpDef
 
-from smoothie_kernels import Vocabulary, fused_smoothie_step, library, moments, nearest_token, noise
+from smoothie_kernels import Vocabulary, average, fused_smoothie_step, library, metric, moments, nearest_token, noise
 from smoothie_kernels.stream import Request
 
 
@@ -311,8 +311,13 @@ def test_cuda_graph_draws_new_noise():
 
 def test_another_schema_takes_another_namespace():
     """torch.compile's cache on disk would call this version's operators as the version that filled it did."""
-    operators = [of for module in (library, moments) for of in vars(module).values() if isinstance(of, CustomOpDef)]
-    assert len(operators) == 9
+    operators = [
+        of
+        for module in (library, average, metric, moments)
+        for of in vars(module).values()
+        if isinstance(of, CustomOpDef)
+    ]
+    assert len(operators) == 11
     arguments = [argument.name for operator in operators for argument in operator._opoverload._schema.arguments]
     known = hashlib.sha256(" ".join(arguments).encode()).hexdigest()[:12]
-    assert (library.OPERATORS, known) == ("smoothie_kernels_5", "29db8bd918d7")
+    assert (library.OPERATORS, known) == ("smoothie_kernels_5", "540188ce5450")

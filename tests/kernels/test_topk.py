@@ -9,7 +9,7 @@ from conftest import DEVICE, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoothie_kernels import Vocabulary, dispatch, fused_smoothie_step, library, noise
+from smoothie_kernels import Vocabulary, average, dispatch, fused_smoothie_step, library, noise
 from smoothie_kernels.backends import gather, reference
 from smoothie_kernels.recall import pick_buckets
 from smoothie_kernels.stream import Request
@@ -272,7 +272,7 @@ def test_average(backend, table_type, width):
     wanted = (weights.double()[:, None] @ table.double()[tokens])[:, 0]
     sizes = (weights.double().abs()[:, None] @ table.double().abs()[tokens])[:, 0]
     for dtype, rounding in ((torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
-        found = library.average_fwd(weights, tokens, table, dtype, backend)
+        found = average.average_fwd(weights, tokens, table, dtype, backend)
         assert found.dtype == dtype
         assert ((found.double() - wanted).abs() <= rounding * wanted.abs() + 8 * 2**-24 * sizes + 2**-25).all()
 
@@ -407,12 +407,12 @@ def test_opcheck(backend, mean):
     torch.library.opcheck(library.step_fwd, given._replace(**leaves))
     *_, logits, tokens, _ = library.step_fwd(*given)
     weights = logits.softmax(1)
-    torch.library.opcheck(library.average_fwd, (weights, tokens, table, torch.float32, backend))
+    torch.library.opcheck(average.average_fwd, (weights, tokens, table, torch.float32, backend))
     leaves = weights.requires_grad_(), tokens, table.requires_grad_(), torch.float32, backend
-    torch.library.opcheck(library.average_fwd, leaves)
+    torch.library.opcheck(average.average_fwd, leaves)
     for needs in ((True, True), (True, False), (False, True)):
         grad = torch.randn_like(x)
-        torch.library.opcheck(library.average_bwd, (grad, weights.detach(), tokens, table.detach(), *needs))
+        torch.library.opcheck(average.average_bwd, (grad, weights.detach(), tokens, table.detach(), *needs))
 
 
 @pytest.mark.compilers
