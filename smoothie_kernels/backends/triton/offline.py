@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothie_kernels.backends import Grads, Saved
+from smoothie_kernels.backends import Grads, Saved, Wanted
 from smoothie_kernels.backends.triton import chunked, forward, launch, topk
 from smoothie_kernels.backends.triton.tiles import FAMILIES
 from smoothie_kernels.recall import KEEPS, STEP, Buckets
@@ -206,7 +206,7 @@ def _call_backward(inputs: Request) -> None:
     for grads in (Grads(grad, inputs.scale), Grads(None, inputs.scale)):
         of_grads = saved if grads.smoothed is not None else saved._replace(smoothed=None)
         for needs_embeddings in (True, False):
-            chunked.step_bwd(inputs, of_grads, grads, True, needs_embeddings)
+            chunked.step_bwd(inputs, of_grads, grads, Wanted(True, needs_embeddings))
 
 
 def _call_others(inputs: Request) -> None:

@@ -1,0 +1,181 @@
+"""Triton's other scores, col (x . E) + bias below a bound, and means of another table: known answers, and float64.
+
+Noise, blocks and parts are those of test_triton*.py; here every kernel once with what a Request can have beside them.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+
+from smoothie_kernels import Vocabulary, fused_smoothie_step, nearest_token
+from smoothie_kernels.backends import Grads, Saved, Statistics, Wanted, reference
+from smoothie_kernels.backends import triton as backend
+from smoothie_kernels.recall import Buckets
+from smoothie_kernels.stream import Request
+from smoothie_kernels.testing import relative_error
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from smoothie_kernels.backends import largest
+from smoothie_kernels.backends.triton import chunked, forward, launch
+from smoothie_kernels.backends.triton.chunked import Tile as BlockTile
+from smoothie_kernels.backends.triton.tiles import Tile
+
+pytestmark = pytest.mark.usefixtures("triton_runs")
+N, V, D = 19, 150, 24
+SHORT = Tile(16, 64, 16, 16, 4, 2)  # columns of the mean in two programs
+ONE_TILE = Tile(16, 64, 32, 32, 4, 2)  # of the table, where the mean is of E
+BLOCKS = BlockTile(16, 64, 16, 1, 1)
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+GIVEN = ["col", "values", "col, values", "col, E", ""]  # E: values are the table itself, as of cosine
+FIELDS = [0.6, 0.8]
+
+
+def inputs(given="col, values", *, std=0.9, x=FLOAT32, table=FLOAT32, workspace=2**14, fields=None, **how):
+    """A call with a bound and what `given` names."""
+    rows, tokens = torch.randn(N, D).to(DEVICE, x), torch.randn(V, D).to(DEVICE, table)
+    col, bias = torch.rand(V, device=DEVICE) + 0.1, torch.randn(V, device=DEVICE)
+    col[3] = 0  # of a row of zeros
+    values = tokens if given.endswith("E") else torch.randn(V, D).to(DEVICE, table) + 1
+    scale, offsets = torch.linspace(0.3, 0.7, N, device=DEVICE), torch.tensor([1, 2**40], device=DEVICE)
+    return Request(
+        rows, tokens, bias, scale, std * torch.ones_like(scale) if std else None, None, 2**32 - 5,
+        torch.tensor(3, device=DEVICE), offsets if fields else offsets[:1],
+        torch.tensor(fields, device=DEVICE) if fields else None, workspace,
+        bound=1.1 * (rows.float() @ tokens.float().T).abs().amax(1) + bias.amax(),
+        col=col if "col" in given else None, values=values if given.endswith(("values", "E")) else None, **how,
+    )  # fmt: skip
+
+
+def in_double(how):
+    """On the numbers that the backend is given."""
+    floats = {name: of.double() for name, of in how._asdict().items() if torch.is_tensor(of) and of.is_floating_point()}
+    return how._replace(**floats | {"field_weights": how.field_weights})
+
+
+def right(how, smoothed, found):
+    """A mean and the statistics, against float64: as wrong as float32's 24 products and logits up to 10 allow."""
+    exact = reference.step_fwd(in_double(how))
+    assert torch.equal(found.tokens, exact.tokens)
+    assert torch.equal(found.noisy_tokens, exact.noisy_tokens)
+    for name in ("lse", "best_score", "log_sum"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(exact, name), rtol=2e-6, atol=4e-6)
+    if smoothed is not None:
+        assert relative_error(smoothed, exact.smoothed) <= 2e-6 + (2**-8 if smoothed.dtype == BFLOAT16 else 0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "mahalanobis"])
+def test_known_answers(golden, metric):
+    known = {key: torch.from_numpy(value) for key, value in np.load(golden / f"stream_metric_{metric}.npz").items()}
+    x, table = known["x"].to(DEVICE), known["embeddings"].to(DEVICE)
+    vocabulary = Vocabulary(table, metric="cosine" if metric == "cosine" else known["factor"].to(DEVICE))
+    step = fused_smoothie_step(
+        x, vocabulary, float(known["mu"]), float(known["std"]), sigma_min=float(known["sigma_min"]),
+        seed=int(known["seed"]), offset=int(known["offset"]), backend="triton",
+    )  # fmt: skip
+    assert relative_error(step.smoothed.cpu(), known["smoothed"]) <= 2e-6
+    assert torch.equal(step.tokens.cpu(), known["tokens"])
+    assert torch.equal(step.noisy_tokens.cpu(), known["noisy_tokens"])
+    assert (step.lse.cpu() - known["lse"]).abs().max() <= 1e-5
+    assert torch.equal(nearest_token(x, vocabulary, backend="triton").tokens.cpu(), known["tokens"])
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_streaming(given):
+    how = inputs(given)
+    for tile, splits in ((SHORT, 1), (SHORT, 2), (ONE_TILE, 1)):
+        right(how, *forward.mean(how, tile, splits))
+    right(how, None, forward.statistics(how, ONE_TILE, 2))
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_chunked(given):
+    how = inputs(given)
+    right(how, *chunked.mean(how, BLOCKS))
+    right(how, *chunked.mean(how._replace(bound=how.bound + 1e3), BLOCKS))  # every row is redone
+
+
+OTHERS = {
+    "no noise": {"std": 0},
+    "fields": {"fields": FIELDS},
+    "16-bit table": {"table": BFLOAT16},
+    "16 bits": {"x": BFLOAT16, "table": BFLOAT16},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_forward_of_others(other):
+    how = inputs(**OTHERS[other])
+    right(how, *forward.mean(how, SHORT, 2))
+    right(how, *chunked.mean(how, BLOCKS))
+
+
+def test_rows_of_a_block_have_their_bound():
+    """The mean takes two blocks of rows; the bound of the first would be far from those of the second."""
+    how = inputs(workspace=0)
+    scale = torch.linspace(1, 100, N, device=DEVICE)
+    how = how._replace(x=how.x * scale[:, None], bound=how.bound * scale, scale=how.scale / scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "redo", lambda *_: Statistics(*[torch.zeros(N, device=DEVICE).long()] * 6))
+        right(how, *chunked.mean(how, BLOCKS))  # without the rows that would be redone
+
+
+@pytest.mark.parametrize("buckets", [None, Buckets(128, 1), Buckets(128, 2)], ids=str)
+@pytest.mark.parametrize("other", ["no noise", "fields", "16-bit table"])
+def test_largest(other, buckets, monkeypatch):
+    gpu = launch.gpu
+    monkeypatch.setattr(launch, "gpu", lambda device: gpu(device)._replace(processors=1))  # buckets of the reference
+    for module in (largest, reference):
+        monkeypatch.setattr(module, "pick_buckets", lambda v, k, target: buckets)
+    how = inputs(**OTHERS[other], mean=False, topk=5)
+    found, exact = backend.step_fwd(how), reference.step_fwd(in_double(how))
+    right(how, None, found)
+    assert torch.equal(found.top_tokens, exact.top_tokens)
+    torch.testing.assert_close(found.top_logits.double(), exact.top_logits, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("given", ["col", ""])
+def test_nearest(given):
+    how = inputs(given)._replace(logits=False)
+    found, exact = backend.step_fwd(how), reference.step_fwd(in_double(how))
+    assert torch.equal(found.tokens, exact.tokens)
+    torch.testing.assert_close(found.distance.double(), exact.distance, rtol=2e-6, atol=0)
+
+
+def backward(how, wanted, smoothed=True, lse=True):
+    """The gradients, and those in float64."""
+    exact, generator = reference.step_fwd(in_double(how)), torch.Generator().manual_seed(5)
+    grad = torch.randn(N, D, generator=generator).to(how.x) if smoothed else None
+    grads = Grads(grad, torch.randn(N, generator=generator).to(DEVICE) if lse else None)
+    of_exact = Saved(*(getattr(exact, name) for name in Saved._fields))
+    saved = Saved(*(of if of.dtype == torch.int64 else of.float() for of in of_exact))
+    saved = saved._replace(smoothed=saved.smoothed.to(how.x.dtype) if smoothed else None)
+    of_exact = of_exact if smoothed else of_exact._replace(smoothed=None)
+    in_64 = Grads(*(None if of is None else of.double() for of in grads))
+    found = chunked.step_bwd(how, saved, grads, wanted, BLOCKS)
+    return found, reference.step_bwd(in_double(how), of_exact, in_64, wanted)
+
+
+ALL = Wanted(True, True, True, True)
+LOSSES = {"both": (True, True), "smoothed": (True, False), "lse": (False, True)}
+
+
+def right_gradients(found, exact, bound):
+    for name, value, truth in zip(found._fields, found, exact, strict=True):
+        assert truth is not None
+        assert value is not None, name
+        assert relative_error(value, truth) <= bound, (name, relative_error(value, truth))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("given", GIVEN)
+def test_gradients(given, loss):
+    how = inputs(given)
+    wanted = ALL if how.values is not None else ALL._replace(values=False)
+    found, exact = backward(how, wanted, *LOSSES[loss])
+    if how.values is None:
+        assert found.values is None
+        found, exact = found[:3], exact[:3]
+    for name, value, truth in zip(wanted._fields, found, exact, strict=False):
+        assert relative_error(value, truth) <= 4e-6, (name, relative_error(value, truth))
