@@ -375,8 +375,8 @@ def _grad_scores(
     with device_of(x):
         chunk_bwd_kernel[tiles_n * tiles_v,](
             **arguments_of(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
-            **values_arguments(inputs, tokens), best_score_ptr=saved.best_score, log_sum_ptr=saved.log_sum,
-            shift_ptr=shift, noisy_tokens_ptr=saved.noisy_tokens,
+            **values_arguments(inputs, grad is not None, tokens), best_score_ptr=saved.best_score,
+            log_sum_ptr=saved.log_sum, shift_ptr=shift, noisy_tokens_ptr=saved.noisy_tokens,
             p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
             row_sums_ptr=row_sums[0], noisy_p_ptr=row_sums[1], p_sums_ptr=row_sums[2], token_sums_ptr=token_sums,
         )  # fmt: skip

@@ -149,7 +149,7 @@ def _stream(
     best_score, highest, total = (x.new_empty(splits, n, dtype=torch.float32) for _ in range(3))
     token, noisy_token = (x.new_empty(splits, n, dtype=torch.int32) for _ in range(2))
     _launch(
-        x, inputs.embeddings, tile, splits, **({} if acc is None else values_arguments(inputs)),
+        x, inputs.embeddings, tile, splits, **values_arguments(inputs, acc is not None),
         col_ptr=inputs.col, bias_ptr=inputs.bias, best_score_ptr=best_score, token_ptr=token,
         scale_ptr=inputs.scale, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         highest_ptr=highest, total_ptr=total, noisy_token_ptr=noisy_token, acc_ptr=acc, only_ptr=only,

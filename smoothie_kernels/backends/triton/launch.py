@@ -75,10 +75,10 @@ def noise_arguments(inputs: Request) -> dict[str, Any]:
     )
 
 
-def values_arguments(inputs: Request, tokens: slice = slice(None)) -> dict[str, Any]:
+def values_arguments(inputs: Request, needed: bool, tokens: slice = slice(None)) -> dict[str, Any]:
     """The table that the mean is of, where it is not the one of the scores: a tile of that is loaded once."""
     values, table = inputs.values, inputs.embeddings
-    if values is None or values is table or _same_memory(values, table):
+    if not needed or values is None or values is table or _same_memory(values, table):
         return dict(values_ptr=None, stride_vv=None)
     return dict(values_ptr=values[tokens], stride_vv=values.stride(0))
 
