@@ -66,7 +66,7 @@ def mean(inputs: Request, tile: Tile | None = None, splits: int | None = None) -
     """smoothed [N, D], and the statistics of the same pass."""
     x = inputs.x
     n, d = x.shape
-    tile = tile or tile_of("mean", x, inputs.embeddings)
+    tile = tile or mean_tile(inputs, tile_of("mean", x, inputs.embeddings))
     splits = splits or _splits(x, inputs.embeddings, triton.cdiv(d, tile.d), tile)
     result = inputs.result_dtype(x)
     smoothed = x.new_empty(n, d, dtype=stored_type(result))
@@ -100,8 +100,14 @@ def redo(inputs: Request, only: Tensor, smoothed: Tensor) -> Statistics:
     the statistics of other rows nothing is known. Programs without such rows return at once: the host does not ask."""
     x, embeddings = inputs.x, inputs.embeddings
     of = launch.gpu(x.device).family
-    tile = redo_tile(of, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1]))
+    tile = redo_tile(of, mean_tile(inputs, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1])))
     return merge(inputs, _stream(inputs, tile, 1, smoothed[None], only), only=only)
+
+
+def mean_tile(inputs: Request, tile: Tile) -> Tile:
+    """Where the whole tile of one table serves both products, those of two tables do not fit: 290 KiB on sm_90."""
+    two_tables = values_arguments(inputs, True)["values_ptr"] is not None
+    return tile._replace(k=min(64, tile.k), stages=2) if two_tables and tile.k >= tile.d else tile
 
 
 def redo_tile(of: str, tile: Tile) -> Tile:

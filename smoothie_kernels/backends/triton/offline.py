@@ -174,8 +174,9 @@ def recorded(target: str, *, all_types: bool = True) -> list[Kernel]:
                 for call in (_call_forward, _call_backward, _call_others):
                     call(inputs)
         for of_x, of_table in SCORED:
-            for n in ROWS:
-                _call_scored(_inputs(n, V, MUST_FIT[-1], TYPES[of_x], TYPES[of_table]))
+            for width in MUST_FIT if all_types else MUST_FIT[-1:]:
+                for n in ROWS:
+                    _call_scored(_inputs(n, V, width, TYPES[of_x], TYPES[of_table]))
         for cols in (V, 2**15):  # rows of a field that are not aligned, and rows that are
             for row_ids in (None, _empty(512, dtype=torch.int64)):
                 forward.gaussian(_empty(512, cols), row_ids, 0, *_words())
