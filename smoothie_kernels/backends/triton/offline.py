@@ -97,6 +97,7 @@ class Kernel(NamedTuple):
             "row ids": self.has("row_ids_ptr"),
             "fields": self.has("field_weights_ptr"),
             "P": self.has("p_ptr"),
+            "bound": self.function == "_merge_kernel" and not self.has("x_ptr"),
             "col": self.has("col_ptr"),
             "values": self.has("values_ptr"),
             "no gradient of smoothed": "grad_ptr" in self.signature and not self.has("grad_ptr"),
