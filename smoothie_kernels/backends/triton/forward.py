@@ -105,8 +105,8 @@ def redo(inputs: Request, only: Tensor, smoothed: Tensor) -> Statistics:
 
 
 def mean_tile(inputs: Request, tile: Tile) -> Tile:
-    """Of two tables. Where one tile of one table serves both products, those of two do not fit: 290 KiB on sm_90. There
-    v = 64 spills 8 bytes with Triton 3.6."""
+    """A tile that serves both products of one table is too large for two: 290 KiB on sm_90. With two, v = 64 spills 8
+    bytes on sm_90 with Triton 3.6."""
     if values_arguments(inputs, True)["values_ptr"] is None:
         return tile
     if tile.k >= tile.d:

@@ -76,7 +76,7 @@ def noise_arguments(inputs: Request) -> dict[str, Any]:
 
 
 def values_arguments(inputs: Request, needed: bool, tokens: slice = slice(None)) -> dict[str, Any]:
-    """The table that the mean is of, where it is not the one of the scores: a tile of that is loaded once."""
+    """The table that the mean is of, None where it is that of the scores: its tile is then loaded once for both."""
     values, table = inputs.values, inputs.embeddings
     if not needed or values is None or values is table or _same_memory(values, table):
         return dict(values_ptr=None, stride_vv=None)
