@@ -70,6 +70,7 @@ def rows_of(inputs: Request, rows: slice | Tensor) -> Request:
         std=None if inputs.std is None else inputs.std[rows],
         row_ids=row_ids,
         row_offset=row_offset,
+        bound=None if inputs.bound is None else inputs.bound[rows],
     )
 
 

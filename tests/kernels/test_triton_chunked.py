@@ -12,7 +12,7 @@ from test_backward import CASES
 from test_triton import Step
 
 from smoothie_kernels import fused_smoothie_step, noise
-from smoothie_kernels.backends import Grads, Saved, reference
+from smoothie_kernels.backends import Grads, Saved, Wanted, reference
 from smoothie_kernels.backends.blocks import column_bias
 from smoothie_kernels.ops import SmoothieStep
 from smoothie_kernels.stream import Request
@@ -85,7 +85,7 @@ def incoming(how, *, smoothed=True, lse=True):
 def backward(how, grads, needs_x=True, needs_embeddings=True, tile=None):
     saved = saved_of(reference.step_fwd(how))
     saved = saved if grads.smoothed is not None else saved._replace(smoothed=None)
-    return chunked.step_bwd(how, saved, grads, needs_x, needs_embeddings, tile)
+    return chunked.step_bwd(how, saved, grads, Wanted(needs_x, needs_embeddings), tile)[:2]
 
 
 def saved_of(step, **others):
@@ -325,7 +325,7 @@ def test_best_score_of_other_roundings():
         other = other.nextafter(torch.full_like(other, torch.inf))
     assert ((other - step.best_score) * how.scale).max() > 0.01
     grads = incoming(how)
-    found = chunked.step_bwd(how, saved_of(step, best_score=other), grads, True, True)
+    found = chunked.step_bwd(how, saved_of(step, best_score=other), grads, Wanted(True, True))[:2]
     assert wrong_gradients(how, found, grads) == []
 
 

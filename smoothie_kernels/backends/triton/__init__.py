@@ -40,8 +40,6 @@ def supports(device_type: str, dtype: torch.dtype | None) -> str | None:
 
 
 def lacks(request: Request) -> str | None:
-    if request.bound is not None or request.col is not None:
-        return "takes Euclidean distances"
     return None
 
 
@@ -75,7 +73,8 @@ def step_fwd(inputs: Request) -> StepOutputs:
 
 
 def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gradients:
-    return Gradients(*_chunked().step_bwd(inputs, saved, grads, wanted.x, wanted.embeddings))
+    gradients: Gradients = _chunked().step_bwd(inputs, saved, grads, wanted)
+    return gradients
 
 
 def average(weights: Tensor, tokens: Tensor, embeddings: Tensor, dtype: torch.dtype) -> Tensor:

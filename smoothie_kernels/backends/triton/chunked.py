@@ -5,6 +5,9 @@
     backward    for tokens, for rows:  kernel:  P = exp(logits - lse), dS = scale P (g . E - delta + grad_lse)
                                        library: dx += dS . E,  dE += (P, dS)^T . (g, x)
 
+Where the mean is of other `values`, these take the place of E in W . E and g . E, and P^T . g is their gradient. With
+col the kernel writes col dS.
+
 Beside the tables it takes inputs.workspace bytes for W, or P and dS. Every block takes the same reference of a row off
 its logits, so blocks simply add; there are no atomics, and the same call gives the same bits. A row's bits may depend
 on how many rows there are, because the library picks its kernels by shape.
@@ -26,7 +29,7 @@ import triton
 from torch import Tensor
 
 from smoothie_kernels import noise
-from smoothie_kernels.backends import Grads, Saved, Statistics, gather
+from smoothie_kernels.backends import Gradients, Grads, Saved, Statistics, Wanted, gather
 from smoothie_kernels.backends.blocks import (
     HEADROOM,
     HIGHEST,
@@ -51,6 +54,7 @@ from smoothie_kernels.backends.triton.launch import (
     product_types,
     signed,
     stored_type,
+    values_arguments,
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge
 from smoothie_kernels.backends.triton.tiles import FEW_ROWS
@@ -88,11 +92,12 @@ BACKWARD = {
 
 def pick_tile(table: dict[str, dict[int, Tile]], inputs: Request) -> Tile:
     tile = table[launch.gpu(inputs.x.device).family][dot_type(inputs.x, inputs.embeddings).itemsize]
-    return tile if inputs.field_weights is None else tile_of_fields(tile)
+    return tile if inputs.field_weights is None and inputs.col is None else half_the_rows(tile)
 
 
-def tile_of_fields(tile: Tile) -> Tile:
-    """With a loop over fields the forward's tiles would spill: 80 bytes for bfloat16 on sm_90."""
+def half_the_rows(tile: Tile) -> Tile:
+    """With a loop over fields the forward's tiles would spill 80 bytes for bfloat16 on sm_90; with col, up to 152 bytes
+    on sm_100, 120 on sm_90 and 8 on sm_80."""
     return tile._replace(n=tile.n // 2)
 
 
@@ -166,7 +171,7 @@ def _weigh(inputs: Request, block_v: int, workspace: Tensor, tile: Tile) -> tupl
             total_ptr=of_tiles.total, best_score_ptr=of_tiles.best_score, best_logit_ptr=of_tiles.best_logit,
             token_ptr=of_tiles.token, noisy_token_ptr=of_tiles.noisy_token, stride_wn=block_v,
         )  # fmt: skip
-        table = inputs.embeddings[tokens]
+        table = (inputs.embeddings if inputs.values is None else inputs.values)[tokens]
         add_product(acc, weights[:, : len(table)].to(_weight_type(inputs)), table)
     return parts, acc
 
@@ -178,9 +183,10 @@ def _launch_fwd(inputs: Request, tokens: slice, tile: Tile, **arguments: Any) ->
 
 
 def _empty_parts(inputs: Request, tiles: int) -> Parts:
-    """With the reference that all tiles share: distance 0 and the loudest noise, less HEADROOM."""
+    """With the reference that all tiles share: the highest score there can be, that of distance 0 or the bound, and the
+    loudest noise, less HEADROOM."""
     x, n = inputs.x, inputs.x.shape[0]
-    ref_score = -column_bias(x)
+    ref_score = -column_bias(x) if inputs.bound is None else inputs.bound
     highest = torch.full_like(ref_score, -HEADROOM)
     if inputs.std is not None:
         loudest = 1.0 if inputs.field_weights is None else inputs.field_weights.abs().sum()
@@ -197,23 +203,42 @@ def _empty_parts(inputs: Request, tiles: int) -> Parts:
 def pick_backward_tile(inputs: Request, grads: Grads) -> Tile:
     """For lse alone the loop over fields spills 8 bytes on sm_80 in float32."""
     tile = BACKWARD[launch.gpu(inputs.x.device).family][dot_type(inputs.x, inputs.embeddings).itemsize]
-    return tile_of_fields(tile) if inputs.field_weights is not None and grads.smoothed is None else tile
+    return half_the_rows(tile) if inputs.field_weights is not None and grads.smoothed is None else tile
 
 
-def step_bwd(
-    inputs: Request,
-    saved: Saved,
-    grads: Grads,
-    needs_x: bool,
-    needs_embeddings: bool,
-    tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+class _OfTable:
+    """The gradient of a table, block by block; the rows of noisy tokens also before they are rounded to 16 bits."""
+
+    def __init__(self, table: Tensor, noisy: Tensor, result: torch.dtype) -> None:
+        self.noisy, self.grad = noisy, table.new_empty(table.shape, dtype=result)
+        narrow = result.itemsize == 2
+        self.of_noisy = table.new_zeros(len(noisy), table.shape[1], dtype=torch.float32) if narrow else None
+
+    def begin(self, tokens: slice) -> None:
+        self.tokens, self.block = tokens, torch.zeros_like(self.grad[tokens], dtype=torch.float32)
+
+    def keep(self) -> None:
+        self.grad[self.tokens] = self.block
+        if self.of_noisy is not None:
+            at = self.noisy - self.tokens.start
+            inside = (at >= 0) & (at < len(self.block))
+            self.of_noisy = torch.where(inside[:, None], self.block[at.where(inside, 0)], self.of_noisy)
+
+    def add_to_noisy(self, change: Tensor) -> None:
+        of_noisy = self.grad[self.noisy] if self.of_noisy is None else self.of_noisy
+        of_noisy += gather.sum_by_token(self.noisy, change)
+        self.grad[self.noisy] = of_noisy.to(self.grad.dtype)
+
+
+def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted, tile: Tile | None = None) -> Gradients:
     """As reference.step_bwd: a block of its loop in two. The dS of noisy tokens come last, from the others' sums."""
     inputs = noise_on_device(inputs)
-    x, embeddings = inputs.x, inputs.embeddings
-    (n, d), v = x.shape, embeddings.shape[0]
+    x, embeddings, distances = inputs.x, inputs.embeddings, inputs.bound is None
+    one_table, values = inputs.values is None, embeddings if inputs.values is None else inputs.values
+    (n, d), v, noisy, grad = x.shape, embeddings.shape[0], saved.noisy_tokens, grads.smoothed
     tile = tile or pick_backward_tile(inputs, grads)
-    matrices = 2 if needs_embeddings and grads.smoothed is not None else 1  # P and dS, or dS alone
+    needs_p = grad is not None and (wanted.embeddings if one_table else wanted.values)
+    matrices = 2 if needs_p else 1  # P and dS, or dS alone
     weight_type = _weight_type(inputs)
     weight_bytes = matrices * weight_type.itemsize
     block_n, block_v = pick_block(n, v, inputs.workspace, weight_bytes, d * weight_bytes, tile)  # its end beside them
@@ -221,55 +246,66 @@ def step_bwd(
     if dot_type(x, embeddings) == torch.float32:
         saved = saved._replace(log_sum=_log_sum(inputs, saved, tile))
     shift = _shift(saved, grads, block_n)
-    sums = x.new_zeros(n, d, dtype=torch.float32) if needs_x else None
+    sums = x.new_zeros(n, d, dtype=torch.float32) if wanted.x else None
     total, noisy_p, one = (x.new_zeros(n, dtype=torch.float32) for _ in range(3))  # sums of dS, noisy tokens' P, P
     result = inputs.result_dtype(embeddings)
-    grad_embeddings = embeddings.new_empty(embeddings.shape, dtype=result) if needs_embeddings else None
-    # The noisy tokens' rows of it before they are rounded to 16 bits.
-    grad_noisy = x.new_zeros(n, d, dtype=torch.float32) if needs_embeddings and result.itemsize == 2 else None
+    of_table = _OfTable(embeddings, noisy, result) if wanted.embeddings else None
+    of_values = None if one_table else _OfTable(values, noisy, result) if wanted.values else None
+    of_bias = x.new_empty(v, dtype=torch.float32) if wanted.bias else None
+    of_tables = [each for each in (of_table, of_values) if each is not None]
     for tokens in slices(v, block_v):
         table = embeddings[tokens]
-        grad_table = table.new_zeros(table.shape, dtype=torch.float32) if needs_embeddings else None
         token_total = table.new_zeros(len(table), dtype=torch.float32)
+        for each in of_tables:
+            each.begin(tokens)
         for rows in slices(n, block_n):
             weights, token_sums, *row_sums = _grad_scores(
-                rows_of(inputs, rows), saved_of(saved, rows), shift[rows],
-                None if grads.smoothed is None else grads.smoothed[rows], tokens, workspace, matrices, tile,
+                rows_of(inputs, rows), saved_of(saved, rows), shift[rows], None if grad is None else grad[rows],
+                tokens, workspace, matrices, tile,
             )  # fmt: skip
             for of_all, of_block in zip((total, noisy_p, one), row_sums, strict=True):
                 of_all[rows] += of_block
+            token_total += token_sums
             if sums is not None:
                 add_product(sums[rows], weights[-1], table)
-            if grad_table is not None:
-                ends = x[rows] if grads.smoothed is None else torch.cat((grads.smoothed[rows], x[rows]))
-                add_product(grad_table, weights.flatten(0, 1).T, ends)
-                token_total += token_sums
-        if grad_embeddings is not None and grad_table is not None:
-            grad_table -= token_total[:, None] * table
-            grad_embeddings[tokens] = grad_table
-            if grad_noisy is not None:
-                at = saved.noisy_tokens - tokens.start
-                inside = (at >= 0) & (at < len(table))
-                grad_noisy = torch.where(inside[:, None], grad_table[at.where(inside, 0)], grad_noisy)
-    noisy = saved.noisy_tokens
+            if of_values is not None and grad is not None:
+                add_product(of_values.block, weights[0].T, grad[rows])
+            if of_table is not None and grad is not None and one_table:
+                add_product(of_table.block, weights.flatten(0, 1).T, torch.cat((grad[rows], x[rows])))
+            elif of_table is not None:
+                add_product(of_table.block, weights[-1].T, x[rows])
+        if of_table is not None and distances:
+            of_table.block -= token_total[:, None] * table
+        if of_bias is not None:
+            of_bias[tokens] = token_total
+        for each in of_tables:
+            each.keep()
     table = embeddings[noisy].float()
-    grad_weights = shift if grads.smoothed is None else shift + (grads.smoothed * table).sum(1)
+    grad_weights = shift if grad is None else shift + (grad * values[noisy].float()).sum(1)
     grad_scores = inputs.scale * noisy_p * grad_weights
-    if grad_embeddings is not None:
-        # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to `wanted`:
-        # by its share of the weight the token takes what the others leave of that, and P lacks of 1.
-        share = torch.where(one == 0, 1, noisy_p / one)
-        left = (1 - share) * grad_scores + share * (_wanted(inputs, grads) - total)
-        change = left[:, None] * (x - table)
-        if grads.smoothed is not None:
-            change += (share * (1 - one))[:, None] * grads.smoothed
-        grad_noisy = grad_embeddings[noisy] if grad_noisy is None else grad_noisy
-        grad_noisy += gather.sum_by_token(noisy, change)
-        grad_embeddings[noisy] = grad_noisy.to(result)
+    # Of a token with all the weight of a row, dS is only the rounding of delta. All dS of a row add up to `in_all`: by
+    # its share of the weight the token takes what the others leave of that, and P lacks of 1.
+    share = torch.where(one == 0, 1, noisy_p / one)
+    left = (1 - share) * grad_scores + share * (_in_all(inputs, grads) - total)
+    through_mean = None if grad is None else (share * (1 - one))[:, None] * grad
+    if of_bias is not None:
+        of_bias[noisy] += gather.sum_by_token(noisy, left[:, None])[:, 0]
+    if of_table is not None:
+        end = x if inputs.col is None else inputs.col[noisy, None] * x
+        change = left[:, None] * (end - table if distances else end)
+        if through_mean is not None and one_table:
+            change += through_mean
+        of_table.add_to_noisy(change)
+    if of_values is not None and through_mean is not None:
+        of_values.add_to_noisy(through_mean)
     if sums is not None:
-        sums += grad_scores[:, None] * table
+        end = table if inputs.col is None else inputs.col[noisy, None] * table
+        sums += grad_scores[:, None] * end
         total += grad_scores
-    return None if sums is None else _grad_x(inputs, saved, grads, sums, total, block_n), grad_embeddings
+        around = saved.smoothed if distances or saved.smoothed is None else end
+        sums = _grad_x(inputs, grads, sums, total, around, block_n)
+    made = (None if each is None else each.grad for each in (of_table, of_values))
+    return Gradients(sums, next(made), of_bias, next(made))
 
 
 def saved_of(saved: Saved, rows: slice) -> Saved:
@@ -277,7 +313,7 @@ def saved_of(saved: Saved, rows: slice) -> Saved:
     return Saved(None if smoothed is None else smoothed[rows], *(each[rows] for each in of_rows))
 
 
-def _wanted(inputs: Request, grads: Grads) -> Tensor:
+def _in_all(inputs: Request, grads: Grads) -> Tensor:
     """The sum of a row's dS, [N]."""
     return torch.zeros_like(inputs.scale) if grads.lse is None else inputs.scale * grads.lse
 
@@ -310,17 +346,19 @@ def _shift(saved: Saved, grads: Grads, block_n: int) -> Tensor:
     return shift
 
 
-def _grad_x(inputs: Request, saved: Saved, grads: Grads, sums: Tensor, total: Tensor, block_n: int) -> Tensor:
+def _grad_x(inputs: Request, grads: Grads, sums: Tensor, total: Tensor, around: Tensor | None, block_n: int) -> Tensor:
+    """Of sums [N, D] over all tokens; a row's dS add up to total [N], and lack a multiple of around [N, D]."""
     grad_x = torch.empty_like(inputs.x, dtype=inputs.result_dtype(inputs.x))
-    wanted = _wanted(inputs, grads)
+    in_all = _in_all(inputs, grads)
     for rows in slices(len(sums), block_n):
-        # A row's dS add up to `wanted`, but for the rounding of delta, P and dS: add the difference back.
+        # A row's dS add up to `in_all`, but for the rounding of delta, P and dS: add the difference back.
         part = sums[rows]
-        if saved.smoothed is None:
-            part = part * torch.where(total == 0, 1, wanted / total)[rows, None]
+        if around is None:
+            part = part * torch.where(total == 0, 1, in_all / total)[rows, None]
         else:
-            part = part + (wanted - total)[rows, None] * saved.smoothed[rows]
-        grad_x[rows] = part - wanted[rows, None] * inputs.x[rows] if grads.lse is not None else part
+            part = part + (in_all - total)[rows, None] * around[rows]
+        from_x = grads.lse is not None and inputs.bound is None
+        grad_x[rows] = part - in_all[rows, None] * inputs.x[rows] if from_x else part
     return grad_x
 
 
@@ -328,7 +366,7 @@ def _grad_scores(
     inputs: Request, saved: Saved, shift: Tensor, grad: Tensor | None, tokens: slice, workspace: Tensor,
     matrices: int, tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(P and) dS of a block, [matrices, n, v], the sum of dS over rows [v], its sum over tokens [n], P of the noisy
+    """(P and) col dS of a block, [matrices, n, v], the sum of dS over rows [v], its sum over tokens [n], P of the noisy
     tokens [n], whose dS are left out, 0 for those of other blocks, and the sum of P over tokens [n]."""
     x, n, v = inputs.x, len(inputs.x), tokens.stop - tokens.start
     tiles_n, tiles_v = triton.cdiv(n, tile.n), triton.cdiv(v, tile.v)
@@ -338,8 +376,8 @@ def _grad_scores(
     with device_of(x):
         chunk_bwd_kernel[tiles_n * tiles_v,](
             **arguments_of(inputs, tokens, tile), grad_ptr=grad, stride_gn=0 if grad is None else grad.stride(0),
-            best_score_ptr=saved.best_score, log_sum_ptr=saved.log_sum, shift_ptr=shift,
-            noisy_tokens_ptr=saved.noisy_tokens,
+            **values_arguments(inputs, grad is not None, tokens), best_score_ptr=saved.best_score,
+            log_sum_ptr=saved.log_sum, shift_ptr=shift, noisy_tokens_ptr=saved.noisy_tokens,
             p_ptr=weights[0] if matrices == 2 else None, ds_ptr=weights[-1], stride_wn=stride,
             row_sums_ptr=row_sums[0], noisy_p_ptr=row_sums[1], p_sums_ptr=row_sums[2], token_sums_ptr=token_sums,
         )  # fmt: skip
@@ -353,7 +391,8 @@ def arguments_of(inputs: Request, tokens: slice, tile: Tile) -> dict[str, Any]:
     """What all kernels take for a block."""
     x, embeddings = inputs.x, inputs.embeddings[tokens]
     return dict(
-        x_ptr=x, e_ptr=embeddings, bias_ptr=inputs.bias[tokens], scale_ptr=inputs.scale, std_ptr=inputs.std,
+        x_ptr=x, e_ptr=embeddings, col_ptr=None if inputs.col is None else inputs.col[tokens],
+        bias_ptr=inputs.bias[tokens], scale_ptr=inputs.scale, std_ptr=inputs.std,
         row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         N=len(x), V=len(embeddings), first_token=tokens.start,
         stride_xn=x.stride(0), stride_ev=embeddings.stride(0),

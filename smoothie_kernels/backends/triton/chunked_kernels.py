@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from smoothie_kernels.backends.triton.parts import (
+    add_bias,
     add_noise,
     begin_noise,
     exp,
@@ -27,6 +28,7 @@ from smoothie_kernels.backends.triton.parts import (
 def chunk_fwd_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
+    col_ptr,  # [V], None for ones
     bias_ptr,  # [V]
     scale_ptr,  # [N]
     std_ptr,  # [N], None without noise
@@ -57,20 +59,14 @@ def chunk_fwd_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
-    tile_v = tl.program_id(0) // tiles_n
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_n, m_v = o_n < N, o_v < V
-
-    scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
-    scores += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
+    _, tile_v, o_n, o_v, m_n, m_v, scores, _ = _scores(
+        x_ptr, stride_xn, None, None, e_ptr, stride_ev, None, None, col_ptr, bias_ptr, N, V,
+        D, BLOCK_N, BLOCK_V, BLOCK_K, DOT, PRECISION,
+    )  # fmt: skip
     nothing, no_token = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.int32)
     best_score, token = keep_first_max(nothing, no_token, scores, first_token + o_v)
-    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
-    logits = _logits(
-        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
+    logits, _ = _logits(
+        scores, scale_ptr, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
     logits = tl.where(m_v[None, :], logits, -float("inf"))
@@ -91,6 +87,7 @@ def chunk_fwd_kernel(
 def chunk_keys_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
+    col_ptr,  # [V], None for ones
     bias_ptr,  # [V]
     scale_ptr,  # [N]
     std_ptr,  # [N], None without noise
@@ -115,18 +112,12 @@ def chunk_keys_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
-    tile_v = tl.program_id(0) // tiles_n
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_n, m_v = o_n < N, o_v < V
-
-    scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
-    scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
-    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
-    logits = _logits(
-        scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
+    _, tile_v, o_n, o_v, m_n, _, scores, _ = _scores(
+        x_ptr, stride_xn, None, None, e_ptr, stride_ev, None, None, col_ptr, bias_ptr, N, V,
+        D, BLOCK_N, BLOCK_V, BLOCK_K, DOT, PRECISION,
+    )  # fmt: skip
+    logits, _ = _logits(
+        scores, scale_ptr, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
     keys = sort_key(logits, first_token + o_v[None, :])
@@ -139,6 +130,8 @@ def chunk_bwd_kernel(
     x_ptr,  # [N, D]
     grad_ptr,  # [N, D], None where smoothed has no gradient
     e_ptr,  # [V, D]
+    values_ptr,  # [V, D], None where the mean is of E, or has no gradient
+    col_ptr,  # [V], None for ones
     bias_ptr,  # [V]
     scale_ptr,  # [N]
     std_ptr,  # [N], None without noise
@@ -151,7 +144,7 @@ def chunk_bwd_kernel(
     shift_ptr,  # [N]: grad_lse - delta
     noisy_tokens_ptr,  # [N]: their dS are left out
     p_ptr,  # [N, tiles of V], None where not needed
-    ds_ptr,  # [N, tiles of V]
+    ds_ptr,  # [N, tiles of V]: times col
     row_sums_ptr,  # [V / BLOCK_V, N]
     noisy_p_ptr,  # [V / BLOCK_V, N]: P of the noisy token, 0 in tiles that are not its own
     p_sums_ptr,  # [V / BLOCK_V, N]
@@ -163,6 +156,7 @@ def chunk_bwd_kernel(
     stride_xn,
     stride_gn,
     stride_ev,
+    stride_vv,
     stride_wn,
     row_offset,
     D: tl.constexpr,
@@ -173,20 +167,12 @@ def chunk_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     WEIGHT: tl.constexpr = ds_ptr.dtype.element_ty
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
-    tile_v = tl.program_id(0) // tiles_n
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_n, m_v = o_n < N, o_v < V
-
-    scores, grad_weights = _products(
-        x_ptr, stride_xn, grad_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v, D, BLOCK_K, DOT, PRECISION
-    )
-    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
-    scores += tl.load(bias_ptr + o_v, mask=m_v, other=0.0)[None, :]
-    logits = _logits(
-        scores, scale, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
+    tile_n, tile_v, o_n, o_v, m_n, m_v, scores, grad_weights = _scores(
+        x_ptr, stride_xn, grad_ptr, stride_gn, e_ptr, stride_ev, values_ptr, stride_vv, col_ptr, bias_ptr, N, V,
+        D, BLOCK_N, BLOCK_V, BLOCK_K, DOT, PRECISION,
+    )  # fmt: skip
+    logits, scale = _logits(
+        scores, scale_ptr, best_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F,
         row_offset, o_n, m_n, first_token + tile_v * BLOCK_V,
     )  # fmt: skip
     logits -= tl.load(log_sum_ptr + o_n, mask=m_n, other=0.0)[:, None]
@@ -202,34 +188,64 @@ def chunk_bwd_kernel(
     shift = tl.load(shift_ptr + o_n, mask=m_n, other=0.0)[:, None]
     grad_scores = scale[:, None] * weights * (grad_weights + shift)
     grad_scores = tl.where(is_noisy | ~m_n[:, None], 0.0, grad_scores).to(WEIGHT)
-    tl.store(ds_ptr + at, grad_scores, mask=m_n[:, None])
     # Sums of what the products will read, roundings included.
     rounded = grad_scores.to(tl.float32)
+    if col_ptr is not None:
+        col = tl.load(col_ptr + o_v, mask=m_v, other=0.0)
+        tl.store(ds_ptr + at, (rounded * col[None, :]).to(WEIGHT), mask=m_n[:, None])
+    else:
+        tl.store(ds_ptr + at, grad_scores, mask=m_n[:, None])
     tl.store(row_sums_ptr + at_part, tl.sum(rounded, 1), mask=m_n)
     tl.store(token_sums_ptr + tile_n.to(tl.int64) * V + o_v, tl.sum(rounded, 0), mask=m_v)
 
 
 @triton.jit
+def _scores(
+    x_ptr, stride_xn, grad_ptr, stride_gn, e_ptr, stride_ev, values_ptr, stride_vv, col_ptr, bias_ptr, N, V,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program's tile: its numbers, its rows and tokens, which of these there are, scores and g . values [n, v]."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_n = tl.program_id(0) % tiles_n  # neighbours share a tile of the table
+    tile_v = tl.program_id(0) // tiles_n
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_n, m_v = o_n < N, o_v < V
+    if grad_ptr is None:
+        scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
+        grad_weights = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    else:
+        scores, grad_weights = _products(
+            x_ptr, stride_xn, grad_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, values_ptr, stride_vv, o_v, m_v,
+            D, BLOCK_K, DOT, PRECISION,
+        )  # fmt: skip
+    scores = add_bias(scores, col_ptr, bias_ptr, o_v, m_v)
+    return tile_n, tile_v, o_n, o_v, m_n, m_v, scores, grad_weights
+
+
+@triton.jit
 def _logits(
-    scores, scale, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F, row_offset,
+    scores, scale_ptr, ref_score_ptr, std_ptr, row_ids_ptr, seed_ptr, offsets_ptr, field_weights_ptr, F, row_offset,
     o_n, m_n, first,
 ):  # fmt: skip
-    """scale (scores - ref_score) + std eps, [n, v]; first: the token of the first column."""
+    """scale (scores - ref_score) + std eps, [n, v], and scale [n]; first: the token of the first column."""
+    scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
     logits = scale[:, None] * (scores - tl.load(ref_score_ptr + o_n, mask=m_n, other=0.0)[:, None])
     if std_ptr is not None:
         std = tl.load(std_ptr + o_n, mask=m_n, other=0.0)
         row_ids = load_row_ids(row_ids_ptr, row_offset, o_n, m_n)
         key, noise_rows = begin_noise(seed_ptr, offsets_ptr, field_weights_ptr, row_ids)
         logits = add_noise(logits, std, first, key, noise_rows, seed_ptr, offsets_ptr, field_weights_ptr, F)
-    return logits
+    return logits, scale
 
 
 @triton.jit
 def _products(
-    x_ptr, stride_xn, g_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, o_v, m_v,
+    x_ptr, stride_xn, g_ptr, stride_gn, o_n, m_n, e_ptr, stride_ev, values_ptr, stride_vv, o_v, m_v,
     D: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x . E^T and g . E^T, [n, v] each; zero instead of the second where there is no g."""
+    """x . E^T and g . values^T, [n, v] each; values: E where there are no others."""
     x_e = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
     g_e = tl.zeros([o_n.shape[0], o_v.shape[0]], tl.float32)
     for first in range(0, D, BLOCK_K):
@@ -237,7 +253,8 @@ def _products(
         b_e = tl.trans(load_tile(e_ptr, o_v, m_v, stride_ev, o_k, D).to(DOT))  # [k, v]
         b_x = load_tile(x_ptr, o_n, m_n, stride_xn, o_k, D).to(DOT)  # [n, k]
         x_e = tl.dot(b_x, b_e, x_e, input_precision=PRECISION)
-        if g_ptr is not None:
-            b_g = load_tile(g_ptr, o_n, m_n, stride_gn, o_k, D).to(DOT)
-            g_e = tl.dot(b_g, b_e, g_e, input_precision=PRECISION)
+        if values_ptr is not None:
+            b_e = tl.trans(load_tile(values_ptr, o_v, m_v, stride_vv, o_k, D).to(DOT))
+        b_g = load_tile(g_ptr, o_n, m_n, stride_gn, o_k, D).to(DOT)
+        g_e = tl.dot(b_g, b_e, g_e, input_precision=PRECISION)
     return x_e, g_e

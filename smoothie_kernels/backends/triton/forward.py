@@ -3,10 +3,10 @@
 A program takes BLOCK_N rows, BLOCK_D columns of the result and a part of the vocabulary: of S parts, part s has tiles
 s, s + S, s + 2S, ... of tokens. It goes through them once, one by one, with the nearest token so far:
 
-    score   scores = x . E^T + bias                                   product over D, in fp32
+    score   scores = col (x . E^T) + bias                             product over D, in fp32
     weigh   logits = scale (scores - nearest) + std eps               noise, argmax twice, row sum: all in registers
             weights = exp(logits - highest)
-    gather  acc = acc exp(old highest - highest) + weights . E        product over the tile
+    gather  acc = acc exp(old highest - highest) + weights . values   product over the tile; values: E, or another table
 
 merge.py makes one result of the parts. Without acc it is the statistics alone, without highest the nearest token alone.
 
@@ -37,9 +37,11 @@ from smoothie_kernels.backends.triton.launch import (
     product_types,
     signed,
     stored_type,
+    values_arguments,
 )
 from smoothie_kernels.backends.triton.merge import Parts, merge, merge_kept, merge_nearest
 from smoothie_kernels.backends.triton.parts import (
+    add_bias,
     add_noise,
     begin_noise,
     exp,
@@ -64,7 +66,7 @@ def mean(inputs: Request, tile: Tile | None = None, splits: int | None = None) -
     """smoothed [N, D], and the statistics of the same pass."""
     x = inputs.x
     n, d = x.shape
-    tile = tile or tile_of("mean", x, inputs.embeddings)
+    tile = tile or mean_tile(inputs, tile_of("mean", x, inputs.embeddings))
     splits = splits or _splits(x, inputs.embeddings, triton.cdiv(d, tile.d), tile)
     result = inputs.result_dtype(x)
     smoothed = x.new_empty(n, d, dtype=stored_type(result))
@@ -98,8 +100,18 @@ def redo(inputs: Request, only: Tensor, smoothed: Tensor) -> Statistics:
     the statistics of other rows nothing is known. Programs without such rows return at once: the host does not ask."""
     x, embeddings = inputs.x, inputs.embeddings
     of = launch.gpu(x.device).family
-    tile = redo_tile(of, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1]))
+    tile = redo_tile(of, mean_tile(inputs, pick_tile("mean", of, dot_type(x, embeddings), x.shape[1])))
     return merge(inputs, _stream(inputs, tile, 1, smoothed[None], only), only=only)
+
+
+def mean_tile(inputs: Request, tile: Tile) -> Tile:
+    """A tile that serves both products of one table is too large for two: 290 KiB on sm_90. With two, v = 64 spills 8
+    bytes on sm_90 with Triton 3.6."""
+    if values_arguments(inputs, True)["values_ptr"] is None:
+        return tile
+    if tile.k >= tile.d:
+        return tile._replace(k=min(64, tile.k), stages=2)
+    return tile._replace(v=min(32, tile.v)) if launch.gpu(inputs.x.device).family == "sm_90" else tile
 
 
 def redo_tile(of: str, tile: Tile) -> Tile:
@@ -109,13 +121,18 @@ def redo_tile(of: str, tile: Tile) -> Tile:
 
 
 def nearest_fwd(
-    x: Tensor, embeddings: Tensor, bias: Tensor, tile: Tile | None = None, splits: int | None = None
+    x: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    tile: Tile | None = None,
+    splits: int | None = None,
+    col: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tile = tile or tile_of("statistics", x, embeddings)
     splits = splits or _splits(x, embeddings, 1, tile)
     best_score = x.new_empty(splits, x.shape[0], dtype=torch.float32)
     token = x.new_empty(splits, x.shape[0], dtype=torch.int32)
-    _launch(x, embeddings, tile, splits, bias_ptr=bias, best_score_ptr=best_score, token_ptr=token)
+    _launch(x, embeddings, tile, splits, col_ptr=col, bias_ptr=bias, best_score_ptr=best_score, token_ptr=token)
     return merge_nearest(x, embeddings, best_score, token)
 
 
@@ -142,7 +159,8 @@ def _stream(
     best_score, highest, total = (x.new_empty(splits, n, dtype=torch.float32) for _ in range(3))
     token, noisy_token = (x.new_empty(splits, n, dtype=torch.int32) for _ in range(2))
     _launch(
-        x, inputs.embeddings, tile, splits, bias_ptr=inputs.bias, best_score_ptr=best_score, token_ptr=token,
+        x, inputs.embeddings, tile, splits, **values_arguments(inputs, acc is not None),
+        col_ptr=inputs.col, bias_ptr=inputs.bias, best_score_ptr=best_score, token_ptr=token,
         scale_ptr=inputs.scale, std_ptr=inputs.std, row_ids_ptr=inputs.row_ids, **noise_arguments(inputs),
         highest_ptr=highest, total_ptr=total, noisy_token_ptr=noisy_token, acc_ptr=acc, only_ptr=only,
         keys_ptr=keys, KEEP=0 if keys is None else keys.shape[2],
@@ -154,6 +172,7 @@ def _stream(
 _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("scale_ptr", "std_ptr", "row_ids_ptr", "seed_ptr", "offsets_ptr", "field_weights_ptr")),
     **dict.fromkeys(("only_ptr", "acc_ptr", "highest_ptr", "total_ptr", "noisy_token_ptr", "keys_ptr")),
+    **dict.fromkeys(("col_ptr", "values_ptr", "stride_vv")),
     "F": 0,
     "KEEP": 0,
     "row_offset": 0,
@@ -188,6 +207,8 @@ def gaussian(out: Tensor, row_ids: Tensor | None, row_offset: int, seed: Tensor,
 def _stream_kernel(
     x_ptr,  # [N, D]
     e_ptr,  # [V, D]
+    values_ptr,  # [V, D], None where the mean is of E, or not wanted
+    col_ptr,  # [V] fp32, None for ones
     bias_ptr,  # [V] fp32
     scale_ptr,  # [N] fp32, None for the nearest token alone; so are all others but best_score and token
     std_ptr,  # [N] fp32, None without noise
@@ -208,6 +229,7 @@ def _stream_kernel(
     F,
     stride_xn,
     stride_ev,
+    stride_vv,
     row_offset,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -221,7 +243,8 @@ def _stream_kernel(
     HAS_LOGITS: tl.constexpr = highest_ptr is not None
     HAS_NOISE: tl.constexpr = std_ptr is not None
     HAS_MEAN: tl.constexpr = acc_ptr is not None
-    ONE_TILE: tl.constexpr = BLOCK_K >= D and BLOCK_D == BLOCK_K  # the table's tile is loaded once, for both products
+    # The table's tile is loaded once, for both products.
+    ONE_TILE: tl.constexpr = BLOCK_K >= D and BLOCK_D == BLOCK_K and values_ptr is None
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_n = o_n < N
@@ -253,13 +276,15 @@ def _stream_kernel(
     for first in range(tl.program_id(2) * BLOCK_V, V, tl.num_programs(2) * BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         m_v = o_v < V
-        if HAS_MEAN or ONE_TILE:
-            b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_d, D).to(DOT)  # [v, d]
+        if values_ptr is not None:
+            b_e = load_tile(values_ptr, o_v, m_v, stride_vv, o_d, D).to(DOT)  # [v, d]
+        elif HAS_MEAN or ONE_TILE:
+            b_e = load_tile(e_ptr, o_v, m_v, stride_ev, o_d, D).to(DOT)
         if ONE_TILE:
             scores = tl.dot(b_x, tl.trans(b_e), input_precision=PRECISION)
         else:
             scores = score_tile(x_ptr, o_n, m_n, stride_xn, e_ptr, o_v, m_v, stride_ev, D, BLOCK_K, DOT, PRECISION)
-        scores += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
+        scores = add_bias(scores, col_ptr, bias_ptr, o_v, m_v)
         before = nearest
         nearest, tokens = keep_first_max(nearest, tokens, scores, o_v)
         if HAS_LOGITS:

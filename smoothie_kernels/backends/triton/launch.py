@@ -75,6 +75,19 @@ def noise_arguments(inputs: Request) -> dict[str, Any]:
     )
 
 
+def values_arguments(inputs: Request, needed: bool, tokens: slice = slice(None)) -> dict[str, Any]:
+    """The table that the mean is of, None where it is that of the scores: its tile is then loaded once for both."""
+    values, table = inputs.values, inputs.embeddings
+    if not needed or values is None or values is table or _same_memory(values, table):
+        return dict(values_ptr=None, stride_vv=None)
+    return dict(values_ptr=values[tokens], stride_vv=values.stride(0))
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    address = a.data_ptr()  # 0 without memory
+    return address != 0 and address == b.data_ptr() and a.stride() == b.stride()
+
+
 def signed(row_offset: int) -> int:
     """The same number mod 2^32 in an int32, so that one compiled kernel takes every offset."""
     return (row_offset + 2**31) % 2**32 - 2**31

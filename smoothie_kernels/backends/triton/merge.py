@@ -3,7 +3,7 @@ kept, and for the nearest token.
 
     best = max of best_score        highest' = highest + scale (ref_score - best)        the same for best_logit
     log_sum = log sum_s total_s exp(highest'_s)        mean = sum_s acc_s exp(highest'_s - log_sum)
-    lse = log_sum - scale ||x - E_nearest||^2 / 2
+    lse = log_sum - scale ||x - E_nearest||^2 / 2, or log_sum + scale best where scores are not those of distances
 
 Only scores are subtracted, and those of near tokens are near: nothing cancels in rows far from the origin. lse takes
 the nearest token's distance from the table, in float64: tensor cores truncate, so all scores are off by about as much,
@@ -13,7 +13,7 @@ to the same side. Differences of scores lose most of that error; lse would keep 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -55,7 +55,7 @@ def merge(
     inputs: Request, parts: Parts, acc: Tensor | None = None, smoothed: Tensor | None = None,
     only: Tensor | None = None,
 ) -> Statistics:  # fmt: skip
-    """acc: fp32 [A, N, D], sums of exp(logit - highest) E of each part, or of all of them (A = 1: then they share
+    """acc: fp32 [A, N, D], sums of exp(logit - highest) values of each part, or of all of them (A = 1: then they share
     ref_score and highest). Their mean goes into smoothed [N, D]: x's type, or fp32. only: bool [N], the rows that the
     parts know of, and that are written; None for all."""
     x, embeddings = inputs.x, inputs.embeddings
@@ -65,15 +65,17 @@ def merge(
     sums = 0 if acc is None else acc.shape[0]
     blocks = (NO_SUM, ONE_SUM, MANY_SUMS)[min(sums, 2)]
     column_blocks = triton.cdiv(d, blocks["BLOCK_D"]) if sums > 1 else 1
+    ends: dict[str, Any] = dict.fromkeys(("x_ptr", "stride_xn", "e_ptr", "stride_ev"))
+    if inputs.bound is None:
+        ends = dict(x_ptr=x, stride_xn=x.stride(0), e_ptr=embeddings, stride_ev=embeddings.stride(0))
     with device_of(x):
         _merge_kernel[triton.cdiv(n, blocks["BLOCK_N"]), column_blocks](
-            x_ptr=x, e_ptr=embeddings, scale_ptr=inputs.scale, only_ptr=only, ref_score_ptr=parts.ref_score,
+            **ends, scale_ptr=inputs.scale, only_ptr=only, ref_score_ptr=parts.ref_score,
             highest_ptr=parts.highest, total_ptr=parts.total, part_score_ptr=parts.best_score,
             part_logit_ptr=parts.best_logit, token_ptr=parts.token, noisy_token_ptr=parts.noisy_token, acc_ptr=acc,
             smoothed_ptr=smoothed, tokens_ptr=tokens, noisy_tokens_ptr=noisy_tokens, lse_ptr=lse,
             best_score_ptr=best_score, log_sum_ptr=log_sum, best_logit_ptr=best_logit,
-            N=n, S=parts.total.shape[0], A=sums, stride_xn=x.stride(0), stride_ev=embeddings.stride(0),
-            D=d, **blocks, **OPTIONS,
+            N=n, S=parts.total.shape[0], A=sums, D=d, **blocks, **OPTIONS,
         )  # fmt: skip
     return Statistics(tokens, noisy_tokens, lse, best_score, log_sum, best_logit)
 
@@ -105,7 +107,7 @@ def merge_nearest(x: Tensor, embeddings: Tensor, best_score: Tensor, token: Tens
 
 @triton.jit(do_not_specialize=["N", "S", "A"])
 def _merge_kernel(
-    x_ptr,  # [N, D]
+    x_ptr,  # [N, D], None where scores are not those of distances; then e_ptr as well
     e_ptr,  # [V, D]
     scale_ptr,  # [N]
     only_ptr,  # [N] bool, None for all rows
@@ -167,8 +169,11 @@ def _merge_kernel(
         tl.store(best_score_ptr + o_n, best, mask=m_n)
         tl.store(log_sum_ptr + o_n, log_sum, mask=m_n)
         tl.store(best_logit_ptr + o_n, best_logit, mask=m_n)
-        distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
-        lse = log_sum.to(tl.float64) - 0.5 * scale.to(tl.float64) * distance
+        if x_ptr is not None:
+            distance = squared_distance(x_ptr, o_n, stride_xn, e_ptr, tokens, stride_ev, m_n, D)
+            lse = log_sum.to(tl.float64) - 0.5 * scale.to(tl.float64) * distance
+        else:
+            lse = log_sum.to(tl.float64) + scale.to(tl.float64) * best.to(tl.float64)
         tl.store(lse_ptr + o_n, lse.to(tl.float32), mask=m_n)
 
     if acc_ptr is not None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothie_kernels.backends import Grads, Saved
+from smoothie_kernels.backends import Grads, Saved, Wanted
 from smoothie_kernels.backends.triton import chunked, forward, launch, topk
 from smoothie_kernels.backends.triton.tiles import FAMILIES
 from smoothie_kernels.recall import KEEPS, STEP, Buckets
@@ -43,6 +43,7 @@ MUST_FIT = (384, 768)  # widths for which a kernel must not spill
 OTHER_WIDTHS = (64, 128, 256, 1024)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = (("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "fp32"))  # of x and of the table
+SCORED = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"))  # the same, where scores are not those of distances
 PROCESSORS = 132
 V = 28_996
 ROWS = (1, 512, 16_384)  # the tiles of few rows; parts of the vocabulary for all processors; one part
@@ -96,6 +97,9 @@ class Kernel(NamedTuple):
             "row ids": self.has("row_ids_ptr"),
             "fields": self.has("field_weights_ptr"),
             "P": self.has("p_ptr"),
+            "bound": self.function == "_merge_kernel" and not self.has("x_ptr"),
+            "col": self.has("col_ptr"),
+            "values": self.has("values_ptr"),
             "no gradient of smoothed": "grad_ptr" in self.signature and not self.has("grad_ptr"),
             "sum alone": "weights_ptr" in self.signature and not self.has("weights_ptr"),
         }
@@ -170,6 +174,10 @@ def recorded(target: str, *, all_types: bool = True) -> list[Kernel]:
                 inputs = _inputs(n, V, MUST_FIT[-1], TYPES[of_x], TYPES[of_table])
                 for call in (_call_forward, _call_backward, _call_others):
                     call(inputs)
+        for of_x, of_table in SCORED:
+            for width in MUST_FIT if all_types else MUST_FIT[-1:]:
+                for n in ROWS:
+                    _call_scored(_inputs(n, V, width, TYPES[of_x], TYPES[of_table]))
         for cols in (V, 2**15):  # rows of a field that are not aligned, and rows that are
             for row_ids in (None, _empty(512, dtype=torch.int64)):
                 forward.gaussian(_empty(512, cols), row_ids, 0, *_words())
@@ -206,7 +214,23 @@ def _call_backward(inputs: Request) -> None:
     for grads in (Grads(grad, inputs.scale), Grads(None, inputs.scale)):
         of_grads = saved if grads.smoothed is not None else saved._replace(smoothed=None)
         for needs_embeddings in (True, False):
-            chunked.step_bwd(inputs, of_grads, grads, True, needs_embeddings)
+            chunked.step_bwd(inputs, of_grads, grads, Wanted(True, needs_embeddings, values=needs_embeddings))
+
+
+def _call_scored(inputs: Request) -> None:
+    """With col, and the mean of the same table (as of cosine) or of another one."""
+    n, table = len(inputs.x), inputs.embeddings
+    of_table = inputs._replace(bound=_empty(n), col=_empty(len(table)), values=table)
+    for given in (of_table, of_table._replace(values=torch.empty_like(table))):
+        topk.step_fwd(given)
+        topk.step_fwd(given._replace(workspace=0))  # streaming
+        if n == ROWS[1]:
+            _call_backward(given)
+    topk.step_fwd(of_table._replace(mean=False))
+    for keep in KEEPS:
+        topk.approximate(of_table._replace(topk=8), Buckets(STEP, keep))
+    topk.exact(of_table._replace(topk=8), of_table.scale)
+    forward.nearest_fwd(inputs.x, table, inputs.bias, col=of_table.col)
 
 
 def _call_others(inputs: Request) -> None:

@@ -162,6 +162,15 @@ def score_tile(
 
 
 @triton.jit
+def add_bias(products, col_ptr, bias_ptr, o_v, m_v):
+    """Scores of products x . E^T [n, v]; -inf beyond V."""
+    if col_ptr is not None:
+        products *= tl.load(col_ptr + o_v, mask=m_v, other=0.0)[None, :]
+    products += tl.load(bias_ptr + o_v, mask=m_v, other=-float("inf"))[None, :]
+    return products
+
+
+@triton.jit
 def exp(x):
     """e^x with the roundings of tl.exp, but 0 below 2^-126: what lies there takes tl.exp three instructions more."""
     return tl.exp2(x * _LOG2_E)

@@ -41,7 +41,7 @@ def step_fwd(inputs: Request) -> StepOutputs:
     """All but the mean is of one pass, or brought to it. What buckets keep takes registers that a mean has not: with
     both, top-k is a pass of its own, and so one product more."""
     if not inputs.logits:
-        return nearest_alone(*forward.nearest_fwd(inputs.x, inputs.embeddings, inputs.bias))
+        return nearest_alone(*forward.nearest_fwd(inputs.x, inputs.embeddings, inputs.bias, col=inputs.col))
     inputs = noise_on_device(inputs)
     smoothed, found = inputs.x.new_empty(len(inputs.x), 0), None
     if inputs.mean:
