@@ -201,9 +201,11 @@ def _empty_parts(inputs: Request, tiles: int) -> Parts:
 
 
 def pick_backward_tile(inputs: Request, grads: Grads) -> Tile:
-    """For lse alone the loop over fields spills 8 bytes on sm_80 in float32."""
-    tile = BACKWARD[launch.gpu(inputs.x.device).family][dot_type(inputs.x, inputs.embeddings).itemsize]
-    return half_the_rows(tile) if inputs.field_weights is not None and grads.smoothed is None else tile
+    """For lse alone whole tiles spill 8 bytes on sm_80, and with a loop over fields in float32."""
+    family = launch.gpu(inputs.x.device).family
+    tile = BACKWARD[family][dot_type(inputs.x, inputs.embeddings).itemsize]
+    alone = grads.smoothed is None and (inputs.field_weights is not None or family == "sm_80")
+    return half_the_rows(tile) if alone else tile
 
 
 class _OfTable:
