@@ -54,7 +54,7 @@ struct Columns {
 };
 
 // M tokens of `score`, `depth` columns of them; on top of what p has where `more`.
-template <class S, int M, int kVectors, int kGroup>
+template <class S, int M, int kVectors, int kGroup, bool kCol>
 inline void score_rows(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t depth,
                        bool more, float* p) {
   typename S::F acc[M][kVectors];
@@ -65,7 +65,7 @@ inline void score_rows(const float* tile, int64_t tile_stride, Columns columns, 
       float* out = p + (i * kVectors + n) * S::kLanes;
       auto sum = S::template sum_groups<kGroup>(acc[i][n]);
       if (more) sum = S::add(S::load(out), sum);
-      if (columns.col) sum = S::mul(sum, S::set(columns.col[i]));
+      if (kCol && columns.col) sum = S::mul(sum, S::set(columns.col[i]));
       S::store(out, columns.bias ? S::add(sum, S::set(columns.bias[i])) : sum);
     }
 }
@@ -91,18 +91,25 @@ inline void in_steps(int64_t first, int64_t count, const Body& body) {
 }
 
 // p[v][lanes] = col[v] (E[v] . x) + bias[v] for `count` tokens of a tile.
-template <class S, int kVectors, int kGroup>
-void score(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t width, int64_t count,
-           float* p) {
+template <class S, int kVectors, int kGroup, bool kCol>
+void score_tile(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t width, int64_t count,
+                float* p) {
   for (int64_t first = 0; first < width; first += kDepth * kGroup) {
     const int64_t depth = width - first < kDepth * kGroup ? width - first : kDepth * kGroup;
     const bool last = first + depth == width;  // the bias joins last: it is large
     in_steps<S::kBroadcasts>(0, count, [&](auto m, int64_t v) {
-      score_rows<S, m(), kVectors, kGroup>(tile + v * tile_stride + first, tile_stride,
-                                           last ? columns.of(v) : Columns{}, xt + first / kGroup * kVectors * S::kLanes,
-                                           depth, first > 0, p + v * kVectors * S::kLanes);
+      score_rows<S, m(), kVectors, kGroup, kCol>(
+          tile + v * tile_stride + first, tile_stride, last ? columns.of(v) : Columns{},
+          xt + first / kGroup * kVectors * S::kLanes, depth, first > 0, p + v * kVectors * S::kLanes);
     });
   }
+}
+
+template <class S, int kVectors, int kGroup>
+void score(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t width, int64_t count,
+           float* p) {
+  const auto run = columns.col ? score_tile<S, kVectors, kGroup, true> : score_tile<S, kVectors, kGroup, false>;
+  run(tile, tile_stride, columns, xt, width, count, p);
 }
 
 // ot[d][lanes] += sum_v E[v][d] p[v][lanes]. From zero in every tile: two short sums round less than one of length V.
