@@ -5,6 +5,11 @@ import torch
 from samplers import check_same
 from test_generation import TOKENS, given, untrained
 from test_model import D, small
+from torch.nn.functional import normalize
+
+from smoothie_kernels import Vocabulary, nearest_token
+from smoothie_kernels.diffusion import make_schedule
+from smoothie_kernels.diffusion.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,3 +41,18 @@ def test_a_learned_metric_keeps_the_length_of_distances():
         torch.testing.assert_close((table @ metric).square().sum(), table.square().sum())
         (gradient,) = torch.autograd.grad((metric * torch.randn(D, D)).sum(), model.factor)
         assert abs((gradient * model.factor).sum()) < 1e-5 * gradient.norm() * model.factor.norm()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "factor"])
+def test_excluded_tokens_give_way_to_the_next_by_the_same_distance(metric):
+    torch.manual_seed(3)
+    table, answer = torch.randn(40, 8) * torch.rand(40, 1) * 4, torch.randn(1, 5, 8)
+    factor = torch.randn(8, 8)
+    vocabulary = Vocabulary(table, metric=factor if metric == "factor" else metric)
+    excluded = nearest_token(answer, vocabulary).tokens.unique().tolist()
+    given = {"length": 5, "sample_ids": [0], "steps": 2, "seed": 0, "excluded": excluded}
+    found = sample(lambda *_: answer, vocabulary, make_schedule("arctan"), **given).tokens
+    spaces = (answer[0] @ factor, table @ factor) if metric == "factor" else map(normalize, (answer[0], table))
+    distances = torch.cdist(*spaces)
+    distances[:, excluded] = torch.inf
+    assert torch.equal(found[0], distances.argmin(1))
