@@ -139,6 +139,14 @@ class Vocabulary:
         moved.metric = self.metric.to(device) if isinstance(self.metric, Tensor) else self.metric
         return moved
 
+    def with_one_rounding(self) -> Vocabulary:
+        """Itself; of a table in 16 bits one in float32, where several parts of its gradient would be rounded."""
+        trained = self.table.requires_grad and torch.is_grad_enabled()
+        euclidean = isinstance(self.metric, str) and self.metric == "euclidean"
+        if not trained or euclidean or self.table.itemsize > 2:
+            return self
+        return OneStep(self.table.float(), metric=self.metric, backend=self._backend, check_finite=False)
+
     def take(self, tokens: Tensor) -> Vocabulary:
         """The Vocabulary of some tokens' embeddings."""
         return Vocabulary(self.embeddings[tokens], metric=self.metric, backend=self._backend, check_finite=False)
@@ -183,6 +191,6 @@ class OneStep(Vocabulary):
 def as_vocabulary(embeddings: Tensor | Vocabulary, backend: str) -> Vocabulary:
     """`embeddings`, or the Vocabulary of a bare table; on a CPU, where looking is cheap, that is checked every time."""
     if isinstance(embeddings, Vocabulary):
-        return embeddings
+        return embeddings.with_one_rounding()
     on_cpu = isinstance(embeddings, Tensor) and embeddings.device.type == "cpu"
     return OneStep(embeddings, backend=backend, check_finite=on_cpu)

@@ -120,6 +120,20 @@ def test_step_and_gradients(backend, metric, shape, dtype, std):
         assert error <= max(NAIVE_MARGIN * allowed, 2 * rounding, 2e-6 * len(x) ** 0.5), name
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_table_in_16_bits_has_its_gradient_rounded_once(backend, metric):
+    """Through products, norms and the mean: each rounded by itself they would lose ten times as much."""
+    x, table, factor = inputs(32, 400, 64, device_of(backend), torch.bfloat16)
+    weights = torch.randn(32, generator=torch.Generator().manual_seed(3)).to(x)
+    leaf, wide = table.clone().requires_grad_(), table.double().requires_grad_()
+    used, mu = vocabulary(metric, leaf, factor), 20.0 if metric == "cosine" else 1.0
+    (found,) = torch.autograd.grad(fused_smoothie_step(x, used, mu, 0.0, backend=backend).lse @ weights, leaf)
+    lse = dense(metric, x.double(), wide, factor.double(), mu, 0.0, torch.zeros(32, 400).to(wide))[1]
+    (exact,) = torch.autograd.grad(lse @ weights.double(), wide)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, exact) <= 2**-8
+
+
 @pytest.mark.parametrize("smooth", ["full", "topk"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradcheck(metric, smooth):
