@@ -72,9 +72,9 @@ def test_says_what_is_wrong():
 
 
 def test_exit_status_says_it_too():
-    done = kernels_check("--only", "gfx942 column bias bf16 384")
+    done = kernels_check("--only", "gfx942 merge nearest bf16 384")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("gfx942 column bias bf16 384 ")
+    assert done.stdout.startswith("gfx942 merge nearest bf16 384 ")
 
 
 def test_not_in_the_interpreter():
