@@ -340,17 +340,16 @@ def check_finite_table(bias: Tensor) -> None:
         raise ValueError(f"embeddings must be finite, with squared norms that float32 holds; row {row} is not")
 
 
-def check_can_be_saved(**tensors: object) -> None:
+def check_can_be_saved(x: Tensor, embeddings: Tensor, metric: str | Tensor) -> None:
     """Autograd cannot keep an inference tensor for the backward pass."""
+    learned = isinstance(metric, Tensor) and metric.requires_grad
+    if not (learned or x.requires_grad or embeddings.requires_grad):
+        return
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    given = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    if any(value.requires_grad for value in given.values()):
-        for name, value in given.items():
-            if value.is_inference():
-                raise ValueError(
-                    f"{name} must not be made in torch.inference_mode where a gradient is needed, but it was"
-                )
+    for name, value in (("x", x), ("embeddings", embeddings), ("metric", metric)):
+        if isinstance(value, Tensor) and value.is_inference():
+            raise ValueError(f"{name} must not be made in torch.inference_mode where a gradient is needed, but it was")
 
 
 def _small(name: str, value: object, wanted: str = "a tensor") -> Tensor:

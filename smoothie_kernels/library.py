@@ -359,7 +359,8 @@ def nearest_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, embeddings, bias, col, backend = Nearest(*arguments)
     if x.shape[0] == 0:
         return _empty_nearest(x)
-    request = Request(x.contiguous(), embeddings, bias, *NO_LOGITS)._replace(col=col)
+    request = Request(x.contiguous(), embeddings, bias, *NO_LOGITS)
+    request = request if col is None else request._replace(col=col)
     found = pick_backend(backend, x.device, x.dtype, request).step_fwd(request)
     return found.tokens, found.distance
 

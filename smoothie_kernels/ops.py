@@ -126,7 +126,7 @@ def fused_smoothie_step(
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
-    checks.check_can_be_saved(x=x, embeddings=vocabulary.embeddings, metric=vocabulary.metric)
+    checks.check_can_be_saved(x, vocabulary.embeddings, vocabulary.metric)
     k = checks.check_topk(topk, recall_target, smooth, len(vocabulary))
     workspace = checks.count("workspace", workspace)
     ids, row_offset = checks.check_row_ids(row_ids, row_offset, x)
@@ -197,7 +197,7 @@ def nearest_token(x: Tensor, embeddings: Tensor | Vocabulary, *, backend: str = 
     vocabulary = as_vocabulary(embeddings, backend)
     checks.check_backend(backend)
     checks.check_x(x, vocabulary.embeddings)
-    checks.check_can_be_saved(x=x, embeddings=vocabulary.embeddings, metric=vocabulary.metric)
+    checks.check_can_be_saved(x, vocabulary.embeddings, vocabulary.metric)
     flat = _rows(x)
     if isinstance(vocabulary.metric, str) and vocabulary.metric == "euclidean":
         found = library.nearest_fwd(flat, vocabulary.embeddings, vocabulary.bias, None, backend)

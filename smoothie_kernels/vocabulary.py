@@ -141,9 +141,9 @@ class Vocabulary:
 
     def with_one_rounding(self) -> Vocabulary:
         """Itself; of a table in 16 bits one in float32, where several parts of its gradient would be rounded."""
-        trained = self.table.requires_grad and torch.is_grad_enabled()
-        euclidean = isinstance(self.metric, str) and self.metric == "euclidean"
-        if not trained or euclidean or self.table.itemsize > 2:
+        if not self.table.requires_grad or self.table.itemsize > 2 or not torch.is_grad_enabled():
+            return self
+        if isinstance(self.metric, str) and self.metric == "euclidean":
             return self
         return OneStep(self.table.float(), metric=self.metric, backend=self._backend, check_finite=False)
 

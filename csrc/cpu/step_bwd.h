@@ -205,10 +205,11 @@ class StepBackward {
     float *p = s.p + at, *ds = s.ds + at;
     score<S, kVectors, kGroup>(tile.rows, tile.stride, columns, xt_ + start, p_.width, tile.count, p);
     if constexpr (kMean) score<S, kVectors, kGroup>(mean.rows, mean.stride, {}, gt_ + start, p_.width, mean.count, ds);
-    const auto weigh = columns.col ? weigh_grad<S, kNoise, kMean, true> : weigh_grad<S, kNoise, kMean, false>;
-    for (int n = 0; n < kVectors; ++n)
-      weigh(p + n * kLanes, ds + n * kLanes, columns.col, stride, tile.first, tile.count, noise_, s.eps,
-            s.rows[panel * 2 + n], s.columns);
+    const auto weigh = [&](auto col, int n) {
+      weigh_grad<S, kNoise, kMean, col()>(p + n * kLanes, ds + n * kLanes, columns.col, stride, tile.first, tile.count,
+                                          noise_, s.eps, s.rows[panel * 2 + n], s.columns);
+    };
+    for (int n = 0; n < kVectors; ++n) columns.col ? weigh(std::true_type{}, n) : weigh(std::false_type{}, n);
     if (p_.grad_x) gather<S, kVectors, kGroup>(tile.rows, tile.stride, ds, p_.width, tile.count, s.ot + start);
   }
 

@@ -55,8 +55,8 @@ struct Columns {
 
 // M tokens of `score`, `depth` columns of them; on top of what p has where `more`.
 template <class S, int M, int kVectors, int kGroup, bool kCol>
-inline void score_rows(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t depth,
-                       bool more, float* p) {
+inline void score_rows(const float* tile, int64_t tile_stride, const float* col, const float* bias, const float* xt,
+                       int64_t depth, bool more, float* p) {
   typename S::F acc[M][kVectors];
   clear<S>(acc);
   multiply<S, M, kVectors, kGroup>(tile, tile_stride, kGroup, xt, depth / kGroup, acc);
@@ -65,8 +65,8 @@ inline void score_rows(const float* tile, int64_t tile_stride, Columns columns, 
       float* out = p + (i * kVectors + n) * S::kLanes;
       auto sum = S::template sum_groups<kGroup>(acc[i][n]);
       if (more) sum = S::add(S::load(out), sum);
-      if (kCol && columns.col) sum = S::mul(sum, S::set(columns.col[i]));
-      S::store(out, columns.bias ? S::add(sum, S::set(columns.bias[i])) : sum);
+      if (kCol && bias) sum = S::mul(sum, S::set(col[i]));
+      S::store(out, bias ? S::add(sum, S::set(bias[i])) : sum);
     }
 }
 
@@ -96,11 +96,12 @@ void score_tile(const float* tile, int64_t tile_stride, Columns columns, const f
                 float* p) {
   for (int64_t first = 0; first < width; first += kDepth * kGroup) {
     const int64_t depth = width - first < kDepth * kGroup ? width - first : kDepth * kGroup;
-    const bool last = first + depth == width;  // the bias joins last: it is large
+    const bool last = columns.bias && first + depth == width;  // the bias joins last: it is large
     in_steps<S::kBroadcasts>(0, count, [&](auto m, int64_t v) {
-      score_rows<S, m(), kVectors, kGroup, kCol>(
-          tile + v * tile_stride + first, tile_stride, last ? columns.of(v) : Columns{},
-          xt + first / kGroup * kVectors * S::kLanes, depth, first > 0, p + v * kVectors * S::kLanes);
+      score_rows<S, m(), kVectors, kGroup, kCol>(tile + v * tile_stride + first, tile_stride,
+                                                 kCol ? columns.col + v : nullptr, last ? columns.bias + v : nullptr,
+                                                 xt + first / kGroup * kVectors * S::kLanes, depth, first > 0,
+                                                 p + v * kVectors * S::kLanes);
     });
   }
 }
@@ -108,8 +109,10 @@ void score_tile(const float* tile, int64_t tile_stride, Columns columns, const f
 template <class S, int kVectors, int kGroup>
 void score(const float* tile, int64_t tile_stride, Columns columns, const float* xt, int64_t width, int64_t count,
            float* p) {
-  const auto run = columns.col ? score_tile<S, kVectors, kGroup, true> : score_tile<S, kVectors, kGroup, false>;
-  run(tile, tile_stride, columns, xt, width, count, p);
+  if (columns.col)
+    score_tile<S, kVectors, kGroup, true>(tile, tile_stride, columns, xt, width, count, p);
+  else
+    score_tile<S, kVectors, kGroup, false>(tile, tile_stride, columns, xt, width, count, p);
 }
 
 // ot[d][lanes] += sum_v E[v][d] p[v][lanes]. From zero in every tile: two short sums round less than one of length V.
