@@ -198,10 +198,9 @@ def _as_gradients(request: Request, found: Gradients, needs: Needs) -> tuple[Ten
     if needs.needs_col and request.col is not None and found.embeddings is not None:
         of_col = (found.embeddings * request.embeddings).sum(1) / request.col.where(request.col != 0, 1)
     grads = found.x, found.embeddings, found.bias, of_col, found.values
-    nothing = _empty_grads(request, needs)
     return tuple(
-        empty.zero_() if grad is None or not need else grad.to(empty.dtype)
-        for grad, need, empty in zip(grads, needs, nothing, strict=True)
+        grad.to(of.dtype) if need and grad is not None and of is not None else _empty_grad(request, of, need).zero_()
+        for grad, of, need in zip(grads, _of_grads(request), needs, strict=True)
     )
 
 
@@ -232,13 +231,18 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return _empty_grads(request, needs)
 
 
-def _empty_grads(request: Request, needs: Needs, missing: bool = False) -> tuple[Tensor, ...]:
-    """As large as what they are gradients of, where they are needed."""
-    of = request.x, request.embeddings, request.bias, request.col, request.values
-    return tuple(
-        request.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape if need and not missing else 0)
-        for tensor, need in zip(of, needs, strict=True)
-    )
+def _empty_grads(request: Request, needs: Needs) -> tuple[Tensor, ...]:
+    return tuple(_empty_grad(request, of, need) for of, need in zip(_of_grads(request), needs, strict=True))
+
+
+def _of_grads(request: Request) -> tuple[Tensor | None, ...]:
+    """What Needs is about."""
+    return request.x, request.embeddings, request.bias, request.col, request.values
+
+
+def _empty_grad(request: Request, of: Tensor | None, need: bool) -> Tensor:
+    """As large as what it is the gradient of, where that is needed."""
+    return request.x.new_empty(0) if of is None else of.new_empty(of.shape if need else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
