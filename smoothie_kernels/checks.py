@@ -23,7 +23,7 @@ SMOOTH = ("full", "topk", "topk+mean")
 MAX_ROW_ID = 2**32
 # The square of sigma_min, and one over it, are float32's normal numbers.
 SIGMA_MIN = (2.0**-63, 2.0**63)
-# std sum(|field_weights|): logits then stay below 2**28, where float32 rounds one and its reference by 8 each at most;
+# std sum(|field_weights|): logits then stay below 2**27, where float32 rounds one and its reference by 4 each at most;
 # the CPU kernel's last pass bears 20 (csrc/cpu/step_fwd.h).
 LOUDEST = 2.0**24
 DEVICES = ("cpu", "cuda")  # PyTorch calls AMD's GPUs "cuda" as well

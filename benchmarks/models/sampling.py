@@ -40,7 +40,7 @@ PEAK_STEPS = 3  # none holds more than its third
 
 
 class Watch:
-    """Seconds that calls take inside of others: on a GPU by events, which nobody waits for before they are asked."""
+    """Seconds that calls take inside of others: on a GPU by events, read after the call."""
 
     def __init__(self, device: str) -> None:
         self.clock = None if device == "cpu" else torch.cuda.Event

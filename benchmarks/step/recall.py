@@ -19,7 +19,7 @@ from benchmarks.step.contestants import options_of, without_mean
 from benchmarks.step.inputs import Inputs
 from smoothie_kernels.recall import Buckets, expected_recall, pick_buckets
 
-SLACK = 0.01  # recall below what is wanted; or DEVIATIONS of its own standard error, where these are more
+SLACK = 0.01  # recall may be below its target by this, or by DEVIATIONS of its standard error where that is more
 DEVIATIONS = 4
 TITLE, PREFIX, PAGE = "Top-k: recall, weight, error", "recall-", "topk.md"
 SHOWN_K = 64  # whose buckets are shown; the JSON has all

@@ -138,38 +138,43 @@ def step_bwd(inputs: Request, saved: Saved, grads: Grads, wanted: Wanted) -> Gra
     shift = grad_lse if smoothed is None else grad_lse - (grad * smoothed).sum(1)
     grad_x, missing, one = torch.zeros_like(rows), scale * grad_lse, torch.zeros_like(scale)
     largest = torch.zeros_like(scale)
-    through_scores, through_mean = (torch.zeros_like(embeddings, dtype=dtype) for _ in range(2))
+    of_tokens = wanted.embeddings or wanted.bias or wanted.values
+    through_scores = torch.zeros_like(embeddings, dtype=dtype) if of_tokens else rows[:0]
+    through_mean = through_scores if inputs.values is None else torch.zeros_like(through_scores)
     grad_bias = rows.new_zeros(len(embeddings))
     for first in range(0, embeddings.shape[0], CHUNK):
         part = slice(first, first + CHUNK)
+        table = embeddings[part].to(dtype)
         scores = _scores(inputs, rows, part)
-        logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, scores.shape[1])
+        logits = scale[:, None] * (scores - saved.best_score[:, None]) + _noise(inputs, ids, first, len(table))
         weights = (logits - saved.log_sum[:, None]).clamp(max=0).exp()
         grad_scores = scale[:, None] * weights * (grad @ _values(inputs, part).T + shift[:, None])
         missing -= grad_scores.sum(1)
         one += weights.sum(1)
         largest = largest.maximum(weights.amax(1))
-        grad_bias[part], through_mean[part] = grad_scores.sum(0), weights.T @ grad
         grad_products = grad_scores if inputs.col is None else grad_scores * inputs.col[part]
-        grad_x += grad_products @ embeddings[part].to(dtype)
-        through_scores[part] = grad_products.T @ rows
+        if wanted.x:
+            grad_x += grad_products @ table
+        if of_tokens:
+            grad_bias[part] = grad_scores.sum(0)
+            through_mean[part] += weights.T @ grad
+            through_scores[part] += grad_products.T @ rows
+            if distances:
+                through_scores[part] -= grad_bias[part, None] * table
     tokens, share = saved.noisy_tokens, torch.where(one == 0, 1, largest / one)
-    lacking, col = share * missing, 1 if inputs.col is None else inputs.col[tokens]
+    lacking, col = share * missing, torch.ones_like(scale) if inputs.col is None else inputs.col[tokens]
     chosen = embeddings[tokens].to(dtype)
-    grad_bias.index_add_(0, tokens, lacking)
-    if distances:
-        through_scores -= grad_bias[:, None] * embeddings.to(dtype)
-    # The same sum where tokens are the same.
-    through_scores[tokens] += gather.sum_by_token(tokens, (lacking * col)[:, None] * rows)
-    through_mean[tokens] += gather.sum_by_token(tokens, (share * (1 - one))[:, None] * grad)
+    if of_tokens:  # the same sum where tokens are the same
+        ends = col[:, None] * rows - chosen if distances else col[:, None] * rows
+        grad_bias[tokens] += gather.sum_by_token(tokens, lacking[:, None])[:, 0]
+        through_scores[tokens] += gather.sum_by_token(tokens, lacking[:, None] * ends)
+        through_mean[tokens] += gather.sum_by_token(tokens, (share * (1 - one))[:, None] * grad)
     if smoothed is None:
         grad_x /= torch.where(one == 0, 1, one)[:, None]
     else:
         grad_x += missing[:, None] * smoothed if distances else (missing * col)[:, None] * chosen
     if distances:
         grad_x -= (scale * grad_lse)[:, None] * rows
-    if inputs.values is None:
-        through_scores += through_mean
     return Gradients(
         grad_x.to(inputs.result_dtype(inputs.x)) if wanted.x else None,
         through_scores.to(inputs.result_dtype(embeddings)) if wanted.embeddings else None,
